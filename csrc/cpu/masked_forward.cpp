@@ -1,0 +1,368 @@
+// masked_forward: energy → statistics → peak and trough → ratio and box → (one-pass mode) pooling of
+// what the box leaves visible, sample by sample while the map is in the cache; then the modulated
+// targets, the masked views, and in the one-pass mode logits and loss.
+//
+// B samples, features (B, C, h, w), images (B, Cin, H, W), V views, S draw sets; shapes of all
+// arguments and results: sanm_kernels/ops/masked_forward.py.
+#include "cpu/activation.h"
+#include "cpu/energy.h"
+#include "cpu/softmax.h"
+#include "cpu/image.h"
+#include "cpu/matrix.h"
+#include "cpu/painter.h"
+#include "math/modulation.h"
+
+namespace sanm {
+namespace {
+
+using OptTensor = std::optional<Tensor>;
+
+struct Inputs {
+  Tensor features, targets, clean_prob;
+  OptTensor draws, seed, sample_index, images, weight, bias;
+  int64_t H, W, K;
+  Settings settings;
+  std::vector<double> fill_value;
+};
+
+struct Outputs {
+  Tensor stats, positions, ratio, boxes, targets, views, logits, loss, pooled, visible;
+};
+
+template <typename T>
+void check_unit(const T* x, int64_t n, int64_t columns, const char* name, bool open) {
+  for (int64_t i = 0; i < n; ++i)
+    if (!(x[i] >= 0 && (open ? x[i] < 1 : x[i] <= 1))) {
+      if (columns > 1)
+        value_error(name, ": expected values in [0, 1), got ", x[i], " at index [", i / columns,
+                    ", ", i % columns, "]");
+      value_error(name, ": expected values in ", open ? "[0, 1)" : "[0, 1]", ", got ", x[i],
+                  " at index [", i, "]");
+    }
+}
+
+template <typename T>
+void check_finite(const T* x, int64_t n, int64_t columns, const char* name) {
+  // x − x is 0 unless x is infinite or NaN, and NaN then.
+  acc_t<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = static_cast<acc_t<T>>(x[i]);
+    sum += v - v;
+  }
+  if (sum == 0) return;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = static_cast<acc_t<T>>(x[i]);
+    if (!std::isfinite(v))
+      value_error(name, ": expected finite values, got ", v, " at index [", i / columns, ", ",
+                  i % columns, "]");
+  }
+}
+
+// v / Σv (h, w): v is the share of a cell that the box leaves visible; zeros where none is.
+template <typename A>
+void visibility(const int32_t* box, int64_t h, int64_t w, int64_t H, int64_t W, A* v) {
+  A total = 0;
+  for (int64_t y = 0; y < h; ++y) {
+    const A rows = overlap<A>(box[0], box[2], y, h, H);
+    for (int64_t x = 0; x < w; ++x) {
+      const A share = A{1} - rows * overlap<A>(box[1], box[3], x, w, W);
+      v[y * w + x] = share > 0 ? share : A{0};
+      total += v[y * w + x];
+    }
+  }
+  for (int64_t k = 0; k < h * w; ++k) v[k] = total > 0 ? v[k] / total : A{0};
+}
+
+// z_c = Σ v·F: f (C, n) or (n, C) → z (C).
+template <typename T, typename A>
+void pool(const T* f, int64_t C, int64_t n, bool channels_last, const A* v, A* z) {
+  if (channels_last) {
+    std::fill_n(z, C, A{0});
+    for (int64_t x = 0; x < n; ++x)
+      for (int64_t c = 0; c < C; ++c) z[c] += v[x] * static_cast<A>(f[x * C + c]);
+    return;
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t x = 0; x < n; ++x) sum += v[x] * static_cast<A>(f[c * n + x]);
+    z[c] = sum;
+  }
+}
+
+// Row of new targets: from soft targets t (K), or from the label of a one-hot row.
+template <typename T>
+void new_targets(const T* t, int64_t label, int64_t K, float ratio, bool clamp, T* result) {
+  using A = acc_t<T>;
+  if (t) return modulate_row<T, A>(t, K, static_cast<A>(ratio), clamp, result);
+  const A d = drop<A>(ratio, A{1}, clamp), add = d / static_cast<A>(K - 1);
+  std::fill_n(result, K, static_cast<T>(add));
+  result[label] = static_cast<T>(A{1} - d);
+}
+
+// Mean cross-entropy of logits (B, K) against targets (B, K) → loss ().
+template <typename A, typename T>
+void cross_entropy(const A* logits, const T* targets, int64_t B, int64_t K, A* loss) {
+  std::vector<A> rows(B);
+  torch::stable::parallel_for(0, B, grain(K), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const A lse = logsumexp(logits + i * K, K);
+      A sum = 0;
+      for (int64_t k = 0; k < K; ++k)
+        sum += static_cast<A>(targets[i * K + k]) * (lse - logits[i * K + k]);
+      rows[i] = sum;
+    }
+  });
+  double sum = 0;
+  for (const A row : rows) sum += row;
+  *loss = static_cast<A>(sum / std::max<int64_t>(B, 1));
+}
+
+// Energy, statistics, peak and trough of every sample; then body(i, the sample's map, positions),
+// while the map is in the cache. stats (5, B), positions (2, B, 2).
+template <typename F, typename Body>
+void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const Tensor& stats,
+             const Tensor& positions, const Body& body) {
+  using A = acc_t<F>;
+  const Tensor& x = features.tensor;
+  const int64_t B = x.size(0), C = x.size(1), h = x.size(2), w = x.size(3), n = h * w;
+  const F* first = in<F>(x);
+  A* stat = out<A>(stats);
+  int32_t* position = out<int32_t>(positions);
+  torch::stable::parallel_for(0, B, grain(C * n), [&](int64_t begin, int64_t end) {
+    Locator locator(h, w, H, W, quantize);
+    std::vector<A> e(n);
+    std::vector<float> map(n);
+    for (int64_t i = begin; i < end; ++i) {
+      const F* f = first + i * C * n;
+      energy(f, C, n, features.channels_last, e.data());
+      statistics(e.data(), n, stat + i, B);
+      std::copy(e.begin(), e.end(), map.begin());
+      const Positions found = locator.find(map.data());
+      std::copy_n(found.peak, 2, position + 2 * i);
+      std::copy_n(found.trough, 2, position + 2 * (B + i));
+      body(i, f, found);
+    }
+  });
+}
+
+// Where the draws of sample i come from.
+class DrawSource {
+ public:
+  explicit DrawSource(const Inputs& in)
+      : draws_(in.draws ? OptTensor(packed(*in.draws)) : std::nullopt),
+        index_(in.sample_index ? OptTensor(packed(*in.sample_index)) : std::nullopt),
+        seed_(in.seed ? *sanm::in<int64_t>(*in.seed) : 0) {
+    if (!draws_) return;
+    const int64_t columns = draws_->size(1);
+    check_unit(sanm::in<double>(*draws_), draws_->numel(), columns, "draws", true);
+  }
+  Draws operator()(int64_t i) const {
+    return {draws_ ? in<double>(*draws_) + i * draws_->size(1) : nullptr,
+            index_ ? in<int64_t>(*index_)[i] : i, seed_};
+  }
+
+ private:
+  OptTensor draws_, index_;
+  int64_t seed_;
+};
+
+// Ratios and boxes of sample i → ratio (S, B), boxes (V, B, 4).
+void place(const Inputs& in, const Positions& found, const Draws& draw, float clean_prob,
+           int64_t i, int64_t B, float* ratio, int32_t* boxes) {
+  const Settings& s = in.settings;
+  const int H = static_cast<int>(in.H), W = static_cast<int>(in.W);
+  for (int v = 0; v < s.view_count(); ++v) {
+    const int set = s.shared ? 0 : v;
+    const float r = mask_ratio(s, draw(2 * set), clean_prob);
+    const Size size = box_size(s, r, draw(2 * set + 1), H, W);
+    const bool peak = s.views == 3 ? v == 0 : s.views == 1;
+    const int* at = peak ? found.peak : found.trough;
+    int32_t* box = boxes + 4 * (v * B + i);
+    box[0] = corner(at[0], size.height, H, s.centered);
+    box[1] = corner(at[1], size.width, W, s.centered);
+    box[2] = box[0] + size.height;
+    box[3] = box[1] + size.width;
+    if (v == set) ratio[v * B + i] = r;
+  }
+}
+
+// targets (B, K) or int64 (B,), ratio (S, B) → result (S, B, K).
+template <typename Y>
+void modulate(const Tensor& targets, const float* ratio, bool clamp, int64_t S, int64_t B,
+              int64_t K, Y* result) {
+  const bool soft = targets.scalar_type() != ScalarType::Long;
+  torch::stable::parallel_for(0, S * B, grain(K), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t i = k % B;
+      new_targets<Y>(soft ? in<Y>(targets) + i * K : nullptr, soft ? 0 : in<int64_t>(targets)[i],
+                     K, ratio[k], clamp, result + k * K);
+    }
+  });
+}
+
+template <typename T>
+void paint(const Inputs& in, const Image& images, const int32_t* boxes, const DrawSource& draws,
+           T* views) {
+  const int64_t B = images.tensor.size(0), V = in.settings.view_count();
+  const int64_t channels = images.tensor.size(1), pixels = channels * in.H * in.W;
+  const bool stream = V * B * pixels * int64_t{sizeof(T)} >= kStreamBytes;
+  const T* x = sanm::in<T>(images.tensor);
+  torch::stable::parallel_for(0, B, grain(V * pixels), [&](int64_t begin, int64_t end) {
+    Painter<T> painter(in.settings, in.fill_value, in.H, in.W, channels, images.channels_last,
+                       stream);
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t* box[2] = {boxes + 4 * i, boxes + 4 * ((V - 1) * B + i)};
+      painter.paint(x + i * pixels, views + i * pixels, B * pixels, box, draws(i));
+    }
+    if (stream) stream_fence();
+  });
+}
+
+// logits (B, K) = pooled (B, C)·Wᵀ + bias.
+template <typename A>
+void classify(const Tensor& pooled, const Tensor& weight_, const OptTensor& bias_,
+              const Tensor& logits) {
+  const ScalarType type = pooled.scalar_type();
+  const Tensor weight = torch::stable::to(weight_, type);
+  multiply(pooled, torch::stable::transpose(weight, 0, 1), logits);
+  if (!bias_) return;
+  const Tensor bias = packed(torch::stable::to(*bias_, type));
+  const int64_t B = logits.size(0), K = logits.size(1);
+  A* z = out<A>(logits);
+  for (int64_t i = 0; i < B; ++i)
+    for (int64_t k = 0; k < K; ++k) z[i * K + k] += in<A>(bias)[k];
+}
+
+void run(const Inputs& in, const Outputs& out) {
+  const Settings& s = in.settings;
+  const Image features(in.features);
+  const Tensor targets = packed(in.targets), clean_prob = packed(in.clean_prob);
+  const int64_t B = in.features.size(0), C = in.features.size(1), h = in.features.size(2),
+                w = in.features.size(3), K = in.K;
+  const bool one_pass = in.weight.has_value();
+
+  // Values first: nothing is written before they are known to be right.
+  const float* q = sanm::in<float>(clean_prob);
+  check_unit(q, B, 1, "clean_prob", false);
+  const DrawSource draws(in);
+  if (targets.scalar_type() == ScalarType::Long)
+    check_indices(sanm::in<int64_t>(targets), B, K, "targets");
+  else
+    dispatch(targets.scalar_type(), [&](auto zero) {
+      check_finite(sanm::in<decltype(zero)>(targets), B * K, K, "targets");
+    });
+
+  float* ratio = sanm::out<float>(out.ratio);
+  int32_t* boxes = sanm::out<int32_t>(out.boxes);
+  dispatch(in.features.scalar_type(), [&](auto zero) {
+    using F = decltype(zero);
+    using A = acc_t<F>;
+    A* visible = sanm::out<A>(out.visible);
+    A* pooled = sanm::out<A>(out.pooled);
+    analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions,
+               [&](int64_t i, const F* f, const Positions& found) {
+                 place(in, found, draws(i), q[i], i, B, ratio, boxes);
+                 if (!one_pass) return;
+                 visibility(boxes + 4 * i, h, w, in.H, in.W, visible + i * h * w);
+                 pool(f, C, h * w, features.channels_last, visible + i * h * w, pooled + i * C);
+               });
+  });
+  dispatch(out.targets.scalar_type(), [&](auto zero) {
+    modulate(targets, ratio, s.clamp, s.draw_sets(), B, K,
+             sanm::out<decltype(zero)>(out.targets));
+  });
+  if (in.images)
+    dispatch(in.images->scalar_type(), [&](auto zero) {
+      paint(in, Image(*in.images), boxes, draws, sanm::out<decltype(zero)>(out.views));
+    });
+  if (!one_pass) return;
+  dispatch(acc_type(in.features), [&](auto acc_zero) {
+    using A = acc_t<decltype(acc_zero)>;
+    classify<A>(out.pooled, *in.weight, in.bias, out.logits);
+    dispatch(out.targets.scalar_type(), [&](auto zero) {
+      using Y = decltype(zero);
+      cross_entropy(sanm::in<A>(out.logits), sanm::in<Y>(out.targets), B, K, sanm::out<A>(out.loss));
+    });
+  });
+}
+
+Outputs allocate(const Inputs& in) {
+  const int64_t B = in.features.size(0), V = in.settings.view_count(), S = in.settings.draw_sets();
+  const ScalarType acc = acc_type(in.features), type = in.features.scalar_type();
+  const bool soft = in.targets.scalar_type() != ScalarType::Long;
+  Tensor views = new_tensor({0}, type);
+  if (in.images) {
+    const Tensor& x = *in.images;
+    const std::vector<int64_t> size = {V * B, x.size(1), x.size(2), x.size(3)};
+    views = new_image(size, x.scalar_type(), is_channels_last(x));
+  }
+  const bool one_pass = in.weight.has_value();
+  return {new_tensor({5, B}, acc),
+          new_tensor({2, B, 2}, ScalarType::Int),
+          new_tensor({S, B}, ScalarType::Float),
+          new_tensor({V, B, 4}, ScalarType::Int),
+          new_tensor({S, B, in.K}, soft ? in.targets.scalar_type() : ScalarType::Float),
+          views,
+          one_pass ? new_tensor({B, in.K}, acc) : new_tensor({0}, acc),
+          one_pass ? new_tensor({}, acc) : new_tensor({0}, acc),
+          one_pass ? new_tensor({B, in.features.size(1)}, acc) : new_tensor({0}, acc),
+          one_pass ? new_tensor({B, in.features.size(2), in.features.size(3)}, acc)
+                   : new_tensor({0}, acc)};
+}
+
+// The operators' arguments, in the schema's order.
+#define SANM_PARAMETERS                                                                           \
+  Tensor features, Tensor targets, Tensor clean_prob, OptTensor draws, OptTensor seed,            \
+      OptTensor sample_index, OptTensor images, OptTensor weight, OptTensor bias, int64_t H,      \
+      int64_t W, int64_t K, int64_t views, bool shared, bool centered, bool quantize, bool clamp, \
+      int64_t fill, std::vector<double> fill_value, double area_scale, double ratio_low,          \
+      double ratio_high, double ratio_gamma, double aspect_low, double aspect_high
+#define SANM_INPUTS                                                                              \
+  Inputs {                                                                                       \
+    features, targets, clean_prob, draws, seed, sample_index, images, weight, bias, H, W, K,     \
+        Settings{views,      shared,    centered,   quantize,    clamp,      fill,               \
+                 area_scale, ratio_low, ratio_high, ratio_gamma, aspect_low, aspect_high},       \
+        fill_value                                                                               \
+  }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+masked_forward(SANM_PARAMETERS) {
+  const Inputs in = SANM_INPUTS;
+  const Outputs o = allocate(in);
+  run(in, o);
+  return {o.stats, o.positions, o.ratio, o.boxes, o.targets, o.views, o.logits, o.loss, o.pooled,
+          o.visible};
+}
+
+void masked_forward_out(SANM_PARAMETERS, Tensor stats, Tensor positions, Tensor ratio, Tensor boxes,
+                        Tensor targets_out, Tensor views_out, Tensor logits, Tensor loss,
+                        Tensor pooled, Tensor visible) {
+  run(SANM_INPUTS, Outputs{stats, positions, ratio, boxes, targets_out, views_out, logits, loss,
+                           pooled, visible});
+}
+
+// features (B, C, h, w) → statistics (5, B), peak and trough (2, B, 2) int32
+std::tuple<Tensor, Tensor> activation_stats(const Tensor& features_, int64_t H, int64_t W,
+                                            bool quantize) {
+  const Image features(features_);
+  const int64_t B = features_.size(0);
+  const Tensor stats = new_tensor({5, B}, acc_type(features_)),
+               positions = new_tensor({2, B, 2}, ScalarType::Int);
+  dispatch(features_.scalar_type(), [&](auto zero) {
+    analyse<decltype(zero)>(features, H, W, quantize, stats, positions,
+                            [](int64_t, const auto*, const Positions&) {});
+  });
+  return {stats, positions};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sanm_kernels, CPU, m) {
+  m.impl("masked_forward.cpu", TORCH_BOX(&masked_forward));
+  m.impl("masked_forward_out.cpu", TORCH_BOX(&masked_forward_out));
+  m.impl("activation_stats.cpu", TORCH_BOX(&activation_stats));
+}
+
+}  // namespace sanm

@@ -1,0 +1,122 @@
+// Masked views: copies of an image, made once through the cache, with a box filled.
+#pragma once
+
+#include "cpu/common.h"
+#include "cpu/stream.h"
+#include "math/box.h"
+#include "math/draws.h"
+
+namespace sanm {
+
+// Draws of one sample: the caller's, or Philox's.
+struct Draws {
+  const double* given;  // (D) or null
+  int64_t index, seed;
+  double operator()(int64_t number) const {
+    return given ? given[number] : uniform(number, index, seed);
+  }
+};
+
+// Section 3 of the method, one sample: x (Cin, H, W) or (H, W, Cin) → V copies with a box filled.
+template <typename T>
+class Painter {
+ public:
+  Painter(const Settings& settings, const std::vector<double>& fill_value, int64_t H, int64_t W,
+          int64_t channels, bool channels_last, bool stream)
+      : s_(settings), fill_value_(fill_value), H_(H), W_(W), C_(channels),
+        step_(channels_last ? channels : 1), planes_(channels_last ? 1 : channels),
+        channels_last_(channels_last), stream_(stream), fill_(2 * channels), row_(W_ * step_) {}
+
+  // boxes: one (4) per view; view v is written at out + v·stride.
+  void paint(const T* x, T* out, int64_t stride, const int32_t* const boxes[2], const Draws& draws) {
+    const int V = s_.view_count();
+    fills(x, draws);
+    const int64_t length = W_ * step_;
+    for (int64_t plane = 0; plane < planes_; ++plane) {
+      const T* source = x + plane * H_ * length;
+      T* target = out + plane * H_ * length;
+      for (int64_t y = 0; y < H_;) {
+        // Rows up to the next edge of a box are alike.
+        int64_t end = H_;
+        bool hit[2] = {false, false};
+        for (int v = 0; v < V; ++v) {
+          hit[v] = boxes[v][0] <= y && y < boxes[v][2];
+          for (const int edge : {boxes[v][0], boxes[v][2]})
+            if (edge > y) end = std::min<int64_t>(end, edge);
+        }
+        const char* from = reinterpret_cast<const char*>(source + y * length);
+        const auto to = [&](int v) {
+          return reinterpret_cast<char*>(target + v * stride + y * length);
+        };
+        const int64_t bytes = (end - y) * length * sizeof(T);
+        if (V == 2 && !hit[0] && !hit[1]) {
+          copy_bytes_twice(to(0), to(1), from, bytes, stream_);
+        } else {
+          for (int v = 0; v < V; ++v) {
+            if (!hit[v]) {
+              copy_bytes(to(v), from, bytes, stream_);
+              continue;
+            }
+            for (int64_t row = y; row < end; ++row) {
+              fill_row(source + row * length, v, plane, row, boxes[v], draws);
+              copy_bytes(reinterpret_cast<char*>(target + v * stride + row * length),
+                         reinterpret_cast<const char*>(row_.data()), length * sizeof(T), stream_);
+            }
+          }
+        }
+        y = end;
+      }
+    }
+  }
+
+ private:
+  static T cast(double value) {
+    if constexpr (std::is_same_v<T, double>) return value;
+    return static_cast<T>(static_cast<float>(value));
+  }
+
+  void fills(const T* x, const Draws& draws) {
+    for (int v = 0; v < s_.view_count(); ++v)
+      for (int64_t c = 0; c < C_; ++c) {
+        T& fill = fill_[v * C_ + c];
+        if (s_.fill == kConstant)
+          fill = cast(fill_value_[fill_value_.size() == 1 ? 0 : c]);
+        else if (s_.fill == kUniform)
+          fill = cast(draws(2 * s_.draw_sets() + v * C_ + c));
+        else if (s_.fill == kMean)
+          fill = v ? fill_[c] : cast(mean(x, c));
+      }
+  }
+
+  double mean(const T* x, int64_t c) const {
+    const T* first = channels_last_ ? x + c : x + c * H_ * W_;
+    double sum = 0;
+    for (int64_t k = 0; k < H_ * W_; ++k) sum += static_cast<double>(first[k * step_]);
+    return sum / static_cast<double>(H_ * W_);
+  }
+
+  // One row of one view, box filled, in row_.
+  void fill_row(const T* x, int v, int64_t plane, int64_t y, const int32_t* box,
+                const Draws& draws) {
+    std::memcpy(row_.data(), x, row_.size() * sizeof(T));
+    const uint32_t kind = s_.views == 3 ? v : static_cast<uint32_t>(s_.views - 1);
+    for (int64_t column = box[1]; column < box[3]; ++column)
+      for (int64_t k = 0; k < step_; ++k) {
+        const int64_t c = channels_last_ ? k : plane;
+        row_[column * step_ + k] =
+            s_.fill == kPixel
+                ? cast(normal(static_cast<uint32_t>((c * H_ + y) * W_ + column), 1 + kind,
+                              draws.index, draws.seed))
+                : fill_[v * C_ + c];
+      }
+  }
+
+  Settings s_;
+  const std::vector<double>& fill_value_;
+  int64_t H_, W_, C_;
+  int64_t step_, planes_;  // elements between pixels of a row; planes of rows
+  bool channels_last_, stream_;
+  std::vector<T> fill_, row_;
+};
+
+}  // namespace sanm

@@ -1,0 +1,182 @@
+// Reconstruction loss Σ_v (1/count_v) Σ (r − x)² over V views, of the whole image or of the elements
+// inside each sample's box, and its gradient (2/count_v)(r − x), zero outside.
+//
+// A sample is visited run by run: a box is a set of runs of consecutive elements in NCHW as in NHWC, the
+// whole image a single one. Each sample's sum is taken by one thread, in pieces added up in double,
+// and the samples' sums are added in order: the result does not depend on the number of threads.
+#include "cpu/common.h"
+#include "cpu/convert.h"
+#include "cpu/image.h"
+
+namespace sanm {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+constexpr int64_t kPiece = 1024;
+
+struct Box {
+  int64_t y0, x0, y1, x1;
+};
+
+// Both tensors in the reconstruction's memory format, and the boxes.
+struct Arguments {
+  Arguments(const Tensor& reconstruction_, const Tensor& images_,
+            const std::optional<Tensor>& boxes_)
+      : reconstruction(reconstruction_), C(images_.size(1)), H(images_.size(2)),
+        W(images_.size(3)), B(images_.size(0)), N(reconstruction_.size(0)),
+        images(torch::stable::contiguous(images_, reconstruction.channels_last
+                                                      ? MemoryFormat::ChannelsLast
+                                                      : MemoryFormat::Contiguous)) {
+    if (!boxes_) return;
+    const Tensor packed_boxes = packed(*boxes_);
+    const int64_t* b = in<int64_t>(packed_boxes);
+    for (int64_t i = 0; i < N; ++i, b += 4) {
+      boxes.push_back({b[0], b[1], b[2], b[3]});
+      if (!(0 <= b[0] && b[0] <= b[2] && b[2] <= H && 0 <= b[1] && b[1] <= b[3] && b[3] <= W))
+        value_error("boxes: expected 0 ≤ y0 ≤ y1 ≤ ", H, " and 0 ≤ x0 ≤ x1 ≤ ", W, ", got [", b[0],
+                    ", ", b[1], ", ", b[2], ", ", b[3], "] at index [", i / B, ", ", i % B, "]");
+    }
+  }
+
+  int64_t sample_size() const { return C * H * W; }
+  int64_t views() const { return B > 0 ? N / B : 0; }
+
+  // How many elements of view v count.
+  int64_t count(int64_t v) const {
+    if (boxes.empty()) return B * sample_size();
+    int64_t area = 0;
+    for (int64_t i = v * B; i < (v + 1) * B; ++i)
+      area += (boxes[i].y1 - boxes[i].y0) * (boxes[i].x1 - boxes[i].x0);
+    return area * C;
+  }
+
+  // Calls body(first, length) for each run of consecutive elements of sample i that count.
+  template <typename Body>
+  void runs(int64_t i, const Body& body) const {
+    if (boxes.empty()) return body(0, sample_size());
+    const Box& b = boxes[i];
+    const int64_t planes = reconstruction.channels_last ? 1 : C;
+    const int64_t per_pixel = reconstruction.channels_last ? C : 1;
+    for (int64_t c = 0; c < planes; ++c)
+      for (int64_t y = b.y0; y < b.y1; ++y)
+        body((c * H * W + y * W + b.x0) * per_pixel, (b.x1 - b.x0) * per_pixel);
+  }
+
+  Image reconstruction;
+  int64_t C, H, W, B, N;
+  Tensor images;
+  std::vector<Box> boxes;  // one for each of the V·B samples; none: the whole image
+};
+
+// Calls body(r, x, n, at) with both as A, piece by piece, for n elements from `at` of sample i on.
+template <typename A, typename T, typename Body>
+void pieces(const T* r, const Tensor& images, int64_t x_offset, int64_t n, A* left, A* right,
+            const Body& body) {
+  for (int64_t at = 0; at < n; at += kPiece) {
+    const int64_t length = std::min(kPiece, n - at);
+    const A *rp, *xp;
+    if constexpr (std::is_same_v<T, A>) {
+      rp = r + at;
+    } else {
+      widen(r + at, 1, length, left);
+      rp = left;
+    }
+    if ((images.scalar_type() == ScalarType::Double) == std::is_same_v<A, double> &&
+        images.element_size() == sizeof(A)) {
+      xp = in<A>(images) + x_offset + at;
+    } else {
+      dispatch(images.scalar_type(), [&](auto zero) {
+        widen(in<decltype(zero)>(images) + x_offset + at, 1, length, right);
+      });
+      xp = right;
+    }
+    body(rp, xp, length, at);
+  }
+}
+
+// reconstruction (V·B, C, H, W), images (B, C, H, W), boxes (V, B, 4) int64 or none → ()
+Tensor reconstruction_loss(const Tensor& reconstruction, const Tensor& images,
+                           const std::optional<Tensor>& boxes) {
+  const Arguments a(reconstruction, images, boxes);
+  const Tensor loss = new_tensor({}, acc_type(reconstruction));
+  dispatch(reconstruction.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const T* r = in<T>(a.reconstruction.tensor);
+    const int64_t E = a.sample_size();
+    std::vector<double> sums(a.N);
+    torch::stable::parallel_for(0, a.N, grain(E), [&](int64_t begin, int64_t end) {
+      A left[kPiece], right[kPiece];
+      for (int64_t i = begin; i < end; ++i) {
+        double total = 0;
+        a.runs(i, [&](int64_t first, int64_t length) {
+          pieces(r + i * E + first, a.images, i % a.B * E + first, length, left, right,
+                 [&](const A* rp, const A* xp, int64_t n, int64_t) {
+                   A sum = 0;
+#pragma omp simd reduction(+ : sum)
+                   for (int64_t k = 0; k < n; ++k) sum += (rp[k] - xp[k]) * (rp[k] - xp[k]);
+                   total += sum;
+                 });
+        });
+        sums[i] = total;
+      }
+    });
+    double result = 0;
+    for (int64_t v = 0; v < a.views(); ++v) {
+      double total = 0;
+      for (int64_t i = v * a.B; i < (v + 1) * a.B; ++i) total += sums[i];
+      result += total / std::max<int64_t>(1, a.count(v));
+    }
+    *out<A>(loss) = static_cast<A>(result);
+  });
+  return loss;
+}
+
+// grad () and forward's arguments → gradient (V·B, C, H, W), dtype and format of the reconstruction
+Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruction,
+                                    const Tensor& images, const std::optional<Tensor>& boxes) {
+  const Arguments a(reconstruction, images, boxes);
+  const Tensor result = new_image({a.N, a.C, a.H, a.W}, reconstruction.scalar_type(),
+                                  a.reconstruction.channels_last);
+  dispatch(reconstruction.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const T* r = in<T>(a.reconstruction.tensor);
+    T* d = out<T>(result);
+    const int64_t E = a.sample_size();
+    std::vector<A> scale;
+    for (int64_t v = 0; v < a.views(); ++v)
+      scale.push_back(2 * *in<A>(grad) / std::max<int64_t>(1, a.count(v)));
+    torch::stable::parallel_for(0, a.N, grain(E), [&](int64_t begin, int64_t end) {
+      A left[kPiece], right[kPiece];
+      for (int64_t i = begin; i < end; ++i) {
+        const A s = scale[i / a.B];
+        if (!a.boxes.empty()) std::memset(d + i * E, 0, E * sizeof(T));
+        a.runs(i, [&](int64_t first, int64_t length) {
+          T* run = d + i * E + first;
+          pieces(r + i * E + first, a.images, i % a.B * E + first, length, left, right,
+                 [&](const A* rp, const A* xp, int64_t n, int64_t at) {
+                   if constexpr (std::is_same_v<T, A>) {
+#pragma omp simd
+                     for (int64_t k = 0; k < n; ++k) run[at + k] = s * (rp[k] - xp[k]);
+                   } else {
+                     for (int64_t k = 0; k < n; ++k) left[k] = s * (rp[k] - xp[k]);
+                     narrow(left, n, run + at);
+                   }
+                 });
+        });
+      }
+    });
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sanm_kernels, CPU, m) {
+  m.impl("reconstruction_loss.cpu", TORCH_BOX(&reconstruction_loss));
+  m.impl("reconstruction_loss_backward.cpu", TORCH_BOX(&reconstruction_loss_backward));
+}
+
+}  // namespace sanm

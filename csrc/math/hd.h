@@ -1,0 +1,14 @@
+// Formulas under csrc/math are written once and compiled for the host and for the device.
+//
+// Results are to agree to the last bit everywhere, so every rounding is named: the host compiles
+// with -ffp-contract=off, where a·b + c is two roundings and std::fma one.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SANM_HD __host__ __device__ __forceinline__
+#else
+#define SANM_HD inline
+#endif

@@ -1,0 +1,47 @@
+// Label modulation (section 4 of the method): what row t loses at its largest target, the others
+// gain in equal parts. Every backend computes exactly these rounded steps, without FMA:
+//   j* = first argmax t,  d = ratio or min(ratio, t[j*]),  add = d / (K − 1),
+//   t'[k] = t[k] + add,  t'[j*] = t[j*] − d.
+#pragma once
+
+#include "math/hd.h"
+
+namespace sanm {
+
+// The first index of the largest of K values.
+template <typename T>
+SANM_HD int64_t first_argmax(const T* t, int64_t K) {
+  int64_t top = 0;
+  for (int64_t k = 1; k < K; ++k)
+    if (t[k] > t[top]) top = k;
+  return top;
+}
+
+// d, what the largest target loses.
+template <typename A>
+SANM_HD A drop(A ratio, A top, bool clamp) {
+  return clamp && top < ratio ? top : ratio;
+}
+
+// What becomes of a row whose largest target is `best`: its new value, and what the others gain.
+template <typename A>
+struct Modulation {
+  A top, add;
+};
+
+template <typename A>
+SANM_HD Modulation<A> modulation(A best, int64_t K, A ratio, bool clamp) {
+  const A d = drop(ratio, best, clamp);
+  return {best - d, d / static_cast<A>(K - 1)};
+}
+
+// t (K) → out (K), computed in A: float, or double for double targets. K ≥ 2.
+template <typename T, typename A>
+SANM_HD void modulate_row(const T* t, int64_t K, A ratio, bool clamp, T* out) {
+  const int64_t top = first_argmax(t, K);
+  const Modulation<A> m = modulation(static_cast<A>(t[top]), K, ratio, clamp);
+  for (int64_t k = 0; k < K; ++k) out[k] = static_cast<T>(static_cast<A>(t[k]) + m.add);
+  out[top] = static_cast<T>(m.top);
+}
+
+}  // namespace sanm

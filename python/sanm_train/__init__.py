@@ -1,0 +1,21 @@
+"""Training with wrong labels on `sanm_kernels`: the SANM wrapper, recipes and a command line."""
+
+from .config import ConfigError, TrainConfig
+from .models import Decoder
+from .recipes import RECIPES, Recipe, register
+from .sanm import SANM, Batch, SANMLosses
+from .train import Result, train
+
+__all__ = [
+    "RECIPES",
+    "SANM",
+    "Batch",
+    "ConfigError",
+    "Decoder",
+    "Recipe",
+    "Result",
+    "SANMLosses",
+    "TrainConfig",
+    "register",
+    "train",
+]

@@ -1,0 +1,33 @@
+"""`sanm demo`: plain training against SANM on digits with half of the labels wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig
+from .figure import save_figure
+from .files import prepare_folder
+from .report import print_table, write_label_quality
+from .train import train
+
+
+def demo(out: str | Path, **settings: Any) -> int:
+    """Train `ce` and `sanm-dividemix`, print a table, write label_quality.csv and masking.png.
+
+    Returns the exit status, 130 when interrupted.
+    """
+    folder = prepare_folder(out)
+    configs = [TrainConfig(recipe=recipe, **settings) for recipe in ("ce", "sanm-dividemix")]
+    results = []
+    for config in configs:
+        result = train(config, folder / config.recipe, progress=True)
+        if result.interrupted:
+            return 130
+        results.append(result)
+    print_table(results)
+    write_label_quality(folder / "label_quality.csv", results[-1])
+    save_figure(folder / "masking.png", results[-1])
+    print(f"Label quality of every training sample: {folder / 'label_quality.csv'}")
+    print(f"What was masked, and why: {folder / 'masking.png'}")
+    return 0

@@ -1,0 +1,147 @@
+"""Networks for the recipes, and the decoder that rebuilds an image from a feature map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation residual block (He et al., 2016): BN-ReLU-conv twice, plus a shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(activated)
+        return self.conv2(F.relu(self.bn2(self.conv1(activated)))) + shortcut
+
+
+class PreActResNet18(nn.Module):
+    """PreAct ResNet-18 for 32×32 images; its last feature map is 512×4×4.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: K.
+        width: channels of the first stage (64 as published); the last has 8 times as many.
+    """
+
+    feature_layer = "layer4"
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.layer1 = self._stage(width, width, 1)
+        self.layer2 = self._stage(width, 2 * width, 2)
+        self.layer3 = self._stage(2 * width, 4 * width, 2)
+        self.layer4 = self._stage(4 * width, 8 * width, 2)
+        self.linear = nn.Linear(8 * width, num_classes)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            PreActBlock(in_channels, channels, stride), PreActBlock(channels, channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        return self.linear(x.mean((2, 3)))
+
+
+class SmallCNN(nn.Module):
+    """Four convolutions for 8×8 digits; its last feature map is 4·width × 4 × 4."""
+
+    feature_layer = "features"
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, width: int = 16) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *self._layer(in_channels, width),
+            *self._layer(width, 2 * width, stride=2),
+            *self._layer(2 * width, 4 * width),
+            *self._layer(4 * width, 4 * width),
+        )
+        self.linear = nn.Linear(4 * width, num_classes)
+
+    @staticmethod
+    def _layer(in_channels: int, channels: int, stride: int = 1) -> tuple[nn.Module, ...]:
+        conv = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        return conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x).mean((2, 3)))
+
+
+class Decoder(nn.Module):
+    """Rebuilds images (B, Cin, H, W) from feature maps (B, C, h, w).
+
+    Each stage convolves 3×3 and resizes bilinearly, by at most a factor of two. Sizes go from
+    (h, w) to (H, W) in geometric steps, so any pair of sizes works, and since resizing leaves no
+    gaps (strided transposed convolutions with small kernels do), every output pixel depends on
+    the map.
+
+    Args:
+        map_shape: (C, h, w) of the feature map.
+        image_shape: (Cin, H, W) of the images.
+        width: channels of the last stage; each earlier stage has twice as many, up to C.
+    """
+
+    def __init__(
+        self, map_shape: tuple[int, int, int], image_shape: tuple[int, int, int], width: int = 32
+    ) -> None:
+        super().__init__()
+        (channels, *size), (image_channels, *image_size) = map_shape, image_shape
+        if min(*map_shape, *image_shape) < 1:
+            raise ValueError(
+                f"map_shape and image_shape must be positive, got {map_shape} and {image_shape}"
+            )
+        growth = [full / small for full, small in zip(image_size, size, strict=True)]
+        stages = max(1, *(math.ceil(abs(math.log2(g)) - 1e-9) for g in growth))
+        self.map_shape, self.image_shape = tuple(map_shape), tuple(image_shape)
+        self.sizes = [
+            tuple(round(s * g ** (i / stages)) for s, g in zip(size, growth, strict=True))
+            for i in range(1, stages + 1)
+        ]
+        widths = [channels] + [min(channels, width << (stages - 1 - i)) for i in range(stages)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(fan_out),
+                nn.LeakyReLU(0.1, inplace=True),
+            )
+            for fan_in, fan_out in zip(widths, widths[1:], strict=False)
+        )
+        self.output = nn.Conv2d(widths[-1], image_channels, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if tuple(features.shape[1:]) != self.map_shape:
+            raise ValueError(
+                f"features must be (B, {', '.join(map(str, self.map_shape))}), the map the decoder "
+                f"was built for; got {tuple(features.shape)}"
+            )
+        for size, stage in zip(self.sizes, self.stages, strict=True):
+            features = F.interpolate(stage(features), size, mode="bilinear", align_corners=False)
+        return self.output(features)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "small-cnn": SmallCNN,
+    "preact-resnet18": PreActResNet18,
+}
+
+
+def build_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
+    """The named network of `MODELS` with a fresh initialisation."""
+    return MODELS[name](in_channels=in_channels, num_classes=num_classes)

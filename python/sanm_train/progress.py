@@ -1,0 +1,40 @@
+"""The progress bar of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunProgress:
+    """One line: recipe, epochs done, step, last and best test accuracy. A context manager."""
+
+    def __init__(self, title: str, epochs: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("epochs"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._task = self._progress.add_task(title, total=epochs, note="")
+        self._accuracy = ""
+
+    def __enter__(self) -> RunProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def step(self, epoch: int, step: int) -> None:
+        """`step` optimiser steps of epoch `epoch` (from 0) are done."""
+        self._progress.update(self._task, note=f"{self._accuracy}step {step}")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """An epoch with these metrics is done."""
+        last, best = row["test_accuracy"], row["best_accuracy"]
+        self._accuracy = f"test {last:.1%} (best {best:.1%}) "
+        self._progress.update(self._task, completed=row["epoch"] + 1, note=self._accuracy)

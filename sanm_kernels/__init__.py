@@ -1,0 +1,39 @@
+"""Kernels for self-supervised adversarial noisy masking (SANM): learning from noisy labels."""
+
+from sanm_kernels.backends import available_backends, use_backend
+from sanm_kernels.config import MaskConfig
+from sanm_kernels.functional import (
+    ActivationStats,
+    MaskedForward,
+    activation_stats,
+    masked_forward,
+)
+from sanm_kernels.losses import (
+    MaskedLoss,
+    masked_loss,
+    mixup_views,
+    reconstruction_loss,
+    refine_targets,
+    sample_loss,
+)
+from sanm_kernels.quality import LabelQuality, fit_label_quality
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationStats",
+    "LabelQuality",
+    "MaskConfig",
+    "MaskedForward",
+    "MaskedLoss",
+    "activation_stats",
+    "available_backends",
+    "fit_label_quality",
+    "masked_forward",
+    "masked_loss",
+    "mixup_views",
+    "reconstruction_loss",
+    "refine_targets",
+    "sample_loss",
+    "use_backend",
+]

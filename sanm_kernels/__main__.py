@@ -1,0 +1,106 @@
+"""``python -m sanm_kernels info [--json]``: versions, and which backend serves each operator."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sanm_kernels
+from sanm_kernels import backends
+from sanm_kernels.backends import cpu
+
+
+def info() -> dict[str, Any]:
+    """What `info --json` prints: plain strings, numbers, lists and dicts.
+
+    Returns:
+        The keys ``versions``, ``processor`` and ``cuda``; ``forced``, the backend that the
+        environment forces, or None; ``backends``, for each None or the reason why it can't be
+        used; ``operators``, for each and each device type the backend that serves it.
+    """
+    unavailable = sanm_kernels.available_backends()
+    return {
+        "versions": {
+            "sanm_kernels": sanm_kernels.__version__,
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+        },
+        "package": str(Path(sanm_kernels.__file__).parent),
+        "processor": {
+            "machine": platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "library": None if cpu.loaded is None else f"cpu_{cpu.loaded}.so",
+        },
+        "cuda": {
+            "version": torch.version.cuda,
+            "devices": [
+                torch.cuda.get_device_name(i)
+                for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+            ],
+        },
+        "forced": backends._forced[0] if backends._forced else None,
+        "backends": unavailable,
+        "operators": backends.table(),
+    }
+
+
+def text(facts: dict[str, Any]) -> str:
+    """The facts of :func:`info` as what a person reads."""
+    versions, processor, cuda = facts["versions"], facts["processor"], facts["cuda"]
+    rows = [
+        ("package", facts["package"]),
+        *((name, version or "not installed") for name, version in versions.items()),
+        (
+            "processor",
+            f"{processor['machine']}, {processor['capability']}, {processor['threads']} threads",
+        ),
+        ("library", processor["library"] or "none"),
+        ("CUDA", cuda["version"] or "not in this torch"),
+        ("GPUs", ", ".join(cuda["devices"]) or "none"),
+    ]
+    lines = [f"{name:14}{value}" for name, value in rows]
+    lines += ["", "Backends"]
+    for name, reason in facts["backends"].items():
+        lines.append(f"  {name:12}{'available' if reason is None else f'not available: {reason}'}")
+    if facts["forced"] is not None:
+        lines.append(f"  SANM_KERNELS_BACKEND forces {facts['forced']}")
+    devices = list(next(iter(facts["operators"].values())))
+    width = max(map(len, facts["operators"])) + 2
+    lines += ["", "  ".join([f"{'Served by':{width}}", *(f"{d + ' tensors':14}" for d in devices)])]
+    for name, served in facts["operators"].items():
+        lines.append("  ".join([f"  {name:{width - 2}}", *(f"{served[d]:14}" for d in devices)]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m sanm_kernels", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("info", help="versions, and which backend serves each operator")
+    command.add_argument("--json", action="store_true", help="print as JSON")
+    options = parser.parse_args(arguments)
+    facts = info()
+    print(json.dumps(facts, indent=2) if options.json else text(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Which backend serves which operator, why another does not, and how to force one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from sanm_kernels.ops.base import BACKENDS, operators
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: In order of preference, per device type; any other device is served by the reference.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+#: Device types that a backend's kernels run on; the reference runs anywhere.
+DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+_forced: list[str] = []  # innermost use_backend last
+
+
+def _check_name(name: object, argument: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, BACKENDS))}, "
+                         f"got {name!r}")
+    return str(name)
+
+
+@functools.cache
+def load(backend: str) -> str | None:
+    """Load a backend's kernels, once. Returns None, or the reason why it can't be used."""
+    try:
+        module = importlib.import_module(f"sanm_kernels.backends.{backend}")
+    except ModuleNotFoundError as error:
+        return f"this build has no {backend} backend ({error})"
+    reason: str | None = module.load()
+    return reason
+
+
+def serves(backend: str, op: str, device: str) -> str | None:
+    """None if `backend` can run operator `op` on device type `device`, else the reason."""
+    if backend != "reference" and device not in DEVICES[backend]:
+        return f"it runs on {' and '.join(DEVICES[backend])} tensors, not on {device}"
+    reason = load(backend)
+    if reason is None and backend != "reference":
+        key = device.upper()
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sanm_kernels::{op}.{backend}", key):
+            reason = f"it has no kernel for {op}"
+    return reason
+
+
+@functools.cache
+def _choose(op: str, device: str, forced: str | None) -> str:
+    if forced is not None:
+        reason = serves(forced, op, device)
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} cannot run {op}: {reason}")
+        return forced
+    for backend in PREFERENCE.get(device, ("reference",)):
+        if serves(backend, op, device) is None:
+            return backend
+    raise AssertionError("the reference serves every operator")
+
+
+def constant(function: F) -> F:
+    """Let torch.compile call `function` when it traces and keep the result.
+
+    What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes
+    seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def _choose_constant(op: str, device: str, forced: str | None) -> str:
+    return _choose(op, device, forced)
+
+
+def select(op: str, device: torch.device, backend: str | None) -> Any:
+    """The overload of `op` for tensors on `device`.
+
+    A backend is forced by, in this order, the `backend` argument, the innermost
+    :func:`use_backend`, and the environment variable ``SANM_KERNELS_BACKEND``.
+
+    Raises:
+        ValueError: the forced name is no backend.
+        RuntimeError: the forced backend cannot run the operator; the message says why.
+    """
+    if backend is not None:
+        backend = _check_name(backend, "backend")
+    elif _forced:
+        backend = _forced[-1]
+    chosen = (_choose_constant if torch.compiler.is_compiling() else _choose)(
+        op, device.type, backend
+    )
+    return getattr(getattr(torch.ops.sanm_kernels, op), chosen)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every call inside the ``with`` block onto one backend, in all threads.
+
+    Args:
+        name: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        The context manager.
+
+    Raises:
+        ValueError: `name` is no backend.
+        RuntimeError: the backend cannot be loaded here; the message says why.
+    """
+    reason = load(_check_name(name, "name"))
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Which backends can be used here.
+
+    Returns:
+        Every backend's name, with None if it can be used or else the reason why it can't.
+    """
+    return {name: load(name) for name in BACKENDS}
+
+
+def table() -> dict[str, dict[str, str]]:
+    """For each operator and device type, the backend that serves it by default."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {op: {d: _choose(op, d, None) for d in devices} for op in operators}
+
+
+_environment = os.environ.get("SANM_KERNELS_BACKEND")
+if _environment:
+    _forced.append(_check_name(_environment, "SANM_KERNELS_BACKEND"))

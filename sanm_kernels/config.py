@@ -1,0 +1,132 @@
+"""Every switch of the method as one field, and the three named presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+POSITIONS = ("center", "corner")
+FILLS = ("constant", "uniform", "mean", "pixel")
+DROPS = ("clamped", "unclamped")
+VIEWS = ("max", "min")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How activation maps become boxes, masked views and modulated targets.
+
+    The defaults are the semantics of the paper (Tu et al., CVPR 2023); see also
+    :meth:`official_cifar` and :meth:`official_clothing1m`. Instances are immutable:
+    derive variants with :meth:`replace`.
+
+    Attributes:
+        position: ``"center"`` puts the box's centre on the peak, ``"corner"`` its top-left corner.
+        area_scale: κ; a box covers κ·r·H·W pixels.
+        views: which masked views are made, any non-empty subset of ``("max", "min")``.
+        shared_draws: one draw of area and aspect serves both views (so both have one ratio and
+            one set of modulated targets); otherwise each view draws its own.
+        quantize: find peak and trough after quantising the upsampled map to 256 levels.
+        fill: what a box is filled with. ``"constant"``: `fill_value`; ``"uniform"``: one U(0,1)
+            per sample, view and channel; ``"mean"``: the sample's channel mean; ``"pixel"``:
+            N(0,1) per element.
+        fill_value: the constant, one number or one per channel.
+        ratio_low, ratio_high, ratio_gamma: r = a + γ·(1 − q) with a ~ U(low, high).
+        aspect_low, aspect_high: the box's aspect s ~ U(low, high).
+        drop: ``"clamped"``: the label loses min(r, t[j*]), so no target is negative;
+            ``"unclamped"``: it loses r.
+        reconstruction_weight: weight of the reconstruction loss in training; no kernel reads it.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
+    """
+
+    position: str = "center"
+    area_scale: float = 1.0
+    views: tuple[str, ...] = ("max", "min")
+    shared_draws: bool = True
+    quantize: bool = False
+    fill: str = "constant"
+    fill_value: float | tuple[float, ...] = 0.0
+    ratio_low: float = 0.02
+    ratio_high: float = 0.07
+    ratio_gamma: float = 0.03
+    aspect_low: float = 0.8
+    aspect_high: float = 1.25
+    drop: str = "clamped"
+    reconstruction_weight: float = 0.02
+
+    def __post_init__(self) -> None:
+        _one_of("position", self.position, POSITIONS)
+        _one_of("fill", self.fill, FILLS)
+        _one_of("drop", self.drop, DROPS)
+        if isinstance(self.views, str):
+            raise TypeError(f"views: expected a tuple such as ('max', 'min'), got {self.views!r}")
+        object.__setattr__(self, "views", tuple(v for v in VIEWS if v in tuple(self.views)))
+        if not self.views:
+            raise ValueError("views: expected at least one of 'max' and 'min', got none")
+        for name in ("shared_draws", "quantize"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        value = self.fill_value
+        if not isinstance(value, (int, float)):
+            object.__setattr__(self, "fill_value", tuple(float(v) for v in value))
+        for name in ("area_scale", "ratio_low", "ratio_high", "ratio_gamma", "aspect_low",
+                     "aspect_high", "reconstruction_weight"):
+            v = getattr(self, name)
+            if isinstance(v, bool) or not isinstance(v, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {v!r}")
+            if not math.isfinite(v) or v < 0:
+                raise ValueError(f"{name}: expected a finite number ≥ 0, got {v!r}")
+        if self.area_scale == 0:
+            raise ValueError("area_scale: expected a number > 0, got 0")
+        if not self.ratio_low <= self.ratio_high:
+            raise ValueError(f"ratio_low: expected at most ratio_high = {self.ratio_high}, "
+                             f"got {self.ratio_low}")
+        if self.ratio_high + self.ratio_gamma > 1:
+            raise ValueError("ratio_high: expected ratio_high + ratio_gamma ≤ 1, "
+                             f"got {self.ratio_high} + {self.ratio_gamma}")
+        if not 0 < self.aspect_low <= self.aspect_high:
+            raise ValueError("aspect_low: expected 0 < aspect_low ≤ aspect_high, "
+                             f"got {self.aspect_low} and {self.aspect_high}")
+
+    @classmethod
+    def paper(cls) -> MaskConfig:
+        """What the paper describes: centred box of area r·H·W, zero fill, clamped label drop."""
+        return cls()
+
+    @classmethod
+    def official_cifar(cls) -> MaskConfig:
+        """What the released CIFAR script computes, quirks included."""
+        return cls(position="corner", area_scale=0.5, quantize=True, fill="uniform",
+                   drop="unclamped")
+
+    @classmethod
+    def official_clothing1m(cls) -> MaskConfig:
+        """The released Clothing1M constants: larger ratios, and each view draws its own box."""
+        return cls(position="corner", area_scale=1.0, shared_draws=False, quantize=True,
+                   fill="uniform", ratio_low=0.06, ratio_high=0.13, ratio_gamma=0.1,
+                   drop="unclamped", reconstruction_weight=0.3)
+
+    def replace(self, **changes: object) -> MaskConfig:
+        """A copy with the given fields changed, validated anew."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @property
+    def draw_sets(self) -> int:
+        """How many (area, aspect) pairs a sample draws: 1 if the views share them, else one each."""
+        return 1 if self.shared_draws else len(self.views)
+
+    def num_draws(self, channels: int) -> int:
+        """Uniform draws per sample for images of `channels` channels (0: no images).
+
+        Their order: area and aspect of each draw set, then with the uniform fill the first view's
+        channels, then the second's.
+        """
+        fills = len(self.views) * channels if self.fill == "uniform" else 0
+        return 2 * self.draw_sets + fills
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,397 @@
+"""masked_forward and activation_stats: validation, defaults, documentation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sanm_kernels import validate
+from sanm_kernels.backends import select
+from sanm_kernels.config import FILLS, VIEWS, MaskConfig
+from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, specs
+from sanm_kernels.reference.masked_forward import Settings
+
+_PAPER = MaskConfig.paper()
+
+
+class ActivationStats(NamedTuple):
+    """Per-sample statistics of the energy map E = Σ_c F² in which clean and mislabelled differ.
+
+    Attributes:
+        max, min, mean, std, entropy: (B,) float32 (float64 for float64 features). `std` is the
+            population's; `entropy` is normalised: 0 for one spike, 1 for a flat map.
+        peak, trough: (B, 2) int32, the row and column in image pixels where the upsampled map is
+            largest and smallest.
+    """
+
+    max: Tensor
+    min: Tensor
+    mean: Tensor
+    std: Tensor
+    entropy: Tensor
+    peak: Tensor
+    trough: Tensor
+
+
+class MaskedForward(NamedTuple):
+    """What :func:`masked_forward` returns; None where a thing was not asked for.
+
+    Attributes:
+        stats: the activation statistics.
+        ratio_max, ratio_min: (B,) float32, the mask ratio r of each view. The same tensor twice
+            where the configuration shares the draw between the views.
+        box_max, box_min: (B, 4) int32 y0, x0, y1, x1, half open.
+        targets_max, targets_min: (B, K) modulated targets, in the dtype of soft targets, float32
+            for class indices. The same tensor twice where the draw is shared.
+        images_max, images_min: (B, Cin, H, W) masked views in the images' dtype and memory format.
+        images_masked: (V·B, Cin, H, W), the memory of which the views are slices: what a network
+            takes to see all views in one forward.
+        logits: (B, K) of the one-pass mode, float32 (float64 for float64 features).
+        loss: () its cross-entropy against `targets_max`.
+        buffers: the tensors that all of the above are slices of; what `out=` writes to.
+    """
+
+    stats: ActivationStats
+    ratio_max: Tensor | None
+    ratio_min: Tensor | None
+    box_max: Tensor | None
+    box_min: Tensor | None
+    targets_max: Tensor | None
+    targets_min: Tensor | None
+    images_max: Tensor | None
+    images_min: Tensor | None
+    images_masked: Tensor | None
+    logits: Tensor | None
+    loss: Tensor | None
+    buffers: tuple[Tensor, ...]
+
+
+@validate.public
+def activation_stats(
+    features: Tensor,
+    size: tuple[int, int],
+    *,
+    config: MaskConfig = _PAPER,
+    backend: str | None = None,
+) -> ActivationStats:
+    """Statistics, peak and trough of each sample's feature map (section 1 of the method).
+
+    Args:
+        features: (B, C, h, w), any floating dtype and strides; contiguous and channels_last are
+            read in place.
+        size: (H, W) of the image, in whose pixels the positions are given.
+        config: only `quantize` is used. Default: the paper's.
+        backend: force a backend; see :func:`sanm_kernels.use_backend`.
+
+    Returns:
+        ActivationStats; nothing in it is differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or values.
+    """
+    validate.floating(features, "features", 4, shape="(B, C, h, w)")
+    _non_empty(features, "features")
+    height, width = _size(size)
+    config = _config(config)
+    op = select("activation_stats", features.device, backend)
+    stats, positions = op(features.detach(), height, width, config.quantize)
+    return ActivationStats(*stats.unbind(0), *positions.unbind(0))
+
+
+@validate.public
+def masked_forward(
+    features: Tensor,
+    targets: Tensor,
+    clean_prob: Tensor,
+    *,
+    images: Tensor | None = None,
+    classifier: tuple[Tensor, Tensor | None] | None = None,
+    size: tuple[int, int] | None = None,
+    config: MaskConfig = _PAPER,
+    num_classes: int | None = None,
+    draws: Tensor | None = None,
+    generator: torch.Generator | int | Tensor | None = None,
+    sample_index: Tensor | None = None,
+    out: MaskedForward | None = None,
+    backend: str | None = None,
+) -> MaskedForward:
+    """Statistics, label-quality-guided boxes, modulated targets, masked views, one-pass loss.
+
+    Sections 1 to 5 of the method in one pass over the feature map: E = Σ_c F² gives peak and
+    trough; r = a + γ·(1 − q) gives the boxes' area; views are the images with a box filled;
+    targets lose min(r, t[j*]) (or r) at their maximum, spread over the other classes. With
+    `classifier`, the peak's box hides cells of the feature map instead of pixels: what is left is
+    average-pooled, classified and scored, z = Σ v·F / Σ v, logits = z·Wᵀ + bias.
+
+    Args:
+        features: (B, C, h, w) last feature map, any floating dtype and strides; contiguous and
+            channels_last are read in place.
+        targets: (B, K) soft targets, or (B,) class indices (then `num_classes`, or the
+            classifier's, says K). K ≥ 2.
+        clean_prob: (B,) probability in [0, 1] that the label is right.
+        images: (B, Cin, H, W), any floating dtype; asks for the masked views.
+        classifier: (weight (K, C), bias (K,) or None); asks for logits and loss of the one-pass
+            mode. Needs the max view.
+        size: (H, W) of the image; only where `images` is not given.
+        config: the semantics. Default: the paper's.
+        num_classes: K; only for class indices.
+        draws: (B, D) explicit uniforms in [0, 1), D = `config.num_draws(Cin)`, in the order given
+            there. Without images the columns after the areas and aspects may be left out.
+        generator: where random numbers come from if not from `draws`: a seed, a 0-d int64 tensor
+            on the features' device holding one, a torch.Generator from which one is drawn, or None
+            for torch's default generator. The pixel fill always draws from it.
+        sample_index: (B,) global indices (any int64) that key the draws, so that a sample's box depends on
+            neither batch nor rank. Default: 0 … B − 1.
+        out: an earlier result of a call with the same arguments' shapes, dtypes and devices, whose
+            tensors are overwritten and returned. No argument may then require grad.
+        backend: force a backend; see :func:`sanm_kernels.use_backend`.
+
+    Returns:
+        MaskedForward. Differentiable are `targets_*` in targets, `images_*` in images, and `logits`
+        and `loss` in features, weight and bias; positions, boxes, and the targets inside the loss
+        are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or values.
+        RuntimeError: a forced backend cannot run, or `out` was given where a gradient is needed.
+    """
+    validate.floating(features, "features", 4, shape="(B, C, h, w)")
+    _non_empty(features, "features")
+    config = _config(config)
+    device, batch = features.device, features.shape[0]
+
+    validate.floating(clean_prob, "clean_prob", 1, shape="(B,)")
+    validate.length(clean_prob, "clean_prob", batch, "the batch of features")
+    validate.same_device(clean_prob, "clean_prob", device, "features")
+
+    weight = bias = None
+    if classifier is not None:
+        weight, bias = _classifier(classifier, features, config)
+    else:
+        features = features.detach()  # boxes and statistics are constants
+    targets, num_classes = _targets(targets, num_classes, weight, batch, device)
+
+    channels = 0
+    if images is not None:
+        validate.floating(images, "images", 4, shape="(B, Cin, H, W)")
+        validate.same_device(images, "images", device, "features")
+        validate.length(images, "images", batch, "the batch of features")
+        _non_empty(images, "images")
+        if size is not None and tuple(size) != tuple(images.shape[2:]):
+            raise ValueError(f"size: expected the images' {tuple(images.shape[2:])} or None, "
+                             f"got {size}")
+        channels, height, width = images.shape[1:]
+    elif size is None:
+        raise ValueError("size: expected (H, W) of the image where images is not given, got None")
+    else:
+        height, width = _size(size)
+
+    fill_value = _fill_value(config, channels)
+    if sample_index is not None:
+        sample_index = validate.integer(sample_index, "sample_index")
+        validate.length(sample_index, "sample_index", batch, "the batch of features")
+        validate.same_device(sample_index, "sample_index", device, "features")
+    seed: Tensor | None = None
+    if draws is not None:
+        draws = _draws(draws, batch, config, channels, device)
+    if draws is None or (config.fill == "pixel" and images is not None):
+        seed = _seed(generator, device)
+
+    arguments = (
+        features, targets, clean_prob.detach().to(torch.float32), draws, seed, sample_index,
+        images, weight, bias, height, width, num_classes, *_settings(config, fill_value),
+    )
+    if out is not None:
+        _check_out(out, config, arguments)
+        select("masked_forward_out", device, backend)(*arguments, *out.buffers)
+        return out
+    op = select("masked_forward", device, backend)
+    return _unpack(config, op(*arguments), images is not None, weight is not None)
+
+
+def _unpack(config: MaskConfig, outputs: tuple[Tensor, ...], has_images: bool,
+            has_classifier: bool) -> MaskedForward:
+    """The operator's stacked outputs as named slices (views: no copy)."""
+    stats, positions, ratio, boxes, targets, masked, logits, loss = outputs[:8]
+    statistics = ActivationStats(*stats.unbind(0), *positions.unbind(0))
+    views = len(config.views)
+    images = masked.chunk(views) if has_images and masked.shape[0] else (masked,) * views
+    ratios, boxes, targets = ratio.unbind(0), boxes.unbind(0), targets.unbind(0)
+    by_view = {
+        kind: (ratios[k % len(ratios)], boxes[k], targets[k % len(targets)],
+               images[k] if has_images else None)
+        for k, kind in enumerate(config.views)
+    }
+    high = by_view.get("max", (None,) * 4)
+    low = by_view.get("min", (None,) * 4)
+    pairs = [x for pair in zip(high, low, strict=True) for x in pair]
+    return MaskedForward(
+        statistics, *pairs, masked if has_images else None,
+        logits if has_classifier else None, loss if has_classifier else None, outputs,
+    )
+
+
+def _check_out(out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...]) -> None:
+    """`out` fits the call, and writing to it spoils neither a gradient nor an argument."""
+    if not isinstance(out, MaskedForward):
+        raise TypeError(f"out: expected a MaskedForward, got {type(out).__name__}")
+    given = dict(zip(INPUTS, arguments, strict=False))
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x.requires_grad:
+                raise RuntimeError(f"out: cannot be given where {name} requires grad; call under "
+                                   "torch.no_grad() or leave out away")
+    had = tuple(kind for kind in VIEWS if getattr(out, f"box_{kind}") is not None)
+    if had != config.views:
+        raise ValueError(f"out: expected a result with the views {config.views}, got {had}")
+    expected = specs(given["features"], given["targets"], given["images"], given["weight"],
+                     given["num_classes"], Settings(*arguments[len(INPUTS):]))
+    for name, spec, buffer in zip(OUTPUTS, expected, out.buffers, strict=True):
+        dense = buffer.is_contiguous(memory_format=torch.channels_last) if spec.channels_last \
+            else buffer.is_contiguous()
+        if (buffer.shape != spec.shape or buffer.dtype != spec.dtype or not dense
+                or buffer.device != given["features"].device):
+            raise ValueError(
+                f"out: expected {name} of shape {list(spec.shape)} and {spec.dtype}"
+                f"{' in channels_last' if spec.channels_last else ''}, got {list(buffer.shape)} "
+                f"and {buffer.dtype} with strides {buffer.stride()} on {buffer.device}")
+        if torch.compiler.is_compiling() or buffer.numel() == 0:
+            continue
+        memory = buffer.untyped_storage().data_ptr()
+        for argument, x in tensors.items():
+            if x.untyped_storage().data_ptr() == memory:
+                raise ValueError(f"out: shares its {name} with the argument {argument}")
+
+
+def _config(config: MaskConfig) -> MaskConfig:
+    if not isinstance(config, MaskConfig):
+        raise TypeError(f"config: expected a MaskConfig, got {type(config).__name__}")
+    return config
+
+
+def _settings(config: MaskConfig, fill_value: list[float]) -> tuple[object, ...]:
+    """`config` as the operators' scalars: `reference.masked_forward.Settings`, in its order."""
+    views = ("max" in config.views) + 2 * ("min" in config.views)
+    return (
+        views, config.shared_draws, config.position == "center", config.quantize,
+        config.drop == "clamped", FILLS.index(config.fill), fill_value, float(config.area_scale),
+        float(config.ratio_low), float(config.ratio_high), float(config.ratio_gamma),
+        float(config.aspect_low), float(config.aspect_high),
+    )
+
+
+def _non_empty(x: Tensor, name: str) -> None:
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name}: expected no empty dimension but the batch, "
+                         f"got shape {list(x.shape)}")
+
+
+def _size(size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise ValueError(f"size: expected (H, W), got {size!r}") from None
+    for side in (height, width):
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+            raise TypeError(f"size: expected two integers, got {size!r}")
+        if side < 1:
+            raise ValueError(f"size: expected two integers ≥ 1, got {size!r}")
+    return height, width
+
+
+def _targets(targets: Tensor, num_classes: int | None, weight: Tensor | None, batch: int,
+             device: torch.device) -> tuple[Tensor, int]:
+    """Targets as (B, K) floats or (B,) int64, and K."""
+    validate.is_tensor(targets, "targets")
+    validate.same_device(targets, "targets", device, "features")
+    if targets.dim() == 1:
+        targets = validate.integer(targets, "targets")
+        if num_classes is None and weight is not None:
+            num_classes = weight.shape[0]
+        if num_classes is None:
+            raise ValueError("num_classes: expected the number of classes where targets are "
+                             "class indices, got None")
+        classes = int(num_classes)
+    else:
+        validate.floating(targets, "targets", 2, shape="(B, K), or (B,) class indices")
+        classes = targets.shape[1]
+        if num_classes is not None and num_classes != classes:
+            raise ValueError(f"num_classes: expected {classes}, the columns of targets, or None, "
+                             f"got {num_classes}")
+    validate.length(targets, "targets", batch, "the batch of features")
+    if classes < 2:
+        raise ValueError(f"targets: expected at least 2 classes, got {classes}")
+    if weight is not None and weight.shape[0] != classes:
+        raise ValueError(f"classifier: expected a weight of {classes} rows, as targets have "
+                         f"classes, got shape {list(weight.shape)}")
+    return targets, classes
+
+
+def _classifier(classifier: tuple[Tensor, Tensor | None], features: Tensor,
+                config: MaskConfig) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(classifier, tuple | list) or len(classifier) != 2:
+        raise TypeError("classifier: expected a pair (weight, bias), "
+                        f"got {type(classifier).__name__}")
+    if "max" not in config.views:
+        raise ValueError("classifier: expected a config whose views include 'max', whose box "
+                         f"hides the features, got {config.views}")
+    weight, bias = classifier
+    validate.floating(weight, "classifier", 2, shape="(K, C) for its weight")
+    validate.same_device(weight, "classifier", features.device, "features")
+    if weight.shape[1] != features.shape[1]:
+        raise ValueError(f"classifier: expected a weight of {features.shape[1]} columns, as "
+                         f"features have channels, got shape {list(weight.shape)}")
+    if bias is not None:
+        validate.floating(bias, "classifier", 1, shape="(K,) for its bias")
+        validate.same_device(bias, "classifier", features.device, "features")
+        validate.length(bias, "classifier", weight.shape[0], "the bias, one per row of the weight")
+    return weight, bias
+
+
+def _fill_value(config: MaskConfig, channels: int) -> list[float]:
+    value = config.fill_value
+    values = list(value) if isinstance(value, tuple) else [float(value)]
+    if channels and config.fill == "constant" and len(values) not in (1, channels):
+        raise ValueError(f"config: expected fill_value of 1 or {channels} numbers for images of "
+                         f"{channels} channels, got {len(values)}")
+    return values
+
+
+def _draws(draws: Tensor, batch: int, config: MaskConfig, channels: int,
+           device: torch.device) -> Tensor:
+    validate.floating(draws, "draws", 2, shape="(B, D)")
+    validate.same_device(draws, "draws", device, "features")
+    validate.length(draws, "draws", batch, "the batch of features")
+    if draws.dtype != torch.float64:
+        raise TypeError(f"draws: expected torch.float64, got {draws.dtype}")
+    expected = config.num_draws(channels)
+    if draws.shape[1] != expected and not (channels == 0 and draws.shape[1] > expected):
+        raise ValueError(f"draws: expected {expected} columns (config.num_draws({channels})), "
+                         f"got {draws.shape[1]}")
+    return draws.detach()
+
+
+def _seed(generator: torch.Generator | int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as a 0-d int64 tensor on `device`, without waiting for the device."""
+    if isinstance(generator, Tensor):
+        if generator.dtype != torch.int64 or generator.dim() != 0:
+            raise TypeError("generator: expected a 0-d int64 tensor as seed, got "
+                            f"{generator.dtype} of shape {list(generator.shape)}")
+        validate.same_device(generator, "generator", device, "features")
+        return generator
+    if isinstance(generator, int) and not isinstance(generator, bool):
+        if not 0 <= generator < 2**63:
+            raise ValueError(f"generator: expected a seed in [0, 2⁶³), got {generator}")
+        return torch.tensor(generator, dtype=torch.int64, device=device)
+    if generator is None:
+        return torch.randint(0, 2**63 - 1, (), device=device)
+    if isinstance(generator, torch.Generator):
+        return torch.randint(
+            0, 2**63 - 1, (), device=generator.device, generator=generator
+        ).to(device, non_blocking=True)
+    raise TypeError("generator: expected a torch.Generator, a seed or None, "
+                    f"got {type(generator).__name__}")
+

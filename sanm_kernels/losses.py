@@ -1,0 +1,393 @@
+"""The public loss and target functions: validation, defaults, documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sanm_kernels import validate
+from sanm_kernels.backends import select
+from sanm_kernels.config import DROPS
+from sanm_kernels.ops import masked_loss as _masked_loss  # noqa: F401  (these define the operators)
+from sanm_kernels.ops import mixup_views as _mixup_views  # noqa: F401
+from sanm_kernels.ops import reconstruction_loss as _reconstruction_loss  # noqa: F401
+from sanm_kernels.ops import refine_targets as _refine_targets  # noqa: F401
+from sanm_kernels.ops import sample_loss as _sample_loss  # noqa: F401
+
+
+class MaskedLoss(NamedTuple):
+    """What :func:`masked_loss` returns; all differentiable in the logits.
+
+    Attributes:
+        total: the weighted sum of the parts, (); (n,) with ``reduction="none"``.
+        labeled: L_x, () .
+        unlabeled: L_u, ().
+        prior: P, the prior penalty, ().
+        confidence: N, the confidence penalty, ().
+        per_sample: every row's own loss (n,): its cross-entropy where labelled, the mean squared
+            error of its probabilities elsewhere, 0 where ignored.
+    """
+
+    total: Tensor
+    labeled: Tensor
+    unlabeled: Tensor
+    prior: Tensor
+    confidence: Tensor
+    per_sample: Tensor
+
+
+def _accumulate(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _scalars(*values: float) -> Tensor:
+    """Run-time numbers as one CPU tensor: as float arguments they'd be compiled in as constants."""
+    if torch.compiler.is_compiling():
+        one = torch.ones((), dtype=torch.float64)
+        return torch.stack([one * value for value in values])
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _tensors(x: object, name: str, what: str) -> list[Tensor]:
+    """A tensor or a non-empty sequence of tensors, as a list."""
+    if isinstance(x, Tensor):
+        return [x]
+    if not isinstance(x, Sequence) or isinstance(x, str):
+        raise TypeError(f"{name}: expected {what}, got {type(x).__name__}")
+    if not x:
+        raise ValueError(f"{name}: expected at least one tensor, got none")
+    return [validate.is_tensor(item, f"{name}[{i}]") for i, item in enumerate(x)]
+
+
+def _permutation(x: Tensor, name: str, rows: int, device: torch.device, other: str) -> Tensor:
+    """Integers (≥ rows,) on `device`, as int64."""
+    x = validate.integer(x, name, shape="(at least one entry per row,)")
+    validate.same_device(x, name, device, other)
+    if x.shape[0] < rows:
+        raise ValueError(f"{name}: expected at least {rows} entries, got {x.shape[0]}")
+    return x
+
+
+@validate.public
+def sample_loss(logits: Tensor, labels: Tensor, *, backend: str | None = None) -> Tensor:
+    """Per-sample cross-entropy l_i = −log softmax(z_i)[y_i], the raw material of label quality.
+
+    Args:
+        logits: (B, K), any floating dtype and strides.
+        labels: (B,) integers in [0, K).
+        backend: force a backend; see :func:`sanm_kernels.use_backend`.
+
+    Returns:
+        (B,) losses in nats, float32 (float64 for float64 logits), differentiable in `logits`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or values.
+    """
+    validate.floating(logits, "logits", 2, shape="(B, K)")
+    labels = validate.integer(labels, "labels")
+    validate.same_device(labels, "labels", logits.device, "logits")
+    validate.length(labels, "labels", logits.shape[0], "the rows of logits")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits: expected at least one class, got shape {list(logits.shape)}")
+    op = select("sample_loss", logits.device, backend)
+    loss: Tensor = op(logits, labels)[0]
+    return loss
+
+
+@validate.public
+def masked_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ratio: Tensor | None = None,
+    mix: tuple[float, Tensor] | None = None,
+    num_labeled: int | None = None,
+    unlabeled_weight: float = 0.0,
+    prior: Tensor | None = None,
+    prior_weight: float = 0.0,
+    confidence_weight: float = 0.0,
+    drop: str = "clamped",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> MaskedLoss:
+    """The training loss (section 5 of the method) with targets modulated and mixed on the fly.
+
+    Row i of the logits is compared with the target t_i = λ·t'_i + (1 − λ)·t'_π(i), where t' are the
+    targets after the modulation of section 4; neither t' nor t is written to memory. With
+    p = softmax(logits), the first n_x rows labelled and the other n − n_x unlabelled:
+
+        L_x = −(1/n_x) Σ_i Σ_k t_ik log p_ik
+        L_u = (1/((n − n_x)·K)) Σ_i Σ_k (p_ik − t_ik)²
+        P = Σ_k π_k log(π_k / p̄_k), p̄ the mean of p over all n rows
+        N = (1/n) Σ_i Σ_k p_ik log p_ik
+        total = L_x + unlabeled_weight·L_u + prior_weight·P + confidence_weight·N
+
+    A part over no rows is 0, and a part of weight 0 adds nothing to the total even if infinite.
+    A class whose logit is −∞ costs nothing where its target is 0.
+
+    Args:
+        logits: (n, K), K ≥ 2, any floating dtype and strides.
+        targets: (…, K) floats with one to three leading dimensions of any strides, so an
+            ``expand``-ed tensor is not unfolded; read as M rows in row-major order. Their values
+            are not checked. Or integers (…) in [0, K), M altogether: then a row's target is
+            one-hot. M = n without `mix`, M ≥ n with it. No gradient flows to them.
+        ratio: None, or r in [0, 1] for the label modulation, one per target row: (M,) or shaped
+            like the targets' leading dimensions.
+        mix: None, or (λ, permutation): λ in [0, 1], and (≥ n,) integers in [0, M).
+        num_labeled: n_x, how many rows are labelled; all by default.
+        unlabeled_weight, prior_weight, confidence_weight: λ_u, ρ and ν; may change from call to
+            call, also under ``torch.compile``.
+        prior: π (K,) in [0, 1]; uniform by default.
+        drop: ``"clamped"``, a label loses min(r, t[j*]), or ``"unclamped"``, it loses r.
+        ignore_index: integer targets of this value mark rows that count in neither L_x nor L_u,
+            nor do rows mixed with them; P and N are still taken over all rows.
+        reduction: ``"mean"`` as above; ``"sum"``: L_x and L_u are the sums of their rows' losses
+            (`per_sample`) instead of the means, P and N unchanged; ``"none"``: `total` is (n,),
+            `per_sample` times each row's weight (1 or `unlabeled_weight`), the other parts are as
+            with ``"mean"``, and `prior_weight` and `confidence_weight` must be 0.
+        backend: force a backend; see :func:`sanm_kernels.use_backend`.
+
+    Returns:
+        :class:`MaskedLoss`, in float32 (float64 for float64 logits). The gradient has the dtype
+        of the logits.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or values.
+    """
+    validate.floating(logits, "logits", 2, shape="(n, K)")
+    n, K = logits.shape
+    if K < 2:
+        raise ValueError(f"logits: expected at least two classes, got shape {list(logits.shape)}")
+    validate.is_tensor(targets, "targets")
+    validate.same_device(targets, "targets", logits.device, "logits")
+    if targets.is_floating_point():
+        validate.floating(targets, "targets")
+        if not 2 <= targets.dim() <= 4 or targets.shape[-1] != K:
+            raise ValueError(f"targets: expected shape (…, {K}) with 1 to 3 leading dimensions, "
+                             f"or integers, got {list(targets.shape)}")
+        leading = targets.shape[:-1]
+    else:
+        leading = targets.shape
+        targets = validate.integer(targets, "targets", targets.dim()).reshape(-1)
+    M = leading.numel()
+    if M < n or (mix is None and M != n):
+        raise ValueError(f"targets: expected {'at least ' if mix else ''}{n} rows (one per row of "
+                         f"logits), got {M} in shape {list(targets.shape)}")
+    if ratio is not None:
+        validate.floating(ratio, "ratio")
+        validate.same_device(ratio, "ratio", logits.device, "logits")
+        if ratio.shape not in ((M,), leading):
+            raise ValueError(f"ratio: expected shape {[M]}, one per target row, "
+                             f"got {list(ratio.shape)}")
+        ratio = ratio.reshape(-1).to(_accumulate(logits))
+    lam, permutation = 1.0, None
+    if mix is not None:
+        if not isinstance(mix, (tuple, list)) or len(mix) != 2:
+            raise TypeError(f"mix: expected a pair (lam, permutation), got {type(mix).__name__}")
+        lam = validate.number(mix[0], "mix lam", 0, 1)
+        permutation = _permutation(mix[1], "mix permutation", n, logits.device, "logits")
+    if num_labeled is None:
+        num_labeled = n
+    elif not isinstance(num_labeled, (int, torch.SymInt)) or isinstance(num_labeled, bool):
+        raise TypeError(f"num_labeled: expected an int, got {type(num_labeled).__name__}")
+    elif not 0 <= num_labeled <= n:
+        raise ValueError(f"num_labeled: expected a number in [0, {n}], got {num_labeled}")
+    if prior is not None:
+        validate.floating(prior, "prior", 1, shape="(K,)")
+        validate.same_device(prior, "prior", logits.device, "logits")
+        validate.length(prior, "prior", K, "the classes")
+        prior = prior.to(_accumulate(logits))
+    unlabeled_weight = validate.number(unlabeled_weight, "unlabeled_weight")
+    prior_weight = validate.number(prior_weight, "prior_weight")
+    confidence_weight = validate.number(confidence_weight, "confidence_weight")
+    clamp = validate.one_of(drop, "drop", DROPS) == "clamped"
+    validate.one_of(reduction, "reduction", ("mean", "sum", "none"))
+    if reduction == "none" and (prior_weight != 0 or confidence_weight != 0):
+        raise ValueError("reduction: 'none' needs prior_weight = confidence_weight = 0, "
+                         f"got {prior_weight} and {confidence_weight}")
+    scalars = _scalars(lam, unlabeled_weight, prior_weight, confidence_weight)
+    op = select("masked_loss", logits.device, backend)
+    total, *parts = op(logits, targets, ratio, permutation, prior, scalars, num_labeled, clamp,
+                       ignore_index, reduction != "sum")[:6]
+    if reduction == "none":
+        labeled_rows = torch.arange(n, device=logits.device) < num_labeled
+        total = torch.where(labeled_rows, 1.0, unlabeled_weight) * parts[-1]
+    return MaskedLoss(total, *parts)
+
+
+@validate.public
+def reconstruction_loss(
+    reconstruction: Tensor,
+    images: Tensor,
+    *,
+    boxes: Tensor | Sequence[Tensor] | None = None,
+    region: str = "image",
+    backend: str | None = None,
+) -> Tensor:
+    """L_r = Σ_v MSE(reconstruction_v, images) over V masked views (section 5 of the method).
+
+    Args:
+        reconstruction: (V·B, C, H, W), the views' reconstructions stacked in order.
+        images: (B, C, H, W), any floating dtype; a constant: no gradient flows to it.
+        boxes: the hidden boxes, y0, x0, y1, x1 half open: integers (V, B, 4), or a sequence of V
+            tensors (B, 4). Needed for ``region="masked"``, unused otherwise.
+        region: ``"image"``: each view's error is averaged over all elements; ``"masked"``: over
+            those inside the view's boxes only (a view whose boxes are all empty counts 0).
+        backend: force a backend; see :func:`sanm_kernels.use_backend`.
+
+    Returns:
+        The loss (), float32 (float64 for a float64 reconstruction), differentiable in
+        `reconstruction`; 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or values, such as a
+            box that is not inside the image.
+    """
+    validate.floating(reconstruction, "reconstruction", 4, shape="(V·B, C, H, W)")
+    validate.floating(images, "images", 4, shape="(B, C, H, W)")
+    validate.same_device(images, "images", reconstruction.device, "reconstruction")
+    N, B = reconstruction.shape[0], images.shape[0]
+    if reconstruction.shape[1:] != images.shape[1:] or (N % B if B else N):
+        raise ValueError(f"reconstruction: expected shape (V·{B}, {', '.join(map(str, images.shape[1:]))}) "
+                         f"like images, got {list(reconstruction.shape)}")
+    if validate.one_of(region, "region", ("image", "masked")) == "image":
+        boxes = None
+    elif boxes is None:
+        raise ValueError("boxes: expected the hidden boxes, which region='masked' needs, got None")
+    if boxes is not None:
+        if not isinstance(boxes, Tensor):
+            parts = [validate.integer(b, "boxes", 2, shape="(B, 4)")
+                     for b in _tensors(boxes, "boxes", "a tensor (V, B, 4) or a sequence of them")]
+            if any(b.shape != parts[0].shape or b.device != parts[0].device for b in parts):
+                raise ValueError("boxes: expected tensors of one shape on one device, got shapes "
+                                 f"{[list(b.shape) for b in parts]}")
+            boxes = torch.stack(parts)
+        boxes = validate.integer(boxes, "boxes", 3, shape="(V, B, 4)").contiguous()
+        validate.same_device(boxes, "boxes", reconstruction.device, "reconstruction")
+        V = N // B if B else boxes.shape[0]
+        if boxes.shape != (V, B, 4):
+            raise ValueError(f"boxes: expected shape {[V, B, 4]}, got {list(boxes.shape)}")
+    op = select("reconstruction_loss", reconstruction.device, backend)
+    loss: Tensor = op(reconstruction, images, boxes)
+    return loss
+
+
+@validate.public
+def mixup_views(
+    views: Sequence[Tensor],
+    lam: float,
+    permutation: Tensor,
+    *,
+    rows: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mix the rows of several views: out_i = λ·v_i + (1 − λ)·v_π(i), v their stack (section 7).
+
+    The stack itself, ``torch.cat(views)``, is never made.
+
+    Args:
+        views: tensors (b_i, …) of one trailing shape, dtype and device; M = Σ b_i rows.
+        lam: λ in [0, 1]; may change from call to call, also under ``torch.compile``.
+        permutation: π, integers (≥ rows,); the first `rows` entries are distinct and in [0, M).
+        rows: how many mixed rows are wanted; all M by default.
+        backend: force a backend; see :func:`sanm_kernels.use_backend`.
+
+    Returns:
+        (rows, …) in the views' dtype (computed in float32 for the half types), channels_last if
+        all views are; differentiable in every view.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or values.
+    """
+    views = _tensors(views, "views", "a sequence of tensors")
+    first = validate.floating(views[0], "views[0]")
+    if first.dim() == 0:
+        raise ValueError("views[0]: expected shape (b, …), got []")
+    for i, view in enumerate(views[1:], 1):
+        if view.dtype != first.dtype:
+            raise TypeError(f"views[{i}]: expected {first.dtype} like views[0], got {view.dtype}")
+        if view.dim() == 0 or view.shape[1:] != first.shape[1:]:
+            raise ValueError(f"views[{i}]: expected shape {['b', *first.shape[1:]]} like views[0], "
+                             f"got {list(view.shape)}")
+        validate.same_device(view, f"views[{i}]", first.device, "views[0]")
+    total = sum(view.shape[0] for view in views)
+    if rows is None:
+        rows = total
+    elif not isinstance(rows, (int, torch.SymInt)) or isinstance(rows, bool):
+        raise TypeError(f"rows: expected an int, got {type(rows).__name__}")
+    elif not 0 <= rows <= total:
+        raise ValueError(f"rows: expected a number in [0, {total}], got {rows}")
+    lam = validate.number(lam, "lam", 0, 1)
+    permutation = _permutation(permutation, "permutation", rows, first.device, "views")
+    op = select("mixup_views", first.device, backend)
+    mixed: Tensor = op(views, _scalars(lam), permutation, rows)
+    return mixed
+
+
+@validate.public
+def refine_targets(
+    logits: Tensor | Sequence[Tensor],
+    *,
+    labels: Tensor | None = None,
+    clean_prob: Tensor | None = None,
+    temperature: float = 0.5,
+    backend: str | None = None,
+) -> Tensor:
+    """Targets guessed from predictions, blended with the labels, sharpened (section 7.2).
+
+    p = the mean of softmax over the given logits, then q·label + (1 − q)·p where labels are given,
+    then p^(1/T) / Σ p^(1/T).
+
+    Args:
+        logits: (B, K), or a sequence of them: the predictions of several views and networks.
+        labels: None, or integers (B,) in [0, K), or soft labels (B, K).
+        clean_prob: q (B,) in [0, 1]; given exactly when `labels` are.
+        temperature: T > 0; 1 leaves p as it is.
+        backend: force a backend; see :func:`sanm_kernels.use_backend`.
+
+    Returns:
+        (B, K), rows summing to 1, float32 (float64 for float64 logits), without a gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or values.
+    """
+    rows = _tensors(logits, "logits", "a tensor or a sequence of tensors")
+    first = validate.floating(rows[0], "logits", 2, shape="(B, K)")
+    for i, z in enumerate(rows[1:], 1):
+        if z.dtype != first.dtype:
+            raise TypeError(f"logits[{i}]: expected {first.dtype} like logits[0], got {z.dtype}")
+        if z.shape != first.shape:
+            raise ValueError(f"logits[{i}]: expected shape {list(first.shape)} like logits[0], "
+                             f"got {list(z.shape)}")
+        validate.same_device(z, f"logits[{i}]", first.device, "logits[0]")
+    B, K = first.shape
+    if K == 0:
+        raise ValueError(f"logits: expected at least one class, got shape {list(first.shape)}")
+    if (labels is None) != (clean_prob is None):
+        missing = "labels" if labels is None else "clean_prob"
+        raise ValueError(f"{missing}: expected labels and clean_prob both or neither, got None")
+    if labels is not None and clean_prob is not None:
+        validate.is_tensor(labels, "labels")
+        validate.same_device(labels, "labels", first.device, "logits")
+        if labels.is_floating_point():
+            validate.floating(labels, "labels", 2, shape="(B,) integers or (B, K)")
+            if labels.shape != first.shape:
+                raise ValueError(f"labels: expected shape {list(first.shape)} like logits, "
+                                 f"got {list(labels.shape)}")
+        else:
+            labels = validate.integer(labels, "labels")
+            validate.length(labels, "labels", B, "the rows of logits")
+        validate.floating(clean_prob, "clean_prob", 1, shape="(B,)")
+        validate.same_device(clean_prob, "clean_prob", first.device, "logits")
+        validate.length(clean_prob, "clean_prob", B, "the rows of logits")
+        labels, clean_prob = labels.detach(), clean_prob.detach()
+    temperature = validate.number(temperature, "temperature", 0)
+    if temperature == 0:
+        raise ValueError("temperature: expected a number > 0, got 0")
+    op = select("refine_targets", first.device, backend)
+    refined: Tensor = op([z.detach() for z in rows], labels, clean_prob, float(temperature))
+    return refined

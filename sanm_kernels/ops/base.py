@@ -1,0 +1,83 @@
+"""Defining an operator once for every backend.
+
+An operator ``name`` becomes one overload per backend, ``sanm_kernels::name.reference``,
+``sanm_kernels::name.cpu`` and so on, all with one schema, one fake and one autograd formula. The
+reference overload runs plain torch on any device; the others get their kernels from a compiled
+library or from Triton when their backend is loaded. Which overload a call uses is the registry's
+choice (`sanm_kernels.backends`), made once, above the dispatcher: a compiled graph names it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "sanm_kernels"
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+library = torch.library.Library(NAMESPACE, "DEF")
+operators: dict[str, str] = {}  # name → schema, in order of definition
+
+
+class Overloads:
+    """The operators of one backend as attributes; handed to every backward formula."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(torch.ops.sanm_kernels, name), self.backend)
+
+
+def define(
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Define operator `name` with `schema` ("(Tensor a, …) -> Tensor") on every backend.
+
+    Args:
+        reference: the plain-torch implementation; takes the schema's arguments.
+        fake: the same arguments, returns empty outputs of the right shape, dtype and strides.
+        setup_context, backward: as for `torch.library.register_autograd`, but `backward` is called
+            as ``backward(ops, ctx, *grads)`` where ``ops.other_name`` is an operator of the backend
+            that ran forward. An operator without `backward` refuses to be differentiated.
+    """
+    operators[name] = schema
+    for backend in BACKENDS:
+        overload = f"{name}.{backend}"
+        qualified = f"{NAMESPACE}::{overload}"
+        library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, fake, lib=library)
+        if backward is not None:
+            ops = Overloads(backend)
+            torch.library.register_autograd(
+                qualified,
+                lambda ctx, *grads, _ops=ops: backward(_ops, ctx, *grads),
+                setup_context=setup_context,
+                lib=library,
+            )
+    library.impl(f"{name}.reference", _without_autocast(reference), "CompositeExplicitAutograd")
+
+
+def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference picks its own precision: autocast must not lower that of its matrix products."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        tensors = (x for a in args for x in (a if isinstance(a, list) else [a]))
+        kind = next(x.device.type for x in tensors if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(kind):
+            return reference(*args)
+        with torch.autocast(kind, enabled=False):
+            return reference(*args)
+
+    return run

@@ -1,0 +1,187 @@
+"""masked_forward and activation_stats: statistics, boxes, views, targets and one-pass classifier.
+
+Shapes, with V views of which S have an own draw of area and aspect (S = 1 where they share it):
+features (B, C, h, w), targets (B, K) or int64 (B,), clean_prob (B,) float32, draws (B, D) float64,
+seed () int64, sample_index (B,) int64, images (B, Cin, H, W), weight (K, C), bias (K,) →
+statistics (5, B), positions (2, B, 2) int32, ratio (S, B) float32, boxes (V, B, 4) int32,
+new targets (S, B, K), views (V·B, Cin, H, W), logits (B, K), loss (), pooled (B, C) and
+visible (B, h, w). What was not asked for has shape (0,).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sanm_kernels.ops.base import Overloads, define
+from sanm_kernels.reference import masked_forward as reference
+from sanm_kernels.reference.activation import accumulate_dtype
+from sanm_kernels.reference.masked_forward import MEAN, Settings, is_channels_last
+
+INPUTS = ("features", "targets", "clean_prob", "draws", "seed", "sample_index", "images", "weight",
+          "bias", "height", "width", "num_classes")
+OUTPUTS = ("stats", "positions", "ratio", "boxes", "new_targets", "views", "logits", "loss",
+           "pooled", "visible")
+_SCHEMA_INPUTS = (
+    "(Tensor features, Tensor targets, Tensor clean_prob, Tensor? draws, Tensor? seed, "
+    "Tensor? sample_index, Tensor? images, Tensor? weight, Tensor? bias, SymInt height, "
+    "SymInt width, SymInt num_classes, int views, bool shared, bool centered, bool quantize, "
+    "bool clamp, int fill, float[] fill_value, float area_scale, float ratio_low, "
+    "float ratio_high, float ratio_gamma, float aspect_low, float aspect_high"
+)
+
+
+class Spec(NamedTuple):
+    """Shape, dtype and memory format of an output."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool = False
+
+    def empty(self, device: torch.device) -> Tensor:
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.empty(self.shape, dtype=self.dtype, device=device,
+                           memory_format=memory_format)
+
+
+def specs(features: Tensor, targets: Tensor, images: Tensor | None, weight: Tensor | None,
+          num_classes: int, settings: Settings) -> tuple[Spec, ...]:
+    """What each of OUTPUTS looks like."""
+    batch, channels, h, w = features.shape
+    acc = accumulate_dtype(features)
+    sets, views = settings.draw_sets, settings.view_count
+    soft = targets.dtype if targets.is_floating_point() else torch.float32
+    masked = Spec((0,), features.dtype)
+    if images is not None:
+        masked = Spec((views * batch, *images.shape[1:]), images.dtype, is_channels_last(images))
+    one_pass = weight is not None
+    return (
+        Spec((5, batch), acc),
+        Spec((2, batch, 2), torch.int32),
+        Spec((sets, batch), torch.float32),
+        Spec((views, batch, 4), torch.int32),
+        Spec((sets, batch, num_classes), soft),
+        masked,
+        Spec((batch, num_classes) if one_pass else (0,), acc),
+        Spec(() if one_pass else (0,), acc),
+        Spec((batch, channels) if one_pass else (0,), acc),
+        Spec((batch, h, w) if one_pass else (0,), acc),
+    )
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given = dict(zip(INPUTS, arguments, strict=False))
+    features, settings = given["features"], Settings(*arguments[len(INPUTS):])
+    return tuple(
+        spec.empty(features.device)
+        for spec in specs(features, given["targets"], given["images"], given["weight"],
+                          given["num_classes"], settings)
+    )
+
+
+def _reference_out(*arguments: Any) -> None:
+    inputs, buffers = arguments[: -len(OUTPUTS)], arguments[-len(OUTPUTS):]
+    for buffer, result in zip(buffers, reference.forward(*inputs), strict=True):
+        buffer.copy_(result)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    given = dict(zip(INPUTS, inputs, strict=False))
+    ctx.settings = s = Settings(*inputs[len(INPUTS):])
+    stats, positions, ratio, boxes, new_targets, views, logits, loss, pooled, visible = output
+    constants = [stats, positions, ratio, boxes, pooled, visible]
+    needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=False))
+    if not needs["targets"]:
+        constants.append(new_targets)
+    if not needs["images"]:
+        constants.append(views)
+    if given["weight"] is None:
+        constants += [logits, loss]
+    ctx.mark_non_differentiable(*constants)
+    ctx.total = len(inputs)
+    features, targets = given["features"], given["targets"]
+    ctx.soft = targets.is_floating_point()
+    ctx.has_bias = given["bias"] is not None
+    ctx.save_for_backward(
+        features, targets if ctx.soft and s.clamp else None, given["weight"], ratio, boxes,
+        new_targets, logits, pooled, visible,
+    )
+    ctx.bias_dtype = given["bias"].dtype if ctx.has_bias else None
+
+
+def _backward(ops: Overloads, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    g_targets, g_views, g_logits, g_loss = grads[4:8]
+    features, targets, weight, ratio, boxes, new_targets, logits, pooled, visible = (
+        ctx.saved_tensors)
+    s = ctx.settings
+    result: list[Tensor | None] = [None] * ctx.total
+    if g_targets is not None and ctx.soft:
+        result[INPUTS.index("targets")] = (
+            g_targets.sum(0) if targets is None
+            else ops.modulate_backward(g_targets, targets, ratio, s.clamp))
+    if g_views is not None:
+        result[INPUTS.index("images")] = ops.masked_views_backward(g_views, boxes, s.fill == MEAN)
+    if g_logits is not None or g_loss is not None:
+        g_features, g_weight, g_bias = ops.classifier_backward(
+            g_logits, g_loss, features, weight, logits, new_targets[0], pooled, visible)
+        result[INPUTS.index("features")] = g_features
+        result[INPUTS.index("weight")] = g_weight
+        if ctx.has_bias:
+            result[INPUTS.index("bias")] = g_bias.to(ctx.bias_dtype)
+    return tuple(result)
+
+
+define(
+    "activation_stats",
+    "(Tensor features, SymInt height, SymInt width, bool quantize) -> (Tensor stats, "
+    "Tensor positions)",
+    reference.activation_stats,
+    fake=lambda features, height, width, quantize: (
+        features.new_empty(5, features.shape[0], dtype=accumulate_dtype(features)),
+        features.new_empty(2, features.shape[0], 2, dtype=torch.int32),
+    ),
+)
+define(
+    "masked_forward",
+    _SCHEMA_INPUTS + ") -> (" + ", ".join(f"Tensor {name}_" for name in OUTPUTS) + ")",
+    reference.forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+define(
+    "masked_forward_out",
+    _SCHEMA_INPUTS
+    + "".join(f", Tensor({letter}!) {name}_" for letter, name in zip("abcdefghij", OUTPUTS,
+                                                                      strict=True))
+    + ") -> ()",
+    _reference_out,
+    fake=lambda *arguments: None,
+)
+define(
+    "modulate_backward",
+    "(Tensor grad, Tensor targets, Tensor ratio, bool clamp) -> Tensor",
+    reference.modulate_backward,
+    fake=lambda grad, targets, ratio, clamp: targets.new_empty(targets.shape),
+)
+define(
+    "masked_views_backward",
+    "(Tensor grad, Tensor boxes, bool mean_fill) -> Tensor",
+    reference.masked_views_backward,
+    fake=lambda grad, boxes, mean_fill: torch.empty_like(grad[: boxes.shape[1]]),
+)
+define(
+    "classifier_backward",
+    "(Tensor? grad_logits, Tensor? grad_loss, Tensor features, Tensor weight, Tensor logits, "
+    "Tensor targets, Tensor pooled, Tensor visible) -> (Tensor, Tensor, Tensor)",
+    reference.classifier_backward,
+    fake=lambda grad_logits, grad_loss, features, weight, logits, targets, pooled, visible: (
+        Spec(tuple(features.shape), features.dtype, is_channels_last(features)).empty(
+            features.device),
+        weight.new_empty(weight.shape),
+        logits.new_empty(logits.shape[1:]),
+    ),
+)

@@ -1,0 +1,24 @@
+"""refine_targets: guessed and sharpened targets; not differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sanm_kernels.ops.base import define
+from sanm_kernels.reference import refine_targets as reference
+
+
+def _fake(
+    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: float
+) -> Tensor:
+    dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+    return logits[0].new_empty(logits[0].shape, dtype=dtype)
+
+
+define(
+    "refine_targets",
+    "(Tensor[] logits, Tensor? labels, Tensor? clean_prob, float temperature) -> Tensor",
+    reference.forward,
+    fake=_fake,
+)

@@ -1,0 +1,123 @@
+"""The public function that turns losses into label quality."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from sanm_kernels import validate
+from sanm_kernels.backends import constant, select
+from sanm_kernels.ops import fit_label_quality as _fit_label_quality  # noqa: F401  (defines it)
+
+EPOCHS_AVERAGED = 5  # the current one included
+
+
+class LabelQuality(NamedTuple):
+    """What :func:`fit_label_quality` returns, all on the device of the losses.
+
+    Attributes:
+        clean_prob: (N,) probability that the label is right: the posterior of the component with
+            the smaller mean; float32, or float64 for float64 losses.
+        means, variances, weights: (2,) float64, the component with the smaller mean first.
+        n_iter: () int64, EM iterations done.
+        converged: () bool, whether the mean log-likelihood came to rest within `max_iter`.
+        degenerate: () bool, whether there are no two components to be told apart; then every label
+            is taken for right (`clean_prob` is 1), and the mixture is the one Gaussian of the data
+            (means and variances alike, weights 1 and 0, n_iter 0).
+    """
+
+    clean_prob: Tensor
+    means: Tensor
+    variances: Tensor
+    weights: Tensor
+    n_iter: Tensor
+    converged: Tensor
+    degenerate: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _draw(seed: int) -> tuple[float, ...]:
+    return tuple(float(u) for u in numpy.random.RandomState(seed).random_sample(3))
+
+
+@constant
+def _uniforms(seed: int) -> list[float]:
+    """The numbers that scikit-learn's k-means++ draws with ``random_state=seed``."""
+    return list(_draw(seed))
+
+
+def _integer(x: Any, name: str, low: int, high: int | None = None) -> int:
+    if isinstance(x, bool) or not isinstance(x, (int, numpy.integer, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+    if x < low or (high is not None and x >= high):
+        expected = f"at least {low}" if high is None else f"in [{low}, {high})"
+        raise ValueError(f"{name}: expected an int {expected}, got {x}")
+    return operator.index(x)  # a plain int also where torch.compile traces a symbolic one
+
+
+@validate.public
+def fit_label_quality(
+    losses: Tensor,
+    *,
+    seed: int = 0,
+    max_iter: int = 10,
+    tol: float = 1e-2,
+    reg_covar: float = 5e-4,
+    history: Tensor | None = None,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> LabelQuality:
+    """Label quality by a two-component Gaussian mixture over per-sample losses (section 6).
+
+    Computes what scikit-learn's ``GaussianMixture(2, max_iter=max_iter, tol=tol,
+    reg_covar=reg_covar, random_state=seed)`` does on the normalised losses in float64: posterior
+    within 1e-4 (the reference within about 1e-9), the same number of iterations. Deterministic.
+    Nothing is differentiable; a gradient of `losses` is ignored.
+
+    Args:
+        losses: (N,) losses of the whole training set, any floating dtype and strides.
+        seed: int in [0, 2³²), of the k-means++ start.
+        max_iter: EM iterations at most, at least 1.
+        tol: EM stops when the mean log-likelihood changes by less than this; ≥ 0.
+        reg_covar: added to both variances; ≥ 0.
+        history: (E, N) losses of earlier epochs, the oldest first, in the dtype of `losses`. The
+            mixture is fitted to the mean over the last five epochs, the current one included;
+            older rows are not read.
+        normalize: min–max normalise each epoch to [0, 1] first (all 0 where its losses are equal).
+        backend: force a backend; see :func:`sanm_kernels.use_backend`.
+
+    Returns:
+        :class:`LabelQuality`. Degenerate, with a clean probability of 1, are: fewer than two
+        samples (N = 0 included), losses that are all equal, and fits in which one component holds
+        less than half a sample or its standard deviation is below a millionth of the data's range.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or values; NaN and
+            infinite losses are named with their index (in ``history[-4:]``, the rows read).
+    """
+    validate.floating(losses, "losses", 1, shape="(N,)")
+    seed = _integer(seed, "seed", 0, 2**32)
+    max_iter = _integer(max_iter, "max_iter", 1)
+    tol = float(validate.number(tol, "tol", 0))
+    reg_covar = float(validate.number(reg_covar, "reg_covar", 0))
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
+    if history is not None:
+        validate.floating(history, "history", 2, shape="(E, N)")
+        validate.same_device(history, "history", losses.device, "losses")
+        if history.dtype != losses.dtype:
+            raise TypeError(f"history: expected the dtype of losses, {losses.dtype}, "
+                            f"got {history.dtype}")
+        if history.shape[1] != losses.shape[0]:
+            raise ValueError(f"history: expected shape (E, {losses.shape[0]}), "
+                             f"got {list(history.shape)}")
+        history = history[max(0, history.shape[0] + 1 - EPOCHS_AVERAGED):].detach()
+    op = select("fit_label_quality", losses.device, backend)
+    return LabelQuality(
+        *op(losses.detach(), history, _uniforms(seed), max_iter, tol, reg_covar, normalize)
+    )

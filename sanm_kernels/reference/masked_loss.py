@@ -1,0 +1,152 @@
+"""The training loss on given rows of logits (section 5), with targets modulated and mixed on the fly.
+
+Everything is computed in A = float32, or float64 for float64 logits. Row i of n is compared with
+t_i = λ·t'_i + (1 − λ)·t'_π(i), where t' are the modulated targets and π the permutation; the first
+n_x rows by cross-entropy, the others by squared error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sanm_kernels.reference import checks
+from sanm_kernels.reference.modulation import modulate
+
+
+def _accumulate(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows(
+    logits: Tensor, targets: Tensor, ratio: Tensor | None, permutation: Tensor | None, lam: float,
+    clamp: bool, ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """The rows' final targets (n, K) in A, and which of the rows (n,) count."""
+    n, K = logits.shape
+    dtype = _accumulate(logits)
+    if targets.is_floating_point():
+        t = targets.reshape(-1, K).to(dtype)
+        valid = torch.ones(len(t), dtype=torch.bool, device=t.device)
+    else:
+        valid = targets != ignore_index
+        t = torch.nn.functional.one_hot(targets.where(valid, 0), K).to(dtype)
+    if ratio is not None:
+        t = modulate(t, ratio, clamp)
+    if permutation is None:
+        return t, valid
+    partner = permutation[:n]
+    return lam * t[:n] + (1 - lam) * t[partner], valid[:n] & valid[partner]
+
+
+def _row_weights(valid: Tensor, num_labeled: int, mean: bool, dtype: torch.dtype) -> Tensor:
+    """What each row (n,) weighs in L_x or L_u: 1, or 1/(rows that count) for the mean; else 0."""
+    weights = valid.to(dtype)
+    if mean:
+        for part in (weights[:num_labeled], weights[num_labeled:]):
+            part /= part.sum().clamp(min=1)
+    return weights
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    """weight·term, and 0 for weight 0 even where the term is infinite."""
+    return weight * term if weight != 0 else torch.zeros_like(term)
+
+
+def _log_softmax(logits: Tensor, normalizer: Tensor) -> Tensor:
+    """(z − max) − log Σ e^(z − max): kept apart, large logits lose no digits."""
+    return logits.to(normalizer.dtype) - normalizer[:, :1] - normalizer[:, 1:]
+
+
+def forward(
+    logits: Tensor, targets: Tensor, ratio: Tensor | None, permutation: Tensor | None,
+    prior: Tensor | None, scalars: Tensor, num_labeled: int, clamp: bool, ignore_index: int,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total, L_x, L_u, P, N, the rows' losses (n,), and for backward (max, log-sum) (n, 2) and p̄ (K,).
+
+    logits (n, K); targets (…, K) floats or (M,) int64; ratio (M,); permutation (≥ n,) int64;
+    prior (K,) in A, None for uniform; scalars (4,) float64 on the CPU: λ, λ_u, ρ, ν.
+    """
+    n, K = logits.shape
+    dtype = _accumulate(logits)
+    lam, unlabeled_weight, prior_weight, confidence_weight = scalars.tolist()
+    if not targets.is_floating_point():
+        checks.indices(targets, K, "targets", ignore_index)
+    if ratio is not None:
+        checks.unit_interval(ratio, "ratio")
+    if permutation is not None:
+        checks.indices(permutation[:n], targets.shape[:-1].numel() if targets.is_floating_point()
+                       else len(targets), "mix permutation")
+    if prior is not None:
+        checks.unit_interval(prior, "prior")
+
+    t, valid = _rows(logits, targets, ratio, permutation, lam, clamp, ignore_index)
+    z = logits.to(dtype)
+    top = z.amax(1, keepdim=True)
+    normalizer = torch.cat([top, (z - top).exp().sum(1, keepdim=True).log()], 1)
+    log_p = _log_softmax(logits, normalizer)
+    p = log_p.exp()
+
+    # 0·log 0 = 0: a class masked by a logit of −∞ costs nothing where its target is 0
+    cross_entropy = -torch.where(t == 0, 0, t * log_p).sum(1)
+    squared_error = (p - t).square().sum(1) / K
+    labeled_rows = torch.arange(n, device=z.device) < num_labeled
+    per_sample = torch.where(valid, torch.where(labeled_rows, cross_entropy, squared_error), 0)
+
+    parts = _row_weights(valid, num_labeled, mean, dtype) * per_sample
+    parts = torch.where(valid, parts, 0)
+    labeled, unlabeled = parts[:num_labeled].sum(), parts[num_labeled:].sum()
+    p_mean = p.sum(0) / max(n, 1)
+    pi = torch.full_like(p_mean, 1 / K) if prior is None else prior
+    penalty = torch.where(pi == 0, 0, pi * torch.log(pi / p_mean)).sum()
+    if n == 0:
+        penalty = torch.zeros_like(penalty)
+    confidence = torch.where(p == 0, 0, p * log_p).sum() / max(n, 1)
+    total = (labeled + _weighted(unlabeled_weight, unlabeled) + _weighted(prior_weight, penalty)
+             + _weighted(confidence_weight, confidence))
+    return total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean
+
+
+def backward(
+    grad_total: Tensor | None, grad_labeled: Tensor | None, grad_unlabeled: Tensor | None,
+    grad_prior: Tensor | None, grad_confidence: Tensor | None, grad_per_sample: Tensor | None,
+    logits: Tensor, targets: Tensor, ratio: Tensor | None, permutation: Tensor | None,
+    prior: Tensor | None, scalars: Tensor, normalizer: Tensor, p_mean: Tensor, num_labeled: int,
+    clamp: bool, ignore_index: int, mean: bool,
+) -> Tensor:
+    """dL/dlogits (n, K) in their dtype, for the upstream gradients of forward's first six outputs.
+
+    With c_i the weight of row i's own loss, and h_ik = dL/dp_ik of everything but cross-entropy,
+        dL/dz_ik = p_ik (h_ik − Σ_j p_ij h_ij) + [i labelled] c_i (p_ik Σ_j t_ij − t_ik),
+        h_ik = [i unlabelled] c_i (2/K)(p_ik − t_ik) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_ik / n.
+    """
+    n, K = logits.shape
+    dtype = normalizer.dtype
+    lam, unlabeled_weight, prior_weight, confidence_weight = scalars.tolist()
+    zero = torch.zeros((), dtype=dtype, device=logits.device)
+
+    def upstream(part: Tensor | None, weight: float) -> Tensor:
+        grad = zero if part is None else part
+        return grad if grad_total is None else grad + _weighted(weight, grad_total)
+
+    t, valid = _rows(logits, targets, ratio, permutation, lam, clamp, ignore_index)
+    log_p = _log_softmax(logits, normalizer)
+    p = log_p.exp()
+    labeled_rows = torch.arange(n, device=p.device) < num_labeled
+    c = _row_weights(valid, num_labeled, mean, dtype) * torch.where(
+        labeled_rows, upstream(grad_labeled, 1.0), upstream(grad_unlabeled, unlabeled_weight)
+    )
+    if grad_per_sample is not None:
+        c = c + torch.where(valid, grad_per_sample, 0)
+    c, labeled_rows = c[:, None], labeled_rows[:, None]
+
+    pi = torch.full_like(p_mean, 1 / K) if prior is None else prior
+    # A class of which no row has any probability (p̄ = 0) gets no gradient: its p cannot move.
+    slope = torch.where(p_mean == 0, 0, -pi / (p_mean * max(n, 1)))
+    h = upstream(grad_prior, prior_weight) * slope
+    h = h + torch.where(p == 0, 0, upstream(grad_confidence, confidence_weight) / max(n, 1) * log_p)
+    h = h + torch.where(labeled_rows, 0, c * (2 / K) * (p - t))
+    grad = p * (h - (p * h).sum(1, keepdim=True))
+    grad = grad + torch.where(labeled_rows, c * (p * t.sum(1, keepdim=True) - t), 0)
+    return grad.to(logits.dtype).contiguous()

@@ -1,0 +1,32 @@
+"""Guessed and refined targets (section 7.2): mean of softmaxes, label blended in, sharpened."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sanm_kernels.reference import checks
+
+
+def forward(
+    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: float
+) -> Tensor:
+    """Targets (B, K) in float32 (float64 for float64 logits).
+
+    logits: (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither.
+    """
+    K = logits[0].shape[1]
+    if labels is not None and not labels.is_floating_point():
+        checks.indices(labels, K, "labels")
+    if clean_prob is not None:
+        checks.unit_interval(clean_prob, "clean_prob")
+    dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+    p = torch.stack([torch.softmax(z.to(dtype), 1) for z in logits]).sum(0) / len(logits)
+    if labels is not None and clean_prob is not None:
+        if not labels.is_floating_point():
+            labels = torch.nn.functional.one_hot(labels, K)
+        q = clean_prob.to(dtype)[:, None]
+        p = q * labels.to(dtype) + (1 - q) * p
+    # the largest becomes 1 before the power, so the sum cannot vanish
+    sharp = (p / p.amax(1, keepdim=True)) ** (1 / temperature)
+    return (sharp / sharp.sum(1, keepdim=True)).contiguous()

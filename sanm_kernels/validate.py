@@ -1,0 +1,95 @@
+"""Argument checks shared by the public functions: kinds, shapes, dtypes, devices.
+
+Values are checked where the data is read (`reference.checks` and its C++ twin).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: Compiled kernels can only throw RuntimeError; this mark says that a value was bad.
+VALUE_MARK = "[sanm_kernels:value] "
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn the compiled kernels' complaints about values into ValueError."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            _, mark, message = str(error).partition(VALUE_MARK)
+            if not mark:
+                raise
+            raise ValueError(message.splitlines()[0]) from None
+
+    return wrapper
+
+
+def is_tensor(x: Any, name: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    return x
+
+
+def floating(x: Any, name: str, dims: int | None = None, *, shape: str = "") -> Tensor:
+    """`x` is a floating-point tensor of `dims` dimensions; `shape` spells them in the message."""
+    is_tensor(x, name)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
+    return x
+
+
+def integer(x: Any, name: str, dims: int = 1, *, shape: str = "(B,)") -> Tensor:
+    """`x` is an integer tensor of `dims` dimensions; returned as int64."""
+    is_tensor(x, name)
+    if x.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name}: expected an integer dtype such as torch.int64, got {x.dtype}")
+    if x.dim() != dims:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
+    return x.to(torch.int64)
+
+
+def same_device(x: Tensor, name: str, device: torch.device, other: str) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, where {other} is, "
+                         f"got one on {x.device}")
+
+
+def length(x: Tensor, name: str, expected: int, what: str) -> None:
+    """The first dimension of `x` is `expected`, which is `what`."""
+    if x.shape[0] != expected:
+        raise ValueError(f"{name}: expected {expected} rows ({what}), got {x.shape[0]}")
+
+
+def number(x: Any, name: str, low: float | None = None, high: float | None = None) -> float:
+    """`x` as a float in [low, high]; a number or a 0-d CPU tensor."""
+    if isinstance(x, Tensor) and x.dim() == 0:
+        if x.device.type != "cpu":
+            raise ValueError(f"{name}: expected a number or a CPU tensor (reading one from "
+                             f"{x.device} would synchronise)")
+        x = x.item()
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    if (low is not None and not x >= low) or (high is not None and not x <= high) or x != x:
+        bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
+        raise ValueError(f"{name}: expected a number in {bounds}, got {x}")
+    return x  # type: ignore[return-value]
+
+
+def one_of(x: Any, name: str, allowed: tuple[str, ...]) -> str:
+    if x not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {x!r}")
+    return str(x)

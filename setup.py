@@ -1,0 +1,161 @@
+"""Builds the compiled CPU libraries beside the pure-Python package.
+
+The libraries use the LibTorch Stable ABI and no Python C API: plain shared objects, loaded with
+`torch.ops.load_library`, that serve every Python and every torch from the targeted release on.
+Where torch or a compiler is missing, the pure-Python package is built, says so, and records why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+from setuptools.extension import Extension
+
+ROOT = Path(__file__).resolve().parent
+TARGET = "0x020a000000000000"  # torch 2.10
+CXX = os.environ.get("CXX", "g++")
+
+#: Instruction set → flags. The names are those of sanm_kernels/backends/cpu.py.
+X86 = {
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "baseline": "",
+}
+ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+# No contraction (results equal to the last bit need it), no errno or traps around libm calls.
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
+    "-fno-trapping-math -fopenmp-simd"
+)
+
+
+def find_torch() -> Path | None:
+    """The torch to compile against; nothing of it is imported, only headers and a name are used.
+
+    It is the one that this interpreter imports, or, where build isolation hides that, the one in
+    the environment that the package is being installed into.
+    """
+    spec = importlib.util.find_spec("torch")
+    installed = Path(sysconfig.get_path("purelib"), "torch")
+    folder = Path(spec.origin).parent if spec and spec.origin else installed
+    return folder if (folder / "version.py").is_file() else None
+
+
+def find_ninja() -> str | None:
+    """ninja on the PATH, or beside the interpreter of an environment that is not activated."""
+    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+
+
+@functools.cache
+def why_not_compiled() -> str | None:
+    """None if the CPU libraries can be built here, else the reason."""
+    if sys.platform != "linux":
+        return f"compiled kernels are built on Linux only, this is {sys.platform}"
+    torch = find_torch()
+    if torch is None:
+        return "torch was not found in the build environment"
+    version = re.search(r"__version__ = '((\d+)\.(\d+).*?)'", (torch / "version.py").read_text())
+    if version is None or (int(version[2]), int(version[3])) < (2, 10):
+        return f"torch {version[1] if version else '(unknown)'} is older than 2.10"
+    if shutil.which(shlex.split(CXX)[0]) is None:
+        return f"no C++ compiler ({CXX}) was found"
+    if find_ninja() is None:
+        return "ninja was not found"
+    return None
+
+
+class Build(build):
+    """Runs build_ext always, also where it only has to say why there is nothing to compile."""
+
+    sub_commands: ClassVar = [("build_py", None), ("build_ext", None)]
+
+
+class BuildLibraries(build_ext):
+    """Writes one ninja file for all libraries and runs it."""
+
+    @property
+    def destination(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "sanm_kernels/lib"
+
+    def run(self) -> None:
+        reason = why_not_compiled()
+        self.destination.mkdir(parents=True, exist_ok=True)
+        note = self.destination / "not_compiled.txt"
+        if reason is not None:
+            print(
+                f"sanm_kernels: building without compiled kernels: {reason}; "
+                "the reference serves every operator"
+            )
+            for old in self.destination.glob("*.so"):
+                old.unlink()
+            note.write_text(reason + "\n")
+            return
+        note.unlink(missing_ok=True)
+        work = ROOT / "build/libraries"  # one folder for all builds, so that each reuses the last
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text(self.ninja_file())
+        subprocess.run([str(find_ninja()), "-C", str(work)], check=True)
+
+    def get_outputs(self) -> list[str]:
+        """The libraries, or the note that says why there are none."""
+        if why_not_compiled() is not None:
+            return [str(self.destination / "not_compiled.txt")]
+        return [str(self.destination / f"cpu_{isa}.so") for isa in ISAS]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def ninja_file(self) -> str:
+        base = find_torch()
+        sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        lines = [
+            f"cxx = {CXX}",
+            f"flags = {FLAGS} -DTORCH_TARGET_VERSION={TARGET} -I{ROOT / 'csrc'} "
+            f"-isystem {base / 'include'} {os.environ.get('CXXFLAGS', '')}",
+            "rule compile",
+            "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            # By name only, no rpath: the process that loads the library has libtorch_cpu loaded.
+            "rule link",
+            f"  command = $cxx -shared {os.environ.get('LDFLAGS', '')} $in -o $out "
+            f"-L{base / 'lib'} -Wl,--no-as-needed -ltorch_cpu -Wl,--as-needed",
+            "  description = link $out",
+        ]
+        for isa, flags in ISAS.items():
+            objects = []
+            for source in sources:
+                objects.append(f"{isa}/{source.stem}.o")
+                lines += [f"build {objects[-1]}: compile {source}", f"  isa = {flags}"]
+            lines.append(f"build {self.destination / f'cpu_{isa}.so'}: link {' '.join(objects)}")
+        return "\n".join(lines) + "\n"
+
+
+class LibraryWheel(bdist_wheel):
+    """One wheel for every Python: the libraries do not use the Python C API."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    # What makes the package platform-dependent; BuildLibraries knows the real sources.
+    ext_modules=[Extension("sanm_kernels.lib", [])] if why_not_compiled() is None else [],
+    cmdclass={"build": Build, "build_ext": BuildLibraries, "bdist_wheel": LibraryWheel},
+)

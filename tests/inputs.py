@@ -1,0 +1,78 @@
+"""Hostile inputs: the same values under every layout that a caller may hand in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = ("contiguous", "channels_last", "offset", "strided", "transposed")
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """A detached tensor equal to `x` whose memory is laid out as `layout` says.
+
+    ``offset``: a slice of a larger storage that begins one element in, so that nothing is aligned;
+    ``strided``: every second element of a longer last dimension; ``transposed``: the last two
+    dimensions swapped in memory; ``channels_last``: for 4-D tensors (others stay contiguous).
+    """
+    x = x.detach()
+    if layout == "contiguous" or x.dim() == 0:
+        return x.contiguous().clone()
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last).clone(
+            memory_format=torch.preserve_format) if x.dim() == 4 else x.contiguous().clone()
+    if layout == "offset":
+        storage = x.new_zeros(x.numel() + 1)
+        result = storage[1:].view(x.shape)
+    elif layout == "strided":
+        result = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])[..., ::2]
+    elif layout == "transposed":
+        if x.dim() < 2:
+            return lay_out(x, "strided")
+        result = x.new_zeros(*x.shape[:-2], x.shape[-1], x.shape[-2]).transpose(-1, -2)
+    else:
+        raise ValueError(layout)
+    result.copy_(x)
+    return result
+
+
+def upstreams(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, seed: int = 0
+              ) -> dict[str, Tensor]:
+    """Upstream gradients that are neither one nor contiguous, by name."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    result = {"dense": dense, "expanded": torch.full((), 0.37, dtype=dtype).expand(shape)}
+    if dense.dim():
+        result["strided"] = lay_out(dense, "strided")
+    return result
+
+
+def random_case(seed: int) -> dict[str, Tensor | int]:
+    """A random call of masked_forward on small odd sizes: arguments by name, and a seed."""
+    g = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=g))
+
+    batch, channels, classes = integer(1, 5), integer(1, 200), integer(2, 12)
+    if seed % 3 == 0:
+        channels = integer(1, 1500)
+    h, w, height, width = integer(1, 9), integer(1, 9), integer(1, 40), integer(1, 40)
+    features = torch.randn(batch, channels, h, w, generator=g)
+    if seed % 4:
+        features = features.relu()
+    if seed % 5 == 0:
+        features = (features * 4).round() / 4  # ties
+    images = torch.rand(batch, (1, 3, 4)[integer(0, 2)], height, width, generator=g)
+    if seed % 2:
+        features = features.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    return {
+        "features": features,
+        "targets": torch.softmax(torch.randn(batch, classes, generator=g) * 3, 1),
+        "clean_prob": torch.rand(batch, generator=g),
+        "images": images,
+        "sample_index": torch.randint(0, 2**50, (batch,), generator=g),
+        "generator": integer(0, 2**40),
+    }

@@ -1,0 +1,147 @@
+"""The drop-in functions: recorded results from `random.seed`, side effects, patching."""
+
+from __future__ import annotations
+
+import random
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_accurate
+
+import sanm_kernels as sk
+from sanm_kernels import compat
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_recorded_results_from_the_random_seed(backend, path):
+    case = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path).items()}
+    images, target_mask = case["images"].clone(), case["targets"].clone()
+    random.seed(int(case["seed"]))
+    with sk.use_backend(backend):
+        img, img_min, returned = compat.attention_erase_map(
+            images, case["features"], case["clean_prob"], target_mask)
+    assert returned is target_mask and torch.equal(target_mask, case["targets_out"])
+    assert torch.equal(img, case["images_max"]) and torch.equal(img_min, case["images_min"])
+    assert torch.equal(images, case["images"])
+    state = random.getstate()
+    random.seed(int(case["seed"]))
+    drawn = [[random.random() for _ in range(8)] for _ in range(len(images))]
+    assert random.getstate() == state
+    assert torch.equal(torch.tensor(drawn, dtype=torch.float64), case["draws"])
+
+
+def test_a_refused_call_changes_nothing():
+    images, target_mask = torch.rand(2, 3, 8, 8), torch.rand(2, 4)
+    before = target_mask.clone()
+    with pytest.raises(ValueError, match="clean_prob"):
+        compat.attention_erase_map(images, torch.rand(2, 5, 2, 2), torch.tensor([0.5, 1.5]),
+                                   target_mask)
+    assert torch.equal(target_mask, before)
+
+
+def test_column_of_qualities_and_any_channel_count():
+    images, features = torch.rand(3, 1, 10, 14), torch.rand(3, 6, 2, 3)
+    random.seed(1)
+    a = compat.attention_erase_map(images, features, torch.rand(3, 1), torch.rand(3, 4))
+    assert a[0].shape == images.shape
+
+
+def test_clothing1m_is_what_was_meant():
+    images, features, q = torch.rand(4, 3, 32, 32), torch.randn(4, 16, 7, 7), torch.rand(4)
+    random.seed(3)
+    ratio_max, ratio_min, img, img_min = compat.attention_erase_map_clothing1m(images, features, q)
+    config = sk.MaskConfig.official_clothing1m()
+    random.seed(3)
+    draws = torch.tensor([[random.random() for _ in range(config.num_draws(3))] for _ in q],
+                         dtype=torch.float64)
+    expected = sk.masked_forward(features, torch.zeros(4, dtype=torch.long), q, images=images,
+                                 config=config, num_classes=2, draws=draws)
+    for a, b in ((ratio_max, expected.ratio_max), (ratio_min, expected.ratio_min),
+                 (img, expected.images_max), (img_min, expected.images_min)):
+        assert torch.equal(a, b)
+    assert not torch.equal(ratio_max, ratio_min)
+    assert ((ratio_max >= 0.06) & (ratio_max <= 0.23)).all()
+    hidden = (img != images).any(1).double().mean((1, 2))
+    torch.testing.assert_close(hidden, ratio_max.double(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_semi_loss(dtype):
+    x, u = (torch.randn(n, 7).to(dtype).requires_grad_() for n in (5, 6))
+    tx, tu = (torch.softmax(torch.randn(n, 7), 1) for n in (5, 6))
+    lx, lu, weight = compat.SemiLoss()(x, tx, u, tu, 14.0, 10)
+    assert weight == pytest.approx(25 * 4 / 16)
+    (lx + weight * lu).backward()
+
+    def plain(kind):
+        a, b = (v.detach().to(kind).requires_grad_() for v in (x, u))
+        one = -(F.log_softmax(a, 1) * tx.to(kind)).sum(1).mean()
+        two = ((torch.softmax(b, 1) - tu.to(kind)) ** 2).mean()
+        (one + weight * two).backward()
+        return one.detach(), two.detach(), a.grad, b.grad
+
+    eager_dtype = torch.promote_types(dtype, torch.float32)
+    for got, exact, eager in zip((lx.detach(), lu.detach(), x.grad, u.grad), plain(torch.float64),
+                                 plain(eager_dtype), strict=True):
+        assert_accurate(got, exact, eager.to(got.dtype))
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [(0, 0), (10, 0), (18, 12.5), (26, 25), (300, 25)])
+def test_ramp(epoch, expected):
+    z, t = torch.zeros(1, 2), torch.tensor([[0.5, 0.5]])
+    assert compat.SemiLoss()(z, t, z, t, epoch, 10)[2] == expected
+    assert compat.SemiLoss(lambda_u=2, rampup_length=0)(z, t, z, t, epoch, 10)[2] == 2
+
+
+def test_neg_entropy():
+    z = torch.randn(6, 5, requires_grad=True)
+    got = compat.NegEntropy()(z)
+    p = torch.softmax(z, 1)
+    torch.testing.assert_close(got, (p * p.log()).sum(1).mean())
+    got.backward()
+    assert z.grad.abs().sum() > 0
+
+
+def script(name="their_script", **names):
+    module = types.ModuleType(name)
+    module.__dict__.update(names)
+    return module
+
+
+def test_patch_says_what_it_replaced_and_can_be_undone(capsys):
+    def attention_erase_map(images, outputs, gmmweight, target_mask): ...
+
+    class SemiLoss: ...
+
+    module = script(attention_erase_map=attention_erase_map, SemiLoss=SemiLoss, other=1)
+    done = compat.patch(module)
+    assert "attention_erase_map, SemiLoss in their_script" in capsys.readouterr().out
+    assert module.attention_erase_map is compat.attention_erase_map
+    assert module.SemiLoss is compat.SemiLoss and module.other == 1
+    assert not hasattr(module, "NegEntropy")
+    done.undo()
+    assert module.attention_erase_map is attention_erase_map and module.SemiLoss is SemiLoss
+    done.undo()
+    with compat.patch(module, verbose=False):
+        assert module.SemiLoss is compat.SemiLoss
+    assert module.SemiLoss is SemiLoss and capsys.readouterr().out == ""
+
+
+def test_patch_tells_the_clothing1m_variant_by_its_arguments():
+    module = script(attention_erase_map=lambda images, outputs, gmmweight: None)
+    with compat.patch(module, verbose=False):
+        assert module.attention_erase_map is compat.attention_erase_map_clothing1m
+
+
+def test_patch_refuses_what_it_cannot_patch():
+    with pytest.raises(TypeError, match="module: expected a module, got str"):
+        compat.patch("train")
+    with pytest.raises(ValueError, match="module: expected one with some of"):
+        compat.patch(script())

@@ -40,7 +40,7 @@ ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
 # No contraction (results equal to the last bit need it), no errno or traps around libm calls.
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
-    "-fno-trapping-math -fopenmp-simd"
+    "-fno-trapping-math -fopenmp-simd -Wno-psabi"
 )
 
 

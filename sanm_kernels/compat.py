@@ -38,13 +38,26 @@ def _python_draws(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(batch, count).to(device)
 
 
-def _masked(images: Tensor, outputs: Tensor, gmmweight: Tensor, targets: Tensor,
-            config: MaskConfig, num_classes: int | None) -> MaskedForward:
+def _masked(
+    images: Tensor,
+    outputs: Tensor,
+    gmmweight: Tensor,
+    targets: Tensor,
+    config: MaskConfig,
+    num_classes: int | None,
+) -> MaskedForward:
     validate.floating(images, "images", 4, shape="(B, Cin, H, W)")
     validate.floating(gmmweight, "gmmweight")
     draws = _python_draws(images.shape[0], config.num_draws(images.shape[1]), images.device)
-    return masked_forward(outputs, targets, gmmweight.reshape(-1), images=images, config=config,
-                          num_classes=num_classes, draws=draws)
+    return masked_forward(
+        outputs,
+        targets,
+        gmmweight.reshape(-1),
+        images=images,
+        config=config,
+        num_classes=num_classes,
+        draws=draws,
+    )
 
 
 @torch.no_grad()
@@ -121,8 +134,13 @@ class SemiLoss:
         self.rampup_length = validate.number(rampup_length, "rampup_length", 0)
 
     def __call__(
-        self, outputs_x: Tensor, targets_x: Tensor, outputs_u: Tensor, targets_u: Tensor,
-        epoch: float, warm_up: float,
+        self,
+        outputs_x: Tensor,
+        targets_x: Tensor,
+        outputs_u: Tensor,
+        targets_u: Tensor,
+        epoch: float,
+        warm_up: float,
     ) -> tuple[Tensor, Tensor, float]:
         """Losses of logits (n, K) against soft targets (n, K), labelled x and unlabelled u.
 
@@ -149,7 +167,12 @@ class NegEntropy:
 
 
 class Patch:
-    """What :func:`patch` replaced. Undone by :meth:`undo`, or at the end of a ``with`` block."""
+    """What :func:`patch` replaced. Undone by :meth:`undo`, or at the end of a ``with`` block.
+
+    Attributes:
+        module: the module that was changed.
+        replaced: the originals by name; empty once undone.
+    """
 
     def __init__(self, module: ModuleType, replaced: dict[str, Any]) -> None:
         self.module = module
@@ -164,8 +187,12 @@ class Patch:
     def __enter__(self) -> Patch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.undo()
 
     def __repr__(self) -> str:
@@ -210,8 +237,10 @@ def patch(module: ModuleType, *, verbose: bool = True) -> Patch:
     }
     present = {name: getattr(module, name) for name in ours if hasattr(module, name)}
     if not present:
-        raise ValueError(f"module: expected one with some of {', '.join(ours)}, "
-                         f"got {module.__name__}, which has none")
+        raise ValueError(
+            f"module: expected one with some of {', '.join(ours)}, "
+            f"got {module.__name__}, which has none"
+        )
     for name in present:
         setattr(module, name, ours[name])
     done = Patch(module, present)

@@ -71,8 +71,15 @@ class MaskConfig:
         value = self.fill_value
         if not isinstance(value, (int, float)):
             object.__setattr__(self, "fill_value", tuple(float(v) for v in value))
-        for name in ("area_scale", "ratio_low", "ratio_high", "ratio_gamma", "aspect_low",
-                     "aspect_high", "reconstruction_weight"):
+        for name in (
+            "area_scale",
+            "ratio_low",
+            "ratio_high",
+            "ratio_gamma",
+            "aspect_low",
+            "aspect_high",
+            "reconstruction_weight",
+        ):
             v = getattr(self, name)
             if isinstance(v, bool) or not isinstance(v, (int, float)):
                 raise TypeError(f"{name}: expected a number, got {v!r}")
@@ -81,14 +88,19 @@ class MaskConfig:
         if self.area_scale == 0:
             raise ValueError("area_scale: expected a number > 0, got 0")
         if not self.ratio_low <= self.ratio_high:
-            raise ValueError(f"ratio_low: expected at most ratio_high = {self.ratio_high}, "
-                             f"got {self.ratio_low}")
+            raise ValueError(
+                f"ratio_low: expected at most ratio_high = {self.ratio_high}, got {self.ratio_low}"
+            )
         if self.ratio_high + self.ratio_gamma > 1:
-            raise ValueError("ratio_high: expected ratio_high + ratio_gamma ≤ 1, "
-                             f"got {self.ratio_high} + {self.ratio_gamma}")
+            raise ValueError(
+                "ratio_high: expected ratio_high + ratio_gamma ≤ 1, "
+                f"got {self.ratio_high} + {self.ratio_gamma}"
+            )
         if not 0 < self.aspect_low <= self.aspect_high:
-            raise ValueError("aspect_low: expected 0 < aspect_low ≤ aspect_high, "
-                             f"got {self.aspect_low} and {self.aspect_high}")
+            raise ValueError(
+                "aspect_low: expected 0 < aspect_low ≤ aspect_high, "
+                f"got {self.aspect_low} and {self.aspect_high}"
+            )
 
     @classmethod
     def paper(cls) -> MaskConfig:
@@ -98,15 +110,25 @@ class MaskConfig:
     @classmethod
     def official_cifar(cls) -> MaskConfig:
         """What the released CIFAR script computes, quirks included."""
-        return cls(position="corner", area_scale=0.5, quantize=True, fill="uniform",
-                   drop="unclamped")
+        return cls(
+            position="corner", area_scale=0.5, quantize=True, fill="uniform", drop="unclamped"
+        )
 
     @classmethod
     def official_clothing1m(cls) -> MaskConfig:
         """The released Clothing1M constants: larger ratios, and each view draws its own box."""
-        return cls(position="corner", area_scale=1.0, shared_draws=False, quantize=True,
-                   fill="uniform", ratio_low=0.06, ratio_high=0.13, ratio_gamma=0.1,
-                   drop="unclamped", reconstruction_weight=0.3)
+        return cls(
+            position="corner",
+            area_scale=1.0,
+            shared_draws=False,
+            quantize=True,
+            fill="uniform",
+            ratio_low=0.06,
+            ratio_high=0.13,
+            ratio_gamma=0.1,
+            drop="unclamped",
+            reconstruction_weight=0.3,
+        )
 
     def replace(self, **changes: object) -> MaskConfig:
         """A copy with the given fields changed, validated anew."""
@@ -114,7 +136,7 @@ class MaskConfig:
 
     @property
     def draw_sets(self) -> int:
-        """How many (area, aspect) pairs a sample draws: 1 if the views share them, else one each."""
+        """(area, aspect) pairs that a sample draws: 1 if the views share them, else one each."""
         return 1 if self.shared_draws else len(self.views)
 
     def num_draws(self, channels: int) -> int:

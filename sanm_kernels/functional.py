@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sanm_kernels import validate
-from sanm_kernels.backends import select
+from sanm_kernels.backends import call
 from sanm_kernels.config import FILLS, VIEWS, MaskConfig
 from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, specs
 from sanm_kernels.reference.masked_forward import Settings
@@ -68,6 +68,11 @@ class MaskedForward(NamedTuple):
     buffers: tuple[Tensor, ...]
 
 
+_NO_VIEWS: dict[str, Tensor | None] = {
+    f"{part}_{kind}": None for part in ("ratio", "box", "targets", "images") for kind in VIEWS
+}
+
+
 @validate.public
 def activation_stats(
     features: Tensor,
@@ -95,8 +100,15 @@ def activation_stats(
     _non_empty(features, "features")
     height, width = _size(size)
     config = _config(config)
-    op = select("activation_stats", features.device, backend)
-    stats, positions = op(features.detach(), height, width, config.quantize)
+    stats, positions = call(
+        "activation_stats",
+        features.device,
+        backend,
+        features.detach(),
+        height,
+        width,
+        config.quantize,
+    )
     return ActivationStats(*stats.unbind(0), *positions.unbind(0))
 
 
@@ -142,8 +154,8 @@ def masked_forward(
         generator: where random numbers come from if not from `draws`: a seed, a 0-d int64 tensor
             on the features' device holding one, a torch.Generator from which one is drawn, or None
             for torch's default generator. The pixel fill always draws from it.
-        sample_index: (B,) global indices (any int64) that key the draws, so that a sample's box depends on
-            neither batch nor rank. Default: 0 … B − 1.
+        sample_index: (B,) global indices (any int64) that key the draws, so that a sample's box
+            depends on neither batch nor rank. Default: 0 … B − 1.
         out: an earlier result of a call with the same arguments' shapes, dtypes and devices, whose
             tensors are overwritten and returned. No argument may then require grad.
         backend: force a backend; see :func:`sanm_kernels.use_backend`.
@@ -180,8 +192,9 @@ def masked_forward(
         validate.length(images, "images", batch, "the batch of features")
         _non_empty(images, "images")
         if size is not None and tuple(size) != tuple(images.shape[2:]):
-            raise ValueError(f"size: expected the images' {tuple(images.shape[2:])} or None, "
-                             f"got {size}")
+            raise ValueError(
+                f"size: expected the images' {tuple(images.shape[2:])} or None, got {size}"
+            )
         channels, height, width = images.shape[1:]
     elif size is None:
         raise ValueError("size: expected (H, W) of the image where images is not given, got None")
@@ -200,36 +213,52 @@ def masked_forward(
         seed = _seed(generator, device)
 
     arguments = (
-        features, targets, clean_prob.detach().to(torch.float32), draws, seed, sample_index,
-        images, weight, bias, height, width, num_classes, *_settings(config, fill_value),
+        features,
+        targets,
+        clean_prob.detach().to(torch.float32),
+        draws,
+        seed,
+        sample_index,
+        images,
+        weight,
+        bias,
+        height,
+        width,
+        num_classes,
+        *_settings(config, fill_value),
     )
     if out is not None:
         _check_out(out, config, arguments)
-        select("masked_forward_out", device, backend)(*arguments, *out.buffers)
+        call("masked_forward_out", device, backend, *arguments, *out.buffers)
         return out
-    op = select("masked_forward", device, backend)
-    return _unpack(config, op(*arguments), images is not None, weight is not None)
+    outputs = call("masked_forward", device, backend, *arguments)
+    return _unpack(config, outputs, images is not None, weight is not None)
 
 
-def _unpack(config: MaskConfig, outputs: tuple[Tensor, ...], has_images: bool,
-            has_classifier: bool) -> MaskedForward:
+def _unpack(
+    config: MaskConfig, outputs: tuple[Tensor, ...], has_images: bool, has_classifier: bool
+) -> MaskedForward:
     """The operator's stacked outputs as named slices (views: no copy)."""
     stats, positions, ratio, boxes, targets, masked, logits, loss = outputs[:8]
-    statistics = ActivationStats(*stats.unbind(0), *positions.unbind(0))
-    views = len(config.views)
-    images = masked.chunk(views) if has_images and masked.shape[0] else (masked,) * views
-    ratios, boxes, targets = ratio.unbind(0), boxes.unbind(0), targets.unbind(0)
-    by_view = {
-        kind: (ratios[k % len(ratios)], boxes[k], targets[k % len(targets)],
-               images[k] if has_images else None)
-        for k, kind in enumerate(config.views)
-    }
-    high = by_view.get("max", (None,) * 4)
-    low = by_view.get("min", (None,) * 4)
-    pairs = [x for pair in zip(high, low, strict=True) for x in pair]
+    count = len(config.views)
+    images = masked.chunk(count) if has_images and masked.shape[0] else (masked,) * count
+    ratios, modulated = ratio.unbind(0), targets.unbind(0)
+    if config.shared_draws:
+        ratios, modulated = ratios * count, modulated * count
+    views: dict[str, Tensor] = {}
+    for k, (kind, box) in enumerate(zip(config.views, boxes.unbind(0), strict=True)):
+        views[f"ratio_{kind}"] = ratios[k]
+        views[f"box_{kind}"] = box
+        views[f"targets_{kind}"] = modulated[k]
+        if has_images:
+            views[f"images_{kind}"] = images[k]
     return MaskedForward(
-        statistics, *pairs, masked if has_images else None,
-        logits if has_classifier else None, loss if has_classifier else None, outputs,
+        stats=ActivationStats(*stats.unbind(0), *positions.unbind(0)),
+        images_masked=masked if has_images else None,
+        logits=logits if has_classifier else None,
+        loss=loss if has_classifier else None,
+        buffers=outputs,
+        **{**_NO_VIEWS, **views},
     )
 
 
@@ -242,22 +271,38 @@ def _check_out(out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if x.requires_grad:
-                raise RuntimeError(f"out: cannot be given where {name} requires grad; call under "
-                                   "torch.no_grad() or leave out away")
+                raise RuntimeError(
+                    f"out: cannot be given where {name} requires grad; call under "
+                    "torch.no_grad() or leave out away"
+                )
     had = tuple(kind for kind in VIEWS if getattr(out, f"box_{kind}") is not None)
     if had != config.views:
         raise ValueError(f"out: expected a result with the views {config.views}, got {had}")
-    expected = specs(given["features"], given["targets"], given["images"], given["weight"],
-                     given["num_classes"], Settings(*arguments[len(INPUTS):]))
+    expected = specs(
+        given["features"],
+        given["targets"],
+        given["images"],
+        given["weight"],
+        given["num_classes"],
+        Settings(*arguments[len(INPUTS) :]),
+    )
     for name, spec, buffer in zip(OUTPUTS, expected, out.buffers, strict=True):
-        dense = buffer.is_contiguous(memory_format=torch.channels_last) if spec.channels_last \
+        dense = (
+            buffer.is_contiguous(memory_format=torch.channels_last)
+            if spec.channels_last
             else buffer.is_contiguous()
-        if (buffer.shape != spec.shape or buffer.dtype != spec.dtype or not dense
-                or buffer.device != given["features"].device):
+        )
+        if (
+            buffer.shape != spec.shape
+            or buffer.dtype != spec.dtype
+            or not dense
+            or buffer.device != given["features"].device
+        ):
             raise ValueError(
                 f"out: expected {name} of shape {list(spec.shape)} and {spec.dtype}"
                 f"{' in channels_last' if spec.channels_last else ''}, got {list(buffer.shape)} "
-                f"and {buffer.dtype} with strides {buffer.stride()} on {buffer.device}")
+                f"and {buffer.dtype} with strides {buffer.stride()} on {buffer.device}"
+            )
         if torch.compiler.is_compiling() or buffer.numel() == 0:
             continue
         memory = buffer.untyped_storage().data_ptr()
@@ -276,17 +321,27 @@ def _settings(config: MaskConfig, fill_value: list[float]) -> tuple[object, ...]
     """`config` as the operators' scalars: `reference.masked_forward.Settings`, in its order."""
     views = ("max" in config.views) + 2 * ("min" in config.views)
     return (
-        views, config.shared_draws, config.position == "center", config.quantize,
-        config.drop == "clamped", FILLS.index(config.fill), fill_value, float(config.area_scale),
-        float(config.ratio_low), float(config.ratio_high), float(config.ratio_gamma),
-        float(config.aspect_low), float(config.aspect_high),
+        views,
+        config.shared_draws,
+        config.position == "center",
+        config.quantize,
+        config.drop == "clamped",
+        FILLS.index(config.fill),
+        fill_value,
+        float(config.area_scale),
+        float(config.ratio_low),
+        float(config.ratio_high),
+        float(config.ratio_gamma),
+        float(config.aspect_low),
+        float(config.aspect_high),
     )
 
 
 def _non_empty(x: Tensor, name: str) -> None:
     if 0 in x.shape[1:]:
-        raise ValueError(f"{name}: expected no empty dimension but the batch, "
-                         f"got shape {list(x.shape)}")
+        raise ValueError(
+            f"{name}: expected no empty dimension but the batch, got shape {list(x.shape)}"
+        )
 
 
 def _size(size: tuple[int, int]) -> tuple[int, int]:
@@ -302,8 +357,13 @@ def _size(size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _targets(targets: Tensor, num_classes: int | None, weight: Tensor | None, batch: int,
-             device: torch.device) -> tuple[Tensor, int]:
+def _targets(
+    targets: Tensor,
+    num_classes: int | None,
+    weight: Tensor | None,
+    batch: int,
+    device: torch.device,
+) -> tuple[Tensor, int]:
     """Targets as (B, K) floats or (B,) int64, and K."""
     validate.is_tensor(targets, "targets")
     validate.same_device(targets, "targets", device, "features")
@@ -312,38 +372,50 @@ def _targets(targets: Tensor, num_classes: int | None, weight: Tensor | None, ba
         if num_classes is None and weight is not None:
             num_classes = weight.shape[0]
         if num_classes is None:
-            raise ValueError("num_classes: expected the number of classes where targets are "
-                             "class indices, got None")
+            raise ValueError(
+                "num_classes: expected the number of classes where targets are "
+                "class indices, got None"
+            )
         classes = int(num_classes)
     else:
         validate.floating(targets, "targets", 2, shape="(B, K), or (B,) class indices")
         classes = targets.shape[1]
         if num_classes is not None and num_classes != classes:
-            raise ValueError(f"num_classes: expected {classes}, the columns of targets, or None, "
-                             f"got {num_classes}")
+            raise ValueError(
+                f"num_classes: expected {classes}, the columns of targets, or None, "
+                f"got {num_classes}"
+            )
     validate.length(targets, "targets", batch, "the batch of features")
     if classes < 2:
         raise ValueError(f"targets: expected at least 2 classes, got {classes}")
     if weight is not None and weight.shape[0] != classes:
-        raise ValueError(f"classifier: expected a weight of {classes} rows, as targets have "
-                         f"classes, got shape {list(weight.shape)}")
+        raise ValueError(
+            f"classifier: expected a weight of {classes} rows, as targets have "
+            f"classes, got shape {list(weight.shape)}"
+        )
     return targets, classes
 
 
-def _classifier(classifier: tuple[Tensor, Tensor | None], features: Tensor,
-                config: MaskConfig) -> tuple[Tensor, Tensor | None]:
+def _classifier(
+    classifier: tuple[Tensor, Tensor | None], features: Tensor, config: MaskConfig
+) -> tuple[Tensor, Tensor | None]:
     if not isinstance(classifier, tuple | list) or len(classifier) != 2:
-        raise TypeError("classifier: expected a pair (weight, bias), "
-                        f"got {type(classifier).__name__}")
+        raise TypeError(
+            f"classifier: expected a pair (weight, bias), got {type(classifier).__name__}"
+        )
     if "max" not in config.views:
-        raise ValueError("classifier: expected a config whose views include 'max', whose box "
-                         f"hides the features, got {config.views}")
+        raise ValueError(
+            "classifier: expected a config whose views include 'max', whose box "
+            f"hides the features, got {config.views}"
+        )
     weight, bias = classifier
     validate.floating(weight, "classifier", 2, shape="(K, C) for its weight")
     validate.same_device(weight, "classifier", features.device, "features")
     if weight.shape[1] != features.shape[1]:
-        raise ValueError(f"classifier: expected a weight of {features.shape[1]} columns, as "
-                         f"features have channels, got shape {list(weight.shape)}")
+        raise ValueError(
+            f"classifier: expected a weight of {features.shape[1]} columns, as "
+            f"features have channels, got shape {list(weight.shape)}"
+        )
     if bias is not None:
         validate.floating(bias, "classifier", 1, shape="(K,) for its bias")
         validate.same_device(bias, "classifier", features.device, "features")
@@ -355,13 +427,16 @@ def _fill_value(config: MaskConfig, channels: int) -> list[float]:
     value = config.fill_value
     values = list(value) if isinstance(value, tuple) else [float(value)]
     if channels and config.fill == "constant" and len(values) not in (1, channels):
-        raise ValueError(f"config: expected fill_value of 1 or {channels} numbers for images of "
-                         f"{channels} channels, got {len(values)}")
+        raise ValueError(
+            f"config: expected fill_value of 1 or {channels} numbers for images of "
+            f"{channels} channels, got {len(values)}"
+        )
     return values
 
 
-def _draws(draws: Tensor, batch: int, config: MaskConfig, channels: int,
-           device: torch.device) -> Tensor:
+def _draws(
+    draws: Tensor, batch: int, config: MaskConfig, channels: int, device: torch.device
+) -> Tensor:
     validate.floating(draws, "draws", 2, shape="(B, D)")
     validate.same_device(draws, "draws", device, "features")
     validate.length(draws, "draws", batch, "the batch of features")
@@ -369,8 +444,10 @@ def _draws(draws: Tensor, batch: int, config: MaskConfig, channels: int,
         raise TypeError(f"draws: expected torch.float64, got {draws.dtype}")
     expected = config.num_draws(channels)
     if draws.shape[1] != expected and not (channels == 0 and draws.shape[1] > expected):
-        raise ValueError(f"draws: expected {expected} columns (config.num_draws({channels})), "
-                         f"got {draws.shape[1]}")
+        raise ValueError(
+            f"draws: expected {expected} columns (config.num_draws({channels})), "
+            f"got {draws.shape[1]}"
+        )
     return draws.detach()
 
 
@@ -378,8 +455,10 @@ def _seed(generator: torch.Generator | int | Tensor | None, device: torch.device
     """The seed as a 0-d int64 tensor on `device`, without waiting for the device."""
     if isinstance(generator, Tensor):
         if generator.dtype != torch.int64 or generator.dim() != 0:
-            raise TypeError("generator: expected a 0-d int64 tensor as seed, got "
-                            f"{generator.dtype} of shape {list(generator.shape)}")
+            raise TypeError(
+                "generator: expected a 0-d int64 tensor as seed, got "
+                f"{generator.dtype} of shape {list(generator.shape)}"
+            )
         validate.same_device(generator, "generator", device, "features")
         return generator
     if isinstance(generator, int) and not isinstance(generator, bool):
@@ -389,9 +468,9 @@ def _seed(generator: torch.Generator | int | Tensor | None, device: torch.device
     if generator is None:
         return torch.randint(0, 2**63 - 1, (), device=device)
     if isinstance(generator, torch.Generator):
-        return torch.randint(
-            0, 2**63 - 1, (), device=generator.device, generator=generator
-        ).to(device, non_blocking=True)
-    raise TypeError("generator: expected a torch.Generator, a seed or None, "
-                    f"got {type(generator).__name__}")
-
+        return torch.randint(0, 2**63 - 1, (), device=generator.device, generator=generator).to(
+            device, non_blocking=True
+        )
+    raise TypeError(
+        f"generator: expected a torch.Generator, a seed or None, got {type(generator).__name__}"
+    )

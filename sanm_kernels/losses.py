@@ -173,15 +173,15 @@ def masked_loss(
     else:
         leading = targets.shape
         targets = validate.integer(targets, "targets", targets.dim()).reshape(-1)
-    M = leading.numel()
-    if M < n or (mix is None and M != n):
+    available = leading.numel()
+    if available < n or (mix is None and available != n):
         raise ValueError(f"targets: expected {'at least ' if mix else ''}{n} rows (one per row of "
-                         f"logits), got {M} in shape {list(targets.shape)}")
+                         f"logits), got {available} in shape {list(targets.shape)}")
     if ratio is not None:
         validate.floating(ratio, "ratio")
         validate.same_device(ratio, "ratio", logits.device, "logits")
-        if ratio.shape not in ((M,), leading):
-            raise ValueError(f"ratio: expected shape {[M]}, one per target row, "
+        if ratio.shape not in ((available,), leading):
+            raise ValueError(f"ratio: expected shape {[available]}, one per target row, "
                              f"got {list(ratio.shape)}")
         ratio = ratio.reshape(-1).to(_accumulate(logits))
     lam, permutation = 1.0, None
@@ -252,8 +252,8 @@ def reconstruction_loss(
     validate.same_device(images, "images", reconstruction.device, "reconstruction")
     N, B = reconstruction.shape[0], images.shape[0]
     if reconstruction.shape[1:] != images.shape[1:] or (N % B if B else N):
-        raise ValueError(f"reconstruction: expected shape (V·{B}, {', '.join(map(str, images.shape[1:]))}) "
-                         f"like images, got {list(reconstruction.shape)}")
+        raise ValueError(f"reconstruction: expected shape {['V·B', *images.shape[1:]]} with "
+                         f"B = {B} like images, got {list(reconstruction.shape)}")
     if validate.one_of(region, "region", ("image", "masked")) == "image":
         boxes = None
     elif boxes is None:
@@ -389,5 +389,6 @@ def refine_targets(
     if temperature == 0:
         raise ValueError("temperature: expected a number > 0, got 0")
     op = select("refine_targets", first.device, backend)
-    refined: Tensor = op([z.detach() for z in rows], labels, clean_prob, float(temperature))
+    refined: Tensor = op([z.detach() for z in rows], labels, clean_prob,
+                         _scalars(temperature))
     return refined

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sanm_kernels import validate
-from sanm_kernels.config import DROPS, MaskConfig
+from sanm_kernels.config import MaskConfig
 from sanm_kernels.functional import MaskedForward, masked_forward
 from sanm_kernels.losses import MaskedLoss, masked_loss, reconstruction_loss
 
@@ -25,8 +24,9 @@ class AdversarialMasking(nn.Module):
         super().__init__()
         self.config = MaskConfig.paper() if config is None else config
 
-    def forward(self, features: Tensor, targets: Tensor, clean_prob: Tensor,
-                **options: Any) -> MaskedForward:
+    def forward(
+        self, features: Tensor, targets: Tensor, clean_prob: Tensor, **options: Any
+    ) -> MaskedForward:
         """As :func:`sanm_kernels.masked_forward`; `options` are its keyword arguments."""
         return masked_forward(features, targets, clean_prob, config=self.config, **options)
 
@@ -41,30 +41,38 @@ class MaskedCriterion(nn.Module):
         prior_weight, confidence_weight: ρ and ν.
         drop: ``"clamped"`` or ``"unclamped"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: `drop` is none of its values.
     """
 
-    def __init__(self, prior_weight: float = 0.0, confidence_weight: float = 0.0,
-                 drop: str = "clamped", reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        prior_weight: float = 0.0,
+        confidence_weight: float = 0.0,
+        drop: str = "clamped",
+        reduction: str = "mean",
+    ) -> None:
         super().__init__()
         self.prior_weight = prior_weight
         self.confidence_weight = confidence_weight
-        self.drop = validate.one_of(drop, "drop", DROPS)
+        self.drop = drop
         self.reduction = reduction
 
     def forward(self, logits: Tensor, targets: Tensor, **options: Any) -> MaskedLoss:
         """As :func:`sanm_kernels.masked_loss`; `options` are its other keyword arguments."""
         return masked_loss(
-            logits, targets, prior_weight=self.prior_weight,
-            confidence_weight=self.confidence_weight, drop=self.drop, reduction=self.reduction,
+            logits,
+            targets,
+            prior_weight=self.prior_weight,
+            confidence_weight=self.confidence_weight,
+            drop=self.drop,
+            reduction=self.reduction,
             **options,
         )
 
     def extra_repr(self) -> str:
-        return (f"prior_weight={self.prior_weight}, confidence_weight={self.confidence_weight}, "
-                f"drop={self.drop!r}, reduction={self.reduction!r}")
+        return (
+            f"prior_weight={self.prior_weight}, confidence_weight={self.confidence_weight}, "
+            f"drop={self.drop!r}, reduction={self.reduction!r}"
+        )
 
 
 class ReconstructionCriterion(nn.Module):
@@ -72,14 +80,11 @@ class ReconstructionCriterion(nn.Module):
 
     Args:
         region: ``"image"``, the whole image, or ``"masked"``, the hidden boxes only.
-
-    Raises:
-        ValueError: `region` is none of its values.
     """
 
     def __init__(self, region: str = "image") -> None:
         super().__init__()
-        self.region = validate.one_of(region, "region", ("image", "masked"))
+        self.region = region
 
     def forward(self, reconstruction: Tensor, images: Tensor, **options: Any) -> Tensor:
         """As :func:`sanm_kernels.reconstruction_loss`; `options` are its keyword arguments."""

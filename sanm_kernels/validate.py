@@ -44,7 +44,7 @@ def is_tensor(x: Any, name: str) -> Tensor:
 
 def floating(x: Any, name: str, dims: int | None = None, *, shape: str = "") -> Tensor:
     """`x` is a floating-point tensor of `dims` dimensions; `shape` spells them in the message."""
-    is_tensor(x, name)
+    x = is_tensor(x, name)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if dims is not None and x.dim() != dims:
@@ -54,7 +54,7 @@ def floating(x: Any, name: str, dims: int | None = None, *, shape: str = "") -> 
 
 def integer(x: Any, name: str, dims: int = 1, *, shape: str = "(B,)") -> Tensor:
     """`x` is an integer tensor of `dims` dimensions; returned as int64."""
-    is_tensor(x, name)
+    x = is_tensor(x, name)
     if x.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"{name}: expected an integer dtype such as torch.int64, got {x.dtype}")
     if x.dim() != dims:
@@ -64,8 +64,9 @@ def integer(x: Any, name: str, dims: int = 1, *, shape: str = "(B,)") -> Tensor:
 
 def same_device(x: Tensor, name: str, device: torch.device, other: str) -> None:
     if x.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, where {other} is, "
-                         f"got one on {x.device}")
+        raise ValueError(
+            f"{name}: expected a tensor on {device}, where {other} is, got one on {x.device}"
+        )
 
 
 def length(x: Tensor, name: str, expected: int, what: str) -> None:
@@ -78,8 +79,10 @@ def number(x: Any, name: str, low: float | None = None, high: float | None = Non
     """`x` as a float in [low, high]; a number or a 0-d CPU tensor."""
     if isinstance(x, Tensor) and x.dim() == 0:
         if x.device.type != "cpu":
-            raise ValueError(f"{name}: expected a number or a CPU tensor (reading one from "
-                             f"{x.device} would synchronise)")
+            raise ValueError(
+                f"{name}: expected a number or a CPU tensor (reading one from "
+                f"{x.device} would synchronise)"
+            )
         x = x.item()
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")

@@ -5,7 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sanm_kernels import MaskConfig
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: One configuration per branch of masked_forward.
+MASK_CONFIGS = {
+    "paper": MaskConfig.paper(),
+    "official_cifar": MaskConfig.official_cifar(),
+    "official_clothing1m": MaskConfig.official_clothing1m(),
+    "mean": MaskConfig().replace(fill="mean", ratio_high=0.4),
+    "pixel": MaskConfig().replace(fill="pixel", shared_draws=False),
+    "min_only": MaskConfig().replace(
+        views=("min",), fill="uniform", ratio_high=0.5, ratio_gamma=0.5
+    ),
+    "max_only": MaskConfig().replace(views=("max",), fill_value=0.5, quantize=True),
+}
 LAYOUTS = ("contiguous", "channels_last", "offset", "strided", "transposed")
 
 
@@ -20,8 +34,13 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "contiguous" or x.dim() == 0:
         return x.contiguous().clone()
     if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last).clone(
-            memory_format=torch.preserve_format) if x.dim() == 4 else x.contiguous().clone()
+        return (
+            x.contiguous(memory_format=torch.channels_last).clone(
+                memory_format=torch.preserve_format
+            )
+            if x.dim() == 4
+            else x.contiguous().clone()
+        )
     if layout == "offset":
         storage = x.new_zeros(x.numel() + 1)
         result = storage[1:].view(x.shape)
@@ -37,8 +56,9 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     return result
 
 
-def upstreams(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, seed: int = 0
-              ) -> dict[str, Tensor]:
+def upstreams(
+    shape: torch.Size | tuple[int, ...], dtype: torch.dtype, seed: int = 0
+) -> dict[str, Tensor]:
     """Upstream gradients that are neither one nor contiguous, by name."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -76,3 +96,23 @@ def random_case(seed: int) -> dict[str, Tensor | int]:
         "sample_index": torch.randint(0, 2**50, (batch,), generator=g),
         "generator": integer(0, 2**40),
     }
+
+
+def example(
+    batch: int = 4,
+    channels: int = 24,
+    h: int = 4,
+    w: int = 4,
+    cin: int = 3,
+    height: int = 16,
+    width: int = 12,
+    classes: int = 5,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """features, targets, clean_prob and images of a small call of masked_forward."""
+    return (
+        torch.randn(batch, channels, h, w).to(dtype),
+        torch.softmax(torch.randn(batch, classes) * 2, 1),
+        torch.rand(batch),
+        torch.rand(batch, cin, height, width).to(dtype),
+    )

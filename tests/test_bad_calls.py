@@ -35,25 +35,29 @@ def good():
 
 def forward(a, *, targets=None, **options):
     options.setdefault("images", a["images"])
-    return sk.masked_forward(a["features"], a["targets"] if targets is None else targets, a["q"],
-                             **options)
+    return sk.masked_forward(
+        a["features"], a["targets"] if targets is None else targets, a["q"], **options
+    )
 
 
 def set_at(name, value, *where):
     def spoil(a):
         a[name][where] = value
+
     return spoil
 
 
 def put(name, change):
     def spoil(a):
         a[name] = change(a[name])
+
     return spoil
 
 
 def nothing(a): ...
 
 
+# fmt: off
 #: What is wrong → (how the arguments are spoiled, the call, the error's type, the error's text).
 CALLS = {
     # masked_forward
@@ -225,6 +229,7 @@ CALLS = {
     "unknown backend to force": (nothing, lambda a: sk.use_backend("fast").__enter__(), ValueError,
                                  "name: expected one of 'reference'"),
 }
+# fmt: on
 
 
 def reuse(a):
@@ -239,8 +244,10 @@ def snapshot(x):
 def unchanged(x, y):
     if not isinstance(x, torch.Tensor) or x.device.type != "cpu":
         return x is y or x == y
-    return torch.equal(torch.nan_to_num(x.detach().to(torch.complex128).real, 7e9),
-                       torch.nan_to_num(y.detach().to(torch.complex128).real, 7e9))
+    return torch.equal(
+        torch.nan_to_num(x.detach().to(torch.complex128).real, 7e9),
+        torch.nan_to_num(y.detach().to(torch.complex128).real, 7e9),
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -258,15 +265,21 @@ def test_wrong_call(name, backend):
         assert unchanged(value, before[key]), key
 
 
-@pytest.mark.parametrize(("field", "value", "text"), [
-    ("position", "middle", "position: expected one of 'center', 'corner', got 'middle'"),
-    ("fill", "noise", "fill: expected one of"), ("drop", None, "drop: expected one of"),
-    ("views", (), "views: expected at least one of"), ("ratio_low", 0.5, "ratio_low: expected"),
-    ("ratio_high", 0.99, "ratio_high: expected ratio_high + ratio_gamma ≤ 1"),
-    ("ratio_gamma", -0.1, "ratio_gamma: expected a finite number ≥ 0"),
-    ("aspect_low", 0.0, "aspect_low: expected 0 <"), ("area_scale", NAN, "area_scale: expected"),
-    ("aspect_high", 0.1, "aspect_low: expected 0 < aspect_low ≤ aspect_high"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("position", "middle", "position: expected one of 'center', 'corner', got 'middle'"),
+        ("fill", "noise", "fill: expected one of"),
+        ("drop", None, "drop: expected one of"),
+        ("views", (), "views: expected at least one of"),
+        ("ratio_low", 0.5, "ratio_low: expected"),
+        ("ratio_high", 0.99, "ratio_high: expected ratio_high + ratio_gamma ≤ 1"),
+        ("ratio_gamma", -0.1, "ratio_gamma: expected a finite number ≥ 0"),
+        ("aspect_low", 0.0, "aspect_low: expected 0 <"),
+        ("area_scale", NAN, "area_scale: expected"),
+        ("aspect_high", 0.1, "aspect_low: expected 0 < aspect_low ≤ aspect_high"),
+    ],
+)
 def test_wrong_configuration(field, value, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         MaskConfig(**{field: value})

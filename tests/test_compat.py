@@ -26,7 +26,8 @@ def test_recorded_results_from_the_random_seed(backend, path):
     random.seed(int(case["seed"]))
     with sk.use_backend(backend):
         img, img_min, returned = compat.attention_erase_map(
-            images, case["features"], case["clean_prob"], target_mask)
+            images, case["features"], case["clean_prob"], target_mask
+        )
     assert returned is target_mask and torch.equal(target_mask, case["targets_out"])
     assert torch.equal(img, case["images_max"]) and torch.equal(img_min, case["images_min"])
     assert torch.equal(images, case["images"])
@@ -41,8 +42,9 @@ def test_a_refused_call_changes_nothing():
     images, target_mask = torch.rand(2, 3, 8, 8), torch.rand(2, 4)
     before = target_mask.clone()
     with pytest.raises(ValueError, match="clean_prob"):
-        compat.attention_erase_map(images, torch.rand(2, 5, 2, 2), torch.tensor([0.5, 1.5]),
-                                   target_mask)
+        compat.attention_erase_map(
+            images, torch.rand(2, 5, 2, 2), torch.tensor([0.5, 1.5]), target_mask
+        )
     assert torch.equal(target_mask, before)
 
 
@@ -59,12 +61,24 @@ def test_clothing1m_is_what_was_meant():
     ratio_max, ratio_min, img, img_min = compat.attention_erase_map_clothing1m(images, features, q)
     config = sk.MaskConfig.official_clothing1m()
     random.seed(3)
-    draws = torch.tensor([[random.random() for _ in range(config.num_draws(3))] for _ in q],
-                         dtype=torch.float64)
-    expected = sk.masked_forward(features, torch.zeros(4, dtype=torch.long), q, images=images,
-                                 config=config, num_classes=2, draws=draws)
-    for a, b in ((ratio_max, expected.ratio_max), (ratio_min, expected.ratio_min),
-                 (img, expected.images_max), (img_min, expected.images_min)):
+    draws = torch.tensor(
+        [[random.random() for _ in range(config.num_draws(3))] for _ in q], dtype=torch.float64
+    )
+    expected = sk.masked_forward(
+        features,
+        torch.zeros(4, dtype=torch.long),
+        q,
+        images=images,
+        config=config,
+        num_classes=2,
+        draws=draws,
+    )
+    for a, b in (
+        (ratio_max, expected.ratio_max),
+        (ratio_min, expected.ratio_min),
+        (img, expected.images_max),
+        (img_min, expected.images_min),
+    ):
         assert torch.equal(a, b)
     assert not torch.equal(ratio_max, ratio_min)
     assert ((ratio_max >= 0.06) & (ratio_max <= 0.23)).all()
@@ -88,8 +102,12 @@ def test_semi_loss(dtype):
         return one.detach(), two.detach(), a.grad, b.grad
 
     eager_dtype = torch.promote_types(dtype, torch.float32)
-    for got, exact, eager in zip((lx.detach(), lu.detach(), x.grad, u.grad), plain(torch.float64),
-                                 plain(eager_dtype), strict=True):
+    for got, exact, eager in zip(
+        (lx.detach(), lu.detach(), x.grad, u.grad),
+        plain(torch.float64),
+        plain(eager_dtype),
+        strict=True,
+    ):
         assert_accurate(got, exact, eager.to(got.dtype))
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 
-def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str = "result",
-                    roundings: float = 4.0) -> None:
+def assert_accurate(
+    actual: Tensor, exact: Tensor, eager: Tensor, what: str = "result", roundings: float = 4.0
+) -> None:
     """`actual` is as accurate as the policy asks.
 
     Args:

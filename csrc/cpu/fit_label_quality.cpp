@@ -135,9 +135,14 @@ std::pair<std::vector<float>, std::vector<float>> histogram(const float* y, int6
     for (int64_t begin = first; begin < last; begin += kHolds) {
       const int64_t end = std::min(last, begin + kHolds);
       std::vector<uint64_t> packed(kBins);
-      for (int64_t i = begin; i < end; ++i) {
-        const int32_t place = std::min(static_cast<int32_t>(y[i] * kPlaces), kPlaces - 1);
-        packed[place >> 16] += (uint64_t{1} << 40) + (place & 0xffff);
+      int32_t place[kBlock];  // computed ahead, so that this part is vectorised
+      for (int64_t start = begin; start < end; start += kBlock) {
+        const int64_t count = std::min(kBlock, end - start);
+        const float* x = y + start;
+        for (int64_t i = 0; i < count; ++i)
+          place[i] = std::min(static_cast<int32_t>(x[i] * kPlaces), kPlaces - 1);
+        for (int64_t i = 0; i < count; ++i)
+          packed[place[i] >> 16] += (uint64_t{1} << 40) + (place[i] & 0xffff);
       }
       const std::lock_guard<std::mutex> lock(mutex);
       for (int64_t b = 0; b < kBins; ++b) {
@@ -147,6 +152,7 @@ std::pair<std::vector<float>, std::vector<float>> histogram(const float* y, int6
     }
   });
   std::vector<float> mean, mass;
+  mean.reserve(kBins), mass.reserve(kBins);
   for (int64_t b = 0; b < kBins; ++b) {
     if (bins[b].mass == 0) continue;
     const double place = static_cast<double>(bins[b].place) / bins[b].mass;

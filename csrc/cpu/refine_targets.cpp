@@ -24,9 +24,10 @@ void sharpen(A* p, int64_t K, A exponent) {
   for (int64_t k = 0; k < K; ++k) p[k] /= sum;
 }
 
-// logits (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither → (B, K)
+// logits (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither;
+// temperature (1,) double → (B, K)
 Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Tensor>& labels_,
-                      const std::optional<Tensor>& clean_prob_, double temperature) {
+                      const std::optional<Tensor>& clean_prob_, const Tensor& temperature) {
   const int64_t B = logits[0].size(0), K = logits[0].size(1);
   const ScalarType type = acc_type(logits[0]);
   std::optional<Tensor> labels, clean_prob;
@@ -49,7 +50,7 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
       z.push_back(in<T>(dense.back()));
     }
     const int64_t V = static_cast<int64_t>(z.size());
-    const A exponent = static_cast<A>(1 / temperature);
+    const A exponent = static_cast<A>(1 / *in<double>(temperature));
     torch::stable::parallel_for(0, B, grain(K * V), [&](int64_t begin, int64_t end) {
       std::vector<A> x(K), one(K);
       for (int64_t i = begin; i < end; ++i) {

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
-        return options.command(options)
+        return int(options.command(options))
     except (ConfigError, FileExistsError, OSError) as error:
         print(f"sanm: error: {error}", file=sys.stderr)
         return 2
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_settings(train)
 
-    demo = commands.add_parser("demo", help="ce against sanm-dividemix on noisy digits, with figure")
+    demo = commands.add_parser("demo", help="ce against sanm-dividemix on noisy digits")
     demo.set_defaults(command=_demo)
     demo.add_argument("--out", type=Path, default=Path("sanm-demo"), help="folder (%(default)s)")
     demo.add_argument("--epochs", type=int, help="epochs of both runs")
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ablate = commands.add_parser("ablate", help="table of sanm-dividemix without each of its parts")
     ablate.set_defaults(command=_ablate)
-    ablate.add_argument("--out", type=Path, default=Path("sanm-ablation"), help="folder (%(default)s)")
+    ablate.add_argument("--out", type=Path, default=Path("sanm-ablate"), help="(%(default)s)")
     ablate.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (%(default)s)")
     _add_settings(ablate, without=("recipe", "seed", "views", "box", "modulate", "reconstruct"))
     return parser
@@ -99,7 +99,7 @@ def _train(options: argparse.Namespace) -> int:
 
     config = TrainConfig(**_settings(options))
     if (options.out / METRICS).exists() and not options.overwrite:
-        raise FileExistsError(f"out: {options.out} holds a run already; give --overwrite to replace")
+        raise FileExistsError(f"out: {options.out} holds a run already; --overwrite replaces it")
     result = train(config, options.out, progress=not options.quiet)
     if result.history:
         write_label_quality(options.out / "label_quality.csv", result)

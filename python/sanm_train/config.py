@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+import torch
 
 import sanm_kernels as sk
 
@@ -28,9 +31,9 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names it, what was expected and what came."""
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field whose help becomes the command line's."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, **limits: float) -> Any:
+    """A dataclass field; help becomes the command line's. limits: low, high, above (exclusive)."""
+    return field(default=default, metadata={"help": help, "limits": limits})
 
 
 @dataclass(frozen=True)
@@ -41,30 +44,38 @@ class TrainConfig:
     dataset: str = setting("digits", "data set")
     model: str = setting("", "network; empty: the data set's own")
     noise: str = setting("symmetric", "label noise: " + ", ".join(KINDS))
-    rate: float = setting(0.5, "share of labels redrawn, in [0, 1]")
+    rate: float = setting(0.5, "share of labels redrawn, in [0, 1]", low=0, high=1)
     include_true: bool = setting(False, "symmetric noise may redraw the true class")
-    seed: int = setting(0, "seed of noise, networks, order and augmentation")
-    limit: int = setting(0, "use only the first N training samples; 0: all")
+    seed: int = setting(0, "seed of noise, networks, order and augmentation", low=0)
+    limit: int = setting(0, "use only the first N training samples; 0: all", low=0)
     device: str = setting("cpu", "torch device")
-    threads: int = setting(1, "CPU threads; small networks gain nothing from more")
-    epochs: int = setting(60, "passes over the training set")
-    batch_size: int = setting(64, "samples a step; DivideMix: half labelled, half unlabelled")
-    lr: float = setting(0.02, "SGD learning rate")
-    lr_drop: float = setting(0.75, "share of the epochs after which the rate is divided by ten")
-    momentum: float = setting(0.9, "SGD momentum")
-    weight_decay: float = setting(5e-4, "SGD weight decay")
+    threads: int = setting(1, "CPU threads; small networks gain nothing from more", low=1)
+    epochs: int = setting(60, "passes over the training set", low=1)
+    batch_size: int = setting(
+        64, "samples a step; DivideMix: half labelled, half unlabelled", low=2
+    )
+    lr: float = setting(0.02, "SGD learning rate", above=0)
+    lr_drop: float = setting(
+        0.75, "share of the epochs after which the rate is divided by ten", low=0, high=1
+    )
+    momentum: float = setting(0.9, "SGD momentum", low=0)
+    weight_decay: float = setting(5e-4, "SGD weight decay", low=0)
 
-    warmup: int = setting(10, "epochs of plain cross-entropy first")
-    warmup_clip: float = setting(1.0, "DivideMix: gradient norm allowed in the warm-up")
-    threshold: float = setting(0.5, "clean probability above which a sample counts as labelled")
-    average_losses: bool = setting(False, "fit the label quality to the last five epochs' mean loss")
-    temperature: float = setting(0.5, "T that sharpens guessed and refined targets")
-    weak_views: int = setting(1, "DivideMix: weakly augmented views to train on (CIFAR: 2)")
-    strong_views: int = setting(1, "DivideMix: strongly augmented views to train on (CIFAR: 2)")
-    alpha: float = setting(4.0, "mixup: λ ~ Beta(alpha, alpha)")
-    unlabeled_weight: float = setting(25.0, "λ_u of the unlabelled loss")
-    ramp: float = setting(16.0, "epochs over which λ_u grows from 0 after the warm-up")
-    prior_weight: float = setting(1.0, "ρ of the prior penalty")
+    warmup: int = setting(10, "epochs of plain cross-entropy first", low=0)
+    warmup_clip: float = setting(1.0, "DivideMix: gradient norm allowed in the warm-up", above=0)
+    threshold: float = setting(
+        0.5, "clean probability above which a sample counts as labelled", low=0, high=1
+    )
+    average_losses: bool = setting(False, "label quality from the last five epochs' mean loss")
+    temperature: float = setting(0.5, "T that sharpens guessed and refined targets", above=0)
+    weak_views: int = setting(1, "DivideMix: weakly augmented views to train on (CIFAR: 2)", low=1)
+    strong_views: int = setting(
+        1, "DivideMix: strongly augmented views to train on (CIFAR: 2)", low=0
+    )
+    alpha: float = setting(4.0, "mixup: λ ~ Beta(alpha, alpha)", above=0)
+    unlabeled_weight: float = setting(25.0, "λ_u of the unlabelled loss", low=0)
+    ramp: float = setting(16.0, "epochs over which λ_u grows from 0 after the warm-up", low=0)
+    prior_weight: float = setting(1.0, "ρ of the prior penalty", low=0)
 
     mask: str = setting("small-images", "masking, where not set below: " + ", ".join(MASKS))
     ratio_low: float | None = setting(None, "lo of the masking ratio")
@@ -81,7 +92,7 @@ class TrainConfig:
         from .models import MODELS
         from .recipes import RECIPES
 
-        for name, choices in {
+        choices: dict[str, Iterable[str]] = {
             "recipe": RECIPES,
             "dataset": DATASETS,
             "model": ("", *MODELS),
@@ -89,31 +100,20 @@ class TrainConfig:
             "mask": MASKS,
             "views": VIEWS,
             "box": BOXES,
-        }.items():
-            check_choice(name, getattr(self, name), choices)
-        for name in ("rate", "lr_drop", "threshold"):
-            self._check(name, 0, 1)
-        for name in ("epochs", "threads", "weak_views"):
-            self._check(name, 1)
-        for name in ("limit", "warmup", "seed", "strong_views"):
-            self._check(name, 0)
-        self._check("batch_size", 2)
-        for name in ("momentum", "weight_decay", "ramp", "unlabeled_weight", "prior_weight"):
-            self._check(name, 0)
-        for name in ("lr", "warmup_clip", "temperature", "alpha"):
-            self._check(name, 0, exclusive=True)
+        }
+        for name, known in choices.items():
+            check_choice(name, getattr(self, name), known)
+        for entry in fields(self):
+            _check(entry.name, getattr(self, entry.name), **entry.metadata["limits"])
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device must be usable, got {self.device!r}: {reason}") from None
         try:
             self.mask_config  # noqa: B018  (validates the masking)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-
-    def _check(
-        self, name: str, low: float, high: float = float("inf"), exclusive: bool = False
-    ) -> None:
-        value = getattr(self, name)
-        if not low <= value <= high or (exclusive and value == low):
-            wanted = f"in [{low}, {high}]" if high < float("inf") else f"at least {low}"
-            raise ConfigError(f"{name} must be {f'above {low}' if exclusive else wanted}, got {value}")
 
     @property
     def mask_config(self) -> sk.MaskConfig:
@@ -123,6 +123,20 @@ class TrainConfig:
         if not self.reconstruct:
             changes["reconstruction_weight"] = 0.0
         return MASKS[self.mask]().replace(views=VIEWS[self.views], **changes)
+
+
+def _check(
+    name: str,
+    value: Any,
+    low: float | None = None,
+    high: float = math.inf,
+    above: float = -math.inf,
+) -> None:
+    if low is not None and not low <= value <= high:
+        wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ConfigError(f"{name} must be {wanted}, got {value}")
+    if above > -math.inf and not value > above:
+        raise ConfigError(f"{name} must be above {above}, got {value}")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

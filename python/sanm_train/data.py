@@ -35,8 +35,8 @@ class Dataset:
         return len(self.images)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return tuple(self.images.shape[1:])  # type: ignore[return-value]
+    def image_shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[1:])
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class Dataset:
     def to(self, device: str | torch.device) -> Dataset:
         """The same data with all tensors on `device`."""
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
     def subset(self, size: int) -> Dataset:
         """The first `size` training samples."""

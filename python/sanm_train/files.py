@@ -44,7 +44,7 @@ def prepare_folder(path: str | Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(f"out must be a folder that can be written to, got {path}: {reason}") from None
+        raise OSError(f"out must be a writable folder, got {path}: {reason}") from None
     return folder
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,7 +26,8 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(activated)
-        return self.conv2(F.relu(self.bn2(self.conv1(activated)))) + shortcut
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return residual + shortcut
 
 
 class PreActResNet18(nn.Module):
@@ -57,7 +58,8 @@ class PreActResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return self.linear(x.mean((2, 3)))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
 
 
 class SmallCNN(nn.Module):
@@ -81,7 +83,8 @@ class SmallCNN(nn.Module):
         return conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.features(x).mean((2, 3)))
+        logits: Tensor = self.linear(self.features(x).mean((2, 3)))
+        return logits
 
 
 class Decoder(nn.Module):
@@ -99,7 +102,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, map_shape: tuple[int, int, int], image_shape: tuple[int, int, int], width: int = 32
+        self, map_shape: Sequence[int], image_shape: Sequence[int], width: int = 32
     ) -> None:
         super().__init__()
         (channels, *size), (image_channels, *image_size) = map_shape, image_shape
@@ -121,7 +124,7 @@ class Decoder(nn.Module):
                 nn.BatchNorm2d(fan_out),
                 nn.LeakyReLU(0.1, inplace=True),
             )
-            for fan_in, fan_out in zip(widths, widths[1:], strict=False)
+            for fan_in, fan_out in pairwise(widths)
         )
         self.output = nn.Conv2d(widths[-1], image_channels, 3, padding=1)
 
@@ -133,7 +136,8 @@ class Decoder(nn.Module):
             )
         for size, stage in zip(self.sizes, self.stages, strict=True):
             features = F.interpolate(stage(features), size, mode="bilinear", align_corners=False)
-        return self.output(features)
+        images: Tensor = self.output(features)
+        return images
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

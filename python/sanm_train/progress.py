@@ -11,14 +11,9 @@ class RunProgress:
     """One line: recipe, epochs done, step, last and best test accuracy. A context manager."""
 
     def __init__(self, title: str, epochs: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("epochs"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
+        texts = (TextColumn(f"{{task.{name}}}") for name in ("description", "fields[note]"))
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
+        self._progress = Progress(next(texts), *columns, next(texts))
         self._task = self._progress.add_task(title, total=epochs, note="")
         self._accuracy = ""
 

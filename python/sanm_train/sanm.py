@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,13 @@ class Batch(NamedTuple):
     """One batch of training samples.
 
     images (B, C, H, W); targets: class indices (B,) or soft (B, K); clean_prob (B,) in [0, 1],
-    None for 1 everywhere; index (B,) int64, the samples' positions in the training set.
+    None for 1 everywhere; sample_index (B,) int64, positions in the training set.
     """
 
     images: Tensor
     targets: Tensor
     clean_prob: Tensor | None = None
-    index: Tensor | None = None
+    sample_index: Tensor | None = None
 
 
 class SANMLosses(NamedTuple):
@@ -68,7 +69,7 @@ class SANM(nn.Module):
         feature_layer: str | nn.Module | None = None,
         decoder: nn.Module | None = None,
         config: sk.MaskConfig | None = None,
-        image_shape: tuple[int, int, int] | None = None,
+        image_shape: Sequence[int] | None = None,
         *,
         random_box: bool = False,
         modulate: bool = True,
@@ -84,31 +85,25 @@ class SANM(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of the plain model."""
-        return self.model(images)
+        logits: Tensor = self.model(images)
+        return logits
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, K) and the last feature map (B, C, h, w) of one run of the model."""
         found: list[Tensor] = []
-
-        def keep(module: nn.Module, args: object, output: Tensor) -> None:
-            found.append(output)
-
-        handle = self.model.get_submodule(self.feature_layer).register_forward_hook(keep)
+        layer = self.model.get_submodule(self.feature_layer)
+        handle = layer.register_forward_hook(lambda module, inputs, output: found.append(output))
         try:
             logits = self.model(images)
         finally:
             handle.remove()
+        name = f"feature_layer {self.feature_layer!r}"
         if not found:
-            raise RuntimeError(
-                f"feature_layer {self.feature_layer!r} was not run by the model's forward"
-            )
+            raise RuntimeError(f"{name} was not run by the model's forward")
         features = found[-1]
         if not isinstance(features, Tensor) or features.ndim != 4:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(
-                f"feature_layer {self.feature_layer!r} must give a feature map (B, C, h, w), "
-                f"got {got}"
-            )
+            raise ValueError(f"{name} must give a feature map (B, C, h, w), got {got}")
         return logits, features
 
     @torch.no_grad()
@@ -119,46 +114,37 @@ class SANM(nn.Module):
         clean_prob: Tensor | None = None,
         *,
         features: Tensor | None = None,
-        num_classes: int | None = None,
-        generator: torch.Generator | int | None = None,
-        index: Tensor | None = None,
+        **options: Any,
     ) -> sk.MaskedForward:
         """Statistics, boxes, masked views and modulated targets of `images` (sections 1–4).
 
         features are computed when not given. clean_prob None stands for 1, "surely right".
+        options go to `sk.masked_forward`: num_classes, generator, sample_index, draws, ...
         """
-        if self.random_box:  # noise in the image's own size: every pixel is as likely to be the peak
+        if self.random_box:  # noise of the image's own size: any pixel may be the peak
             features = torch.rand(len(images), 1, *images.shape[2:], device=images.device)
         elif features is None:
             features = self.forward_features(images)[1]
         if clean_prob is None:
             clean_prob = torch.ones(len(images), device=images.device)
         return sk.masked_forward(
-            features,
-            targets,
-            clean_prob,
-            images=images,
-            config=self.config,
-            num_classes=num_classes,
-            generator=generator,
-            sample_index=index,
+            features, targets, clean_prob, images=images, config=self.config, **options
         )
 
-    def reconstruct(self, features: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    def reconstruct(self, features: Tensor, image_shape: Sequence[int]) -> Tensor:
         """Images (B, *image_shape) rebuilt from feature maps (B, C, h, w)."""
         if self.decoder is None:
-            self._add_decoder(features, image_shape)
-        return self.decoder(features)
+            decoder = Decoder(features.shape[1:], image_shape)
+            self.decoder = decoder.to(features.device, features.dtype)
+        rebuilt: Tensor = self.decoder(features)
+        return rebuilt
 
     def reconstruction_loss(
         self, masked: sk.MaskedForward, images: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """L_r of section 5 and the masked views' logits (V·B, K), views in the order max, min."""
-        views = masked_views(masked)
-        if not views:
-            return images.new_zeros(()), None
-        logits, features = self.forward_features(torch.cat(views))
-        rebuilt = self.reconstruct(features, tuple(images.shape[1:]))
+        logits, features = self.forward_features(torch.cat(masked_views(masked)))
+        rebuilt = self.reconstruct(features, images.shape[1:])
         return sk.reconstruction_loss(rebuilt, images), logits
 
     def view_ratios(self, masked: sk.MaskedForward) -> list[Tensor]:
@@ -167,14 +153,14 @@ class SANM(nn.Module):
         return ratios if self.modulate else [torch.zeros_like(r) for r in ratios]
 
     def losses(
-        self, batch: Batch | tuple, generator: torch.Generator | int | None = None
+        self, batch: Batch | tuple[Tensor, ...], generator: torch.Generator | int | None = None
     ) -> SANMLosses:
         """Classification loss over the images and their masked views, and the reconstruction loss.
 
         Masked views carry the modulated targets. Two runs of the model: the images, then the
         views together. `batch` is a `Batch` or a tuple in its order.
         """
-        images, targets, clean_prob, index = Batch(*batch)
+        images, targets, clean_prob, sample_index = Batch(*batch)
         logits, features = self.forward_features(images)
         masked = self.mask(
             images,
@@ -183,14 +169,14 @@ class SANM(nn.Module):
             features=features.detach(),
             num_classes=logits.shape[1],
             generator=generator,
-            index=index,
+            sample_index=sample_index,
         )
         reconstruction, view_logits = self.reconstruction_loss(masked, images)
         ratios = self.view_ratios(masked)
         if targets.ndim == 1:
             targets = F.one_hot(targets, logits.shape[1]).to(logits.dtype)
         classification = sk.masked_loss(
-            logits if view_logits is None else torch.cat([logits, view_logits]),
+            torch.cat([logits, view_logits]),
             targets.expand(1 + len(ratios), *targets.shape),
             ratio=torch.cat([logits.new_zeros(len(logits)), *ratios]),
             drop=self.config.drop,
@@ -199,20 +185,17 @@ class SANM(nn.Module):
         return SANMLosses(total, classification, reconstruction, logits, masked)
 
     @torch.no_grad()
-    def _build_decoder(self, image_shape: tuple[int, int, int]) -> None:
+    def _build_decoder(self, image_shape: Sequence[int]) -> None:
         """Build the decoder by running the model once, in eval mode, on an empty image."""
-        training, like = self.model.training, next(self.model.parameters())
+        like = next(self.model.parameters())
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            probe = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
-            _, features = self.forward_features(probe)
+            features = self.forward_features(like.new_zeros(1, *image_shape))[1]
+            self.reconstruct(features, image_shape)
         finally:
-            self.model.train(training)
-        self._add_decoder(features, image_shape)
-
-    def _add_decoder(self, features: Tensor, image_shape: tuple[int, int, int]) -> None:
-        decoder = Decoder(tuple(features.shape[1:]), tuple(image_shape))
-        self.decoder = decoder.to(features.device, features.dtype)
+            for module, training in modes:  # one by one: some layers may be frozen in eval mode
+                module.training = training
 
 
 def masked_views(masked: sk.MaskedForward) -> list[Tensor]:
@@ -223,19 +206,18 @@ def masked_views(masked: sk.MaskedForward) -> list[Tensor]:
 def _layer_name(model: nn.Module, layer: str | nn.Module | None) -> str:
     """Dotted name of `layer` inside `model`."""
     names = {name: module for name, module in model.named_modules() if name}
+    layer = getattr(model, "feature_layer", None) if layer is None else layer
     if layer is None:
-        layer = getattr(model, "feature_layer", None)
-        if layer is None:
-            raise ValueError(
-                "feature_layer: name the module that gives the last feature map, "
-                f"one of {', '.join(names)}"
-            )
+        raise ValueError(
+            "feature_layer: name the module that gives the last feature map, "
+            f"one of {', '.join(names)}"
+        )
     if isinstance(layer, nn.Module):
-        for name, module in names.items():
-            if module is layer:
-                return name
-        raise ValueError(f"feature_layer: this {type(layer).__name__} is no part of the model")
+        found = [name for name, module in names.items() if module is layer]
+        if not found:
+            raise ValueError(f"feature_layer: this {type(layer).__name__} is no part of the model")
+        layer = found[0]
     if layer not in names:
         near = difflib.get_close_matches(layer, names, 1) or list(names)[-1:]
         raise ValueError(f"feature_layer: the model has no module {layer!r}; nearest: {near[0]!r}")
-    return layer
+    return str(layer)

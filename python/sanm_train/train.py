@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import defaultdict
@@ -59,10 +60,12 @@ class Result:
     @property
     def noise(self) -> str:
         """The noise in words: kind, rate asked for, share of labels that really are wrong."""
-        kind = self.config.noise
-        if kind == "symmetric":
-            kind += " (true class included)" if self.config.include_true else " (never the true class)"
-        return f"{kind} noise {self.config.rate:.0%}: {self.data.noise_rate:.1%} wrong labels"
+        config, wrong = self.config, f"{self.data.noise_rate:.1%} of the labels wrong"
+        if config.noise == "none":
+            return f"no noise, {wrong}"
+        drawn = {True: " (true class included)", False: " (true class excluded)"}
+        how = drawn[config.include_true] if config.noise == "symmetric" else ""
+        return f"{config.rate:.0%} {config.noise} noise{how}, {wrong}"
 
     @property
     def seconds_per_step(self) -> float:
@@ -130,20 +133,21 @@ def _run_epoch(result: Result, epoch: int, bar: Any) -> dict[str, Any]:
     if epoch + 1 == config.epochs:
         recipe.fit_quality()
     hits = recipe.predict(data.test_images).argmax(1) == data.test_labels
-    fitted = recipe.uses_quality and epoch >= config.warmup or epoch + 1 == config.epochs
+    fitted = (recipe.uses_quality and epoch >= config.warmup) or epoch + 1 == config.epochs
+    train_loss = (sums.pop("loss") / steps).item()
+    if not math.isfinite(train_loss):
+        raise FloatingPointError(f"epoch {epoch}: the training loss is {train_loss}")
     row = {
         "epoch": epoch,
         "lr": lr,
         "steps": steps,
         "seconds": seconds,
-        "train_loss": (sums.pop("loss") / steps).item(),
+        "train_loss": train_loss,
         **{name: (total / steps).item() for name, total in sums.items()},
         "test_accuracy": hits.double().mean().item(),
         "quality_auc": quality_auc(recipe.quality.mean(0), data) if fitted else None,
         "labeled_share": (recipe.quality > config.threshold).double().mean().item(),
     }
-    if not np.isfinite(row["train_loss"]):
-        raise FloatingPointError(f"epoch {epoch}: the training loss is {row['train_loss']}")
     accuracies = [earlier["test_accuracy"] for earlier in result.history]
     row["best_accuracy"] = max([*accuracies, row["test_accuracy"]])
     if bar is not None:

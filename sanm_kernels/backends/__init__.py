@@ -25,8 +25,9 @@ _forced: list[str] = []  # innermost use_backend last
 
 def _check_name(name: object, argument: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, BACKENDS))}, "
-                         f"got {name!r}")
+        raise ValueError(
+            f"{argument}: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}"
+        )
     return str(name)
 
 
@@ -99,6 +100,21 @@ def select(op: str, device: torch.device, backend: str | None) -> Any:
         op, device.type, backend
     )
     return getattr(getattr(torch.ops.sanm_kernels, op), chosen)
+
+
+def call(op: str, device: torch.device, backend: str | None, *arguments: Any) -> Any:
+    """Run operator `op` on the overload that :func:`select` gives.
+
+    Where nothing is to be differentiated the autograd layer, which is Python and takes longer than
+    a small kernel, is passed over, just as it would itself do after a longer look.
+    """
+    overload = select(op, device, backend)
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+    ):
+        return overload(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*arguments)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def define(
 
 
 def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference picks its own precision: autocast must not lower that of its matrix products."""
+    """The reference picks its own precision: autocast must not lower its matrix products'."""
 
     @functools.wraps(reference)
     def run(*args: Any) -> Any:

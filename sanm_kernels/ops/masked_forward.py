@@ -20,10 +20,32 @@ from sanm_kernels.reference import masked_forward as reference
 from sanm_kernels.reference.activation import accumulate_dtype
 from sanm_kernels.reference.masked_forward import MEAN, Settings, is_channels_last
 
-INPUTS = ("features", "targets", "clean_prob", "draws", "seed", "sample_index", "images", "weight",
-          "bias", "height", "width", "num_classes")
-OUTPUTS = ("stats", "positions", "ratio", "boxes", "new_targets", "views", "logits", "loss",
-           "pooled", "visible")
+INPUTS = (
+    "features",
+    "targets",
+    "clean_prob",
+    "draws",
+    "seed",
+    "sample_index",
+    "images",
+    "weight",
+    "bias",
+    "height",
+    "width",
+    "num_classes",
+)
+OUTPUTS = (
+    "stats",
+    "positions",
+    "ratio",
+    "boxes",
+    "new_targets",
+    "views",
+    "logits",
+    "loss",
+    "pooled",
+    "visible",
+)
 _SCHEMA_INPUTS = (
     "(Tensor features, Tensor targets, Tensor clean_prob, Tensor? draws, Tensor? seed, "
     "Tensor? sample_index, Tensor? images, Tensor? weight, Tensor? bias, SymInt height, "
@@ -42,12 +64,17 @@ class Spec(NamedTuple):
 
     def empty(self, device: torch.device) -> Tensor:
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        return torch.empty(self.shape, dtype=self.dtype, device=device,
-                           memory_format=memory_format)
+        return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=memory_format)
 
 
-def specs(features: Tensor, targets: Tensor, images: Tensor | None, weight: Tensor | None,
-          num_classes: int, settings: Settings) -> tuple[Spec, ...]:
+def specs(
+    features: Tensor,
+    targets: Tensor,
+    images: Tensor | None,
+    weight: Tensor | None,
+    num_classes: int,
+    settings: Settings,
+) -> tuple[Spec, ...]:
     """What each of OUTPUTS looks like."""
     batch, channels, h, w = features.shape
     acc = accumulate_dtype(features)
@@ -73,16 +100,22 @@ def specs(features: Tensor, targets: Tensor, images: Tensor | None, weight: Tens
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     given = dict(zip(INPUTS, arguments, strict=False))
-    features, settings = given["features"], Settings(*arguments[len(INPUTS):])
+    features, settings = given["features"], Settings(*arguments[len(INPUTS) :])
     return tuple(
         spec.empty(features.device)
-        for spec in specs(features, given["targets"], given["images"], given["weight"],
-                          given["num_classes"], settings)
+        for spec in specs(
+            features,
+            given["targets"],
+            given["images"],
+            given["weight"],
+            given["num_classes"],
+            settings,
+        )
     )
 
 
 def _reference_out(*arguments: Any) -> None:
-    inputs, buffers = arguments[: -len(OUTPUTS)], arguments[-len(OUTPUTS):]
+    inputs, buffers = arguments[: -len(OUTPUTS)], arguments[-len(OUTPUTS) :]
     for buffer, result in zip(buffers, reference.forward(*inputs), strict=True):
         buffer.copy_(result)
 
@@ -90,7 +123,7 @@ def _reference_out(*arguments: Any) -> None:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     given = dict(zip(INPUTS, inputs, strict=False))
-    ctx.settings = s = Settings(*inputs[len(INPUTS):])
+    ctx.settings = s = Settings(*inputs[len(INPUTS) :])
     stats, positions, ratio, boxes, new_targets, views, logits, loss, pooled, visible = output
     constants = [stats, positions, ratio, boxes, pooled, visible]
     needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=False))
@@ -106,8 +139,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.soft = targets.is_floating_point()
     ctx.has_bias = given["bias"] is not None
     ctx.save_for_backward(
-        features, targets if ctx.soft and s.clamp else None, given["weight"], ratio, boxes,
-        new_targets, logits, pooled, visible,
+        features,
+        targets if ctx.soft and s.clamp else None,
+        given["weight"],
+        ratio,
+        boxes,
+        new_targets,
+        logits,
+        pooled,
+        visible,
     )
     ctx.bias_dtype = given["bias"].dtype if ctx.has_bias else None
 
@@ -115,18 +155,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ops: Overloads, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     g_targets, g_views, g_logits, g_loss = grads[4:8]
     features, targets, weight, ratio, boxes, new_targets, logits, pooled, visible = (
-        ctx.saved_tensors)
+        ctx.saved_tensors
+    )
     s = ctx.settings
     result: list[Tensor | None] = [None] * ctx.total
     if g_targets is not None and ctx.soft:
         result[INPUTS.index("targets")] = (
-            g_targets.sum(0) if targets is None
-            else ops.modulate_backward(g_targets, targets, ratio, s.clamp))
+            g_targets.sum(0)
+            if targets is None
+            else ops.modulate_backward(g_targets, targets, ratio, s.clamp)
+        )
     if g_views is not None:
         result[INPUTS.index("images")] = ops.masked_views_backward(g_views, boxes, s.fill == MEAN)
     if g_logits is not None or g_loss is not None:
         g_features, g_weight, g_bias = ops.classifier_backward(
-            g_logits, g_loss, features, weight, logits, new_targets[0], pooled, visible)
+            g_logits, g_loss, features, weight, logits, new_targets[0], pooled, visible
+        )
         result[INPUTS.index("features")] = g_features
         result[INPUTS.index("weight")] = g_weight
         if ctx.has_bias:
@@ -155,8 +199,9 @@ define(
 define(
     "masked_forward_out",
     _SCHEMA_INPUTS
-    + "".join(f", Tensor({letter}!) {name}_" for letter, name in zip("abcdefghij", OUTPUTS,
-                                                                      strict=True))
+    + "".join(
+        f", Tensor({letter}!) {name}_" for letter, name in zip("abcdefghij", OUTPUTS, strict=True)
+    )
     + ") -> ()",
     _reference_out,
     fake=lambda *arguments: None,
@@ -180,7 +225,8 @@ define(
     reference.classifier_backward,
     fake=lambda grad_logits, grad_loss, features, weight, logits, targets, pooled, visible: (
         Spec(tuple(features.shape), features.dtype, is_channels_last(features)).empty(
-            features.device),
+            features.device
+        ),
         weight.new_empty(weight.shape),
         logits.new_empty(logits.shape[1:]),
     ),

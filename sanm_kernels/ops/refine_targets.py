@@ -10,7 +10,7 @@ from sanm_kernels.reference import refine_targets as reference
 
 
 def _fake(
-    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: float
+    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: Tensor
 ) -> Tensor:
     dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
     return logits[0].new_empty(logits[0].shape, dtype=dtype)
@@ -18,7 +18,7 @@ def _fake(
 
 define(
     "refine_targets",
-    "(Tensor[] logits, Tensor? labels, Tensor? clean_prob, float temperature) -> Tensor",
+    "(Tensor[] logits, Tensor? labels, Tensor? clean_prob, Tensor temperature) -> Tensor",
     reference.forward,
     fake=_fake,
 )

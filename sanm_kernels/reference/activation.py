@@ -124,7 +124,9 @@ def locate(e: Tensor, height: int, width: int, quantize: bool) -> Tensor:
     if quantize:
         low = u.amin(1, keepdim=True)
         u = (255 * (u - low) / ((u.amax(1, keepdim=True) - low) + 1e-12)).floor()
-    first = torch.stack([_first(u == u.amax(1, keepdim=True)), _first(u == u.amin(1, keepdim=True))])
+    first = torch.stack(
+        [_first(u == u.amax(1, keepdim=True)), _first(u == u.amin(1, keepdim=True))]
+    )
     return torch.stack([first // width, first % width], -1).int()
 
 

@@ -30,7 +30,10 @@ def philox(number: Tensor, stream: int, index: Tensor, seed: Tensor) -> tuple[Te
     for _ in range(10):
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wrap modulo 2⁶⁴
         c0, c1, c2, c3 = (
-            ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK,
+            ((b >> 32) & _MASK) ^ c1 ^ k0,
+            b & _MASK,
+            ((a >> 32) & _MASK) ^ c3 ^ k1,
+            a & _MASK,
         )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
@@ -48,8 +51,9 @@ def normals(count: int, stream: int, index: Tensor, seed: Tensor) -> Tensor:
 
     Only +, −, ×, ÷ and √ on float64, each rounded once, so that every backend agrees.
     """
-    w0, w1, _, _ = philox(torch.arange(count, device=index.device)[None], stream, index[:, None],
-                          seed)
+    w0, w1, _, _ = philox(
+        torch.arange(count, device=index.device)[None], stream, index[:, None], seed
+    )
     radius = torch.sqrt(_log((w0.double() + 0.5) * 2.0**-32) * -2.0)
     return radius * _cos_turn(w1)
 

@@ -40,17 +40,28 @@ class Settings(NamedTuple):
         return 1 if self.shared else self.view_count
 
 
-def activation_stats(features: Tensor, height: int, width: int, quantize: bool) -> tuple[
-        Tensor, Tensor]:
+def activation_stats(
+    features: Tensor, height: int, width: int, quantize: bool
+) -> tuple[Tensor, Tensor]:
     """features (B, C, h, w) → statistics (5, B) and peak and trough (2, B, 2) int32."""
     e = activation.energy(features)
     return activation.statistics(e), activation.locate(e, height, width, quantize)
 
 
 def forward(
-    features: Tensor, targets: Tensor, clean_prob: Tensor, draws_: Tensor | None,
-    seed: Tensor | None, sample_index: Tensor | None, images: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, height: int, width: int, num_classes: int, *settings: object,
+    features: Tensor,
+    targets: Tensor,
+    clean_prob: Tensor,
+    draws_: Tensor | None,
+    seed: Tensor | None,
+    sample_index: Tensor | None,
+    images: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    num_classes: int,
+    *settings: object,
 ) -> tuple[Tensor, ...]:
     """All of `masked_forward`; shapes and outputs as in `ops/masked_forward.py`."""
     s = Settings(*settings)  # type: ignore[arg-type]
@@ -68,7 +79,7 @@ def forward(
 
     channels = 0 if images is None else images.shape[1]
     batch = features.shape[0]
-    index = (torch.arange(batch, device=features.device) if sample_index is None else sample_index)
+    index = torch.arange(batch, device=features.device) if sample_index is None else sample_index
     if draws_ is None:
         assert seed is not None
         count = 2 * s.draw_sets + (s.view_count * channels if s.fill == UNIFORM else 0)
@@ -95,8 +106,9 @@ def forward(
     return stats, positions, ratio, boxes, new_targets, views, logits, loss, pooled, visible
 
 
-def place(positions: Tensor, clean_prob: Tensor, draws_: Tensor, height: int, width: int,
-          s: Settings) -> tuple[Tensor, Tensor]:
+def place(
+    positions: Tensor, clean_prob: Tensor, draws_: Tensor, height: int, width: int, s: Settings
+) -> tuple[Tensor, Tensor]:
     """Section 2: ratios (draw sets, B) float32 and boxes (views, B, 4) int32.
 
     positions (2, B, 2), clean_prob (B,) float32, draws (B, D) float64. Draws are float64, all that
@@ -137,14 +149,15 @@ def inside(box: Tensor, height: int, width: int) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def mask(images: Tensor, boxes: Tensor, draws_: Tensor, seed: Tensor | None, index: Tensor,
-         s: Settings) -> Tensor:
+def mask(
+    images: Tensor, boxes: Tensor, draws_: Tensor, seed: Tensor | None, index: Tensor, s: Settings
+) -> Tensor:
     """Section 3: the views of images (B, C, H, W) stacked as (views·B, C, H, W).
 
     Fills are computed in float64, then rounded to float32 and to the images' dtype (for float64
     images not rounded). channels_last stays channels_last; all else becomes contiguous.
     """
-    batch, channels, height, width = images.shape
+    channels, height, width = images.shape[1:]
     channels_last = is_channels_last(images)
     views = []
     for view, box in enumerate(boxes):
@@ -231,13 +244,21 @@ def masked_views_backward(grad: Tensor, boxes: Tensor, mean_fill: bool) -> Tenso
         total = total + torch.where(hidden, 0, g)
         if mean_fill:
             total = total + torch.where(hidden, g, 0).to(total.dtype).sum((2, 3), keepdim=True) / (
-                height * width)
+                height * width
+            )
     return total.to(grad.dtype)
 
 
-def classifier_backward(grad_logits: Tensor | None, grad_loss: Tensor | None, features: Tensor,
-                        weight: Tensor, logits: Tensor, targets: Tensor, pooled: Tensor,
-                        visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def classifier_backward(
+    grad_logits: Tensor | None,
+    grad_loss: Tensor | None,
+    features: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    pooled: Tensor,
+    visible: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of features (B, C, h, w), weight (K, C) and bias (K,) in the one-pass mode.
 
     dlogits = (softmax·Σt' − t')·grad_loss/B + grad_logits; dz = dlogits·W; dF = dz ⊗ v/Σv.

@@ -1,4 +1,4 @@
-"""The training loss on given rows of logits (section 5), with targets modulated and mixed on the fly.
+"""The training loss on rows of logits (section 5), targets modulated and mixed on the fly.
 
 Everything is computed in A = float32, or float64 for float64 logits. Row i of n is compared with
 t_i = λ·t'_i + (1 − λ)·t'_π(i), where t' are the modulated targets and π the permutation; the first
@@ -63,7 +63,7 @@ def forward(
     prior: Tensor | None, scalars: Tensor, num_labeled: int, clamp: bool, ignore_index: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Total, L_x, L_u, P, N, the rows' losses (n,), and for backward (max, log-sum) (n, 2) and p̄ (K,).
+    """Total, L_x, L_u, P, N (), the rows' losses (n,); for backward (max, log-sum) (n, 2), p̄ (K,).
 
     logits (n, K); targets (…, K) floats or (M,) int64; ratio (M,); permutation (≥ n,) int64;
     prior (K,) in A, None for uniform; scalars (4,) float64 on the CPU: λ, λ_u, ρ, ν.

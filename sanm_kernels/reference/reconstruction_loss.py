@@ -9,10 +9,12 @@ from sanm_kernels.reference import checks
 from sanm_kernels.reference.mixup_views import memory_format
 
 
-def _views(reconstruction: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+def _views(
+    reconstruction: Tensor, images: Tensor, boxes: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Both as (V, B, C, H, W) and (B, C, H, W) in the type that sums are taken in."""
     dtype = torch.float64 if reconstruction.dtype == torch.float64 else torch.float32
-    views = len(reconstruction) // max(len(images), 1)
+    views = len(reconstruction) // max(len(images), 1) if boxes is None else len(boxes)
     return reconstruction.reshape(views, *images.shape).to(dtype), images.to(dtype)
 
 
@@ -48,7 +50,7 @@ def forward(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> Ten
     """
     if boxes is not None:
         _check(boxes, images.shape[2], images.shape[3])
-    r, x = _views(reconstruction, images)
+    r, x = _views(reconstruction, images, boxes)
     mask, count = _hidden(boxes, r.shape)
     square = torch.where(mask.to(r.device), (r - x).square(), 0)
     return (square.sum((1, 2, 3, 4)) / count.to(r.device).clamp(min=1)).sum()
@@ -59,7 +61,7 @@ def backward(grad: Tensor, reconstruction: Tensor, images: Tensor, boxes: Tensor
 
     In the dtype of `reconstruction`; channels_last if that is, else contiguous.
     """
-    r, x = _views(reconstruction, images)
+    r, x = _views(reconstruction, images, boxes)
     mask, count = _hidden(boxes, r.shape)
     scale = (2 * grad / count.to(r.device).clamp(min=1)).view(-1, 1, 1, 1, 1)
     result = torch.where(mask.to(r.device), scale * (r - x), 0).reshape(reconstruction.shape)

@@ -9,11 +9,12 @@ from sanm_kernels.reference import checks
 
 
 def forward(
-    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: float
+    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: Tensor
 ) -> Tensor:
     """Targets (B, K) in float32 (float64 for float64 logits).
 
-    logits: (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither.
+    logits: (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither;
+    temperature (1,) float64 on the CPU.
     """
     K = logits[0].shape[1]
     if labels is not None and not labels.is_floating_point():
@@ -28,5 +29,5 @@ def forward(
         q = clean_prob.to(dtype)[:, None]
         p = q * labels.to(dtype) + (1 - q) * p
     # the largest becomes 1 before the power, so the sum cannot vanish
-    sharp = (p / p.amax(1, keepdim=True)) ** (1 / temperature)
+    sharp = (p / p.amax(1, keepdim=True)) ** (1 / temperature.item())
     return (sharp / sharp.sum(1, keepdim=True)).contiguous()

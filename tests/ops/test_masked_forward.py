@@ -7,39 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inputs import DTYPES, LAYOUTS, lay_out, random_case, upstreams
-from tolerances import assert_accurate, assert_parallel
+from inputs import DTYPES, LAYOUTS, MASK_CONFIGS, example, lay_out, random_case
+from tolerances import assert_accurate
 
 import sanm_kernels as sk
-from sanm_kernels.functional import _settings
 from sanm_kernels.reference import activation, draws
-from sanm_kernels.reference.masked_forward import visibility
 
 BACKENDS = ("reference", "cpu")
 PAPER = sk.MaskConfig.paper()
-CONFIGS = {
-    "paper": PAPER,
-    "official_cifar": sk.MaskConfig.official_cifar(),
-    "official_clothing1m": sk.MaskConfig.official_clothing1m(),
-    "mean": PAPER.replace(fill="mean", ratio_high=0.4),
-    "pixel": PAPER.replace(fill="pixel", shared_draws=False),
-    "min_only": PAPER.replace(views=("min",), fill="uniform", ratio_high=0.5, ratio_gamma=0.5),
-    "max_only": PAPER.replace(views=("max",), fill_value=0.5, quantize=True),
-}
-EXACT = ("ratio_max", "ratio_min", "box_max", "box_min", "targets_max", "targets_min", "images_max",
-         "images_min")
+EXACT = (
+    "ratio_max",
+    "ratio_min",
+    "box_max",
+    "box_min",
+    "targets_max",
+    "targets_min",
+    "images_max",
+    "images_min",
+)
 GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("*.npz"))
 backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def example(batch=4, channels=24, h=4, w=4, cin=3, height=16, width=12, classes=5, dtype=None):
-    dtype = dtype or torch.float32
-    return (
-        torch.randn(batch, channels, h, w).to(dtype),
-        torch.softmax(torch.randn(batch, classes) * 2, 1),
-        torch.rand(batch),
-        torch.rand(batch, cin, height, width).to(dtype),
-    )
 
 
 def same(a, b):
@@ -51,8 +38,13 @@ def same(a, b):
 def test_recorded_results_are_equal_to_the_last_bit(backend, path):
     case = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path).items()}
     result = sk.masked_forward(
-        case["features"], case["targets"], case["clean_prob"], images=case["images"],
-        config=sk.MaskConfig.official_cifar(), draws=case["draws"], backend=backend,
+        case["features"],
+        case["targets"],
+        case["clean_prob"],
+        images=case["images"],
+        config=sk.MaskConfig.official_cifar(),
+        draws=case["draws"],
+        backend=backend,
     )
     for name in ("box_max", "box_min", "images_max", "images_min"):
         assert torch.equal(getattr(result, name), case[name]), name
@@ -66,20 +58,30 @@ def test_all_recorded_cases_are_there():
 @pytest.mark.parametrize("block", range(7))
 def test_cpu_equals_reference_to_the_last_bit(block):
     """504 random cases: every configuration, both memory formats, odd sizes, 1 to 4 channels."""
-    name = list(CONFIGS)[block]
+    name = list(MASK_CONFIGS)[block]
     for seed in range(72):
         case = random_case(1000 * block + seed)
         dtype = (torch.float32, torch.float32, torch.bfloat16, torch.float16)[seed % 4]
         case["features"], case["images"] = case["features"].to(dtype), case["images"].to(dtype)
-        a, b = (sk.masked_forward(**case, config=CONFIGS[name], backend=k) for k in BACKENDS)
+        a, b = (sk.masked_forward(**case, config=MASK_CONFIGS[name], backend=k) for k in BACKENDS)
         for field in EXACT:
             assert same(getattr(a, field), getattr(b, field)), (name, seed, field)
         for field in ("max", "min", "peak", "trough"):
             assert torch.equal(getattr(a.stats, field), getattr(b.stats, field)), (seed, field)
 
 
-@pytest.mark.parametrize("shape", [(2, 5000, 1, 3), (1, 4200, 6, 6), (3, 1100, 1, 1), (2, 64, 9, 57),
-                                   (1, 7, 40, 40), (2, 33, 1, 32), (2, 300, 5, 8)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 5000, 1, 3),
+        (1, 4200, 6, 6),
+        (3, 1100, 1, 1),
+        (2, 64, 9, 57),
+        (1, 7, 40, 40),
+        (2, 33, 1, 32),
+        (2, 300, 5, 8),
+    ],
+)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_energy_is_torchs_sum_to_the_last_bit(shape, channels_last):
     f = torch.randn(shape)
@@ -148,7 +150,7 @@ def test_any_layout_gives_the_same_result_and_leaves_the_inputs_alone(backend, d
 
 
 @backends
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", MASK_CONFIGS.values(), ids=MASK_CONFIGS)
 def test_outside_the_boxes_nothing_changes(backend, config):
     f, t, q, x = example(batch=6)
     result = sk.masked_forward(f, t, q, images=x, config=config, generator=5, backend=backend)
@@ -181,8 +183,11 @@ def test_centred_and_corner_boxes(backend):
     f = torch.zeros(1, 2, 8, 8)
     f[0, :, 4, 5] = 1
     args = (f, torch.tensor([[0.9, 0.1]]), torch.tensor([1.0]))
-    options = {"size": (64, 64), "draws": torch.full((1, 2), 0.5, dtype=torch.float64),
-               "backend": backend}
+    options = {
+        "size": (64, 64),
+        "draws": torch.full((1, 2), 0.5, dtype=torch.float64),
+        "backend": backend,
+    }
     y, x = sk.activation_stats(f, (64, 64), backend=backend).peak[0].tolist()
     assert (y, x) == (35, 43)
     centre = sk.masked_forward(*args, **options).box_max[0].tolist()
@@ -200,12 +205,20 @@ def test_class_indices_are_one_hot_targets(backend):
     labels = torch.tensor([4, 0, 2, 2])
     hot = torch.nn.functional.one_hot(labels, 5).float()
     for config in (PAPER, sk.MaskConfig.official_cifar()):
-        a = sk.masked_forward(f, labels, q, images=x, num_classes=5, generator=2, backend=backend,
-                              config=config)
+        a = sk.masked_forward(
+            f, labels, q, images=x, num_classes=5, generator=2, backend=backend, config=config
+        )
         b = sk.masked_forward(f, hot, q, images=x, generator=2, backend=backend, config=config)
         assert torch.equal(a.targets_max, b.targets_max)
-    c = sk.masked_forward(f, labels.int(), q, size=(16, 12), generator=2, backend=backend,
-                          classifier=(torch.randn(5, 24), None))
+    c = sk.masked_forward(
+        f,
+        labels.int(),
+        q,
+        size=(16, 12),
+        generator=2,
+        backend=backend,
+        classifier=(torch.randn(5, 24), None),
+    )
     assert c.targets_max.shape == (4, 5) and c.loss.shape == ()
 
 
@@ -215,8 +228,15 @@ def test_draws_depend_on_seed_and_sample_alone(backend):
     index = torch.tensor([7, 2**40, 3, 11, 0])
     config = sk.MaskConfig.official_clothing1m()
     run = lambda o: sk.masked_forward(  # noqa: E731
-        f[o], t[o], q[o], images=x[o], config=config, generator=99, sample_index=index[o],
-        backend=backend)
+        f[o],
+        t[o],
+        q[o],
+        images=x[o],
+        config=config,
+        generator=99,
+        sample_index=index[o],
+        backend=backend,
+    )
     base, order = run(torch.arange(5)), torch.tensor([3, 0, 4])
     other = run(order)
     for name in EXACT:
@@ -224,8 +244,9 @@ def test_draws_depend_on_seed_and_sample_alone(backend):
     explicit = draws.uniforms(config.num_draws(3), index, torch.tensor(99))
     given = sk.masked_forward(f, t, q, images=x, config=config, draws=explicit, backend=backend)
     assert torch.equal(given.images_masked, base.images_masked)
-    third = sk.masked_forward(f, t, q, images=x, config=config, generator=100, sample_index=index,
-                              backend=backend)
+    third = sk.masked_forward(
+        f, t, q, images=x, config=config, generator=100, sample_index=index, backend=backend
+    )
     assert not torch.equal(third.ratio_max, base.ratio_max)
 
 
@@ -257,8 +278,9 @@ def test_pixel_noise_is_normal():
     assert abs(n.mean()) < 0.01 and abs(n.std() - 1) < 0.01
     assert abs((n**3).mean()) < 0.03 and abs((n**4).mean() - 3) < 0.1
     u = torch.tensor([0, 1, 2**29, 2**30, 3 * 2**29, 2**31, 3 * 2**30, 2**32 - 1])
-    torch.testing.assert_close(draws._cos_turn(u), torch.cos(2 * np.pi * u.double() / 2**32),
-                               atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        draws._cos_turn(u), torch.cos(2 * np.pi * u.double() / 2**32), atol=1e-12, rtol=0
+    )
     v = torch.logspace(-10, 0, 50, dtype=torch.float64)
     torch.testing.assert_close(draws._log(v), v.log(), atol=1e-12, rtol=1e-12)
 
@@ -276,233 +298,13 @@ def _fractions(*columns):
     for a, b, c in zip(*(x.tolist() for x in columns), strict=True):
         value = Fraction(a) * Fraction(b) + Fraction(c)
         guess = np.float32(float(value))
-        around = [guess, np.nextafter(guess, np.float32(np.inf)),
-                  np.nextafter(guess, np.float32(-np.inf))]
+        around = [
+            guess,
+            np.nextafter(guess, np.float32(np.inf)),
+            np.nextafter(guess, np.float32(-np.inf)),
+        ]
         yield min(around, key=lambda v: (abs(Fraction(float(v)) - value), _odd(v)))
 
 
 def _odd(value):
     return int(np.float32(value).view(np.int32)) & 1
-
-
-# --- the one-pass mode -------------------------------------------------------------------------
-
-
-def composed(f, weight, bias, box, targets, height, width):
-    """The one-pass loss from plain torch."""
-    v = visibility(box, f.shape[2], f.shape[3], height, width, f.dtype)
-    logits = (f * v[:, None]).sum((2, 3)) @ weight.T + bias
-    return logits, -(targets * torch.log_softmax(logits, 1)).sum(1).mean()
-
-
-@backends
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_one_pass_mode_against_float64(backend, dtype, channels_last):
-    f, t, q, _ = example(batch=6, channels=40, h=5, w=3)
-    weight, bias = torch.randn(5, 40) / 6, torch.randn(5)
-    f, weight, bias = (v.to(dtype) for v in (f, weight, bias))
-    if channels_last:
-        f = f.contiguous(memory_format=torch.channels_last)
-    leaves = [v.requires_grad_() for v in (f, weight, bias)]
-    config = PAPER.replace(ratio_high=0.3)
-    result = sk.masked_forward(f, t, q, size=(20, 17), classifier=(weight, bias), config=config,
-                               generator=8, backend=backend)
-    for name, up in upstreams((6, 5), result.logits.dtype).items():
-        up = up.to(result.logits.dtype)
-        grads = torch.autograd.grad((result.logits * up).sum() + 0.7 * result.loss, leaves,
-                                    retain_graph=True)
-        targets = result.targets_max.detach()
-
-        def baseline(kind, targets=targets, up=up):
-            copies = [v.detach().to(kind).requires_grad_() for v in leaves]
-            logits, loss = composed(*copies, result.box_max, targets.to(kind), 20, 17)
-            total = (logits * up.to(kind)).sum() + 0.7 * loss
-            return logits, loss, torch.autograd.grad(total, copies)
-
-        exact, eager = baseline(torch.float64), baseline(torch.promote_types(dtype, torch.float32))
-        assert_accurate(result.logits, exact[0], eager[0], "logits", 16)
-        assert_accurate(result.loss, exact[1], eager[1], "loss", 16)
-        for grad, leaf, e, b in zip(grads, leaves, exact[2], eager[2], strict=True):
-            assert grad.dtype == leaf.dtype
-            assert_accurate(grad, e, b.to(dtype), f"gradient ({name})", 16)
-            assert_parallel(grad, e)
-
-
-@backends
-def test_one_pass_mode_where_nothing_is_visible(backend):
-    f, t, q, _ = example(batch=2)
-    config = PAPER.replace(ratio_low=1.0, ratio_high=1.0, ratio_gamma=0.0, aspect_low=1.0,
-                           aspect_high=1.0)
-    weight, bias = torch.randn(5, 24, requires_grad=True), torch.randn(5, requires_grad=True)
-    f.requires_grad_()
-    result = sk.masked_forward(f, t, q, size=(8, 8), classifier=(weight, bias), config=config,
-                               generator=0, backend=backend)
-    assert result.box_max.tolist() == [[0, 0, 8, 8]] * 2
-    torch.testing.assert_close(result.logits, bias.expand(2, 5))
-    result.loss.backward()
-    assert not f.grad.any() and not weight.grad.any() and bias.grad.any()
-
-
-@backends
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_gradcheck(backend, config):
-    torch.manual_seed(3)
-    f = torch.randn(3, 5, 3, 2, dtype=torch.float64, requires_grad=True)
-    x = torch.rand(3, 2, 7, 6, dtype=torch.float64, requires_grad=True)
-    t = torch.softmax(torch.randn(3, 4, dtype=torch.float64) * 4, 1).requires_grad_()
-    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    q = torch.rand(3)
-    one_pass = "max" in config.views
-    config = config.replace(ratio_high=0.5, ratio_gamma=0.4)
-
-    def call(f, t, x, weight, bias):
-        r = sk.masked_forward(f, t, q, images=x, config=config, generator=3, backend=backend,
-                              classifier=(weight, bias) if one_pass else None)
-        return tuple(v for v in (r.targets_max, r.targets_min, r.images_max, r.images_min, r.logits)
-                     if v is not None)
-
-    assert torch.autograd.gradcheck(call, (f, t, x, weight, bias))
-    if one_pass:
-        assert torch.autograd.gradcheck(
-            lambda f, weight, bias: sk.masked_forward(
-                f, t.detach(), q, size=(7, 6), classifier=(weight, bias), config=config,
-                generator=3, backend=backend).loss,
-            (f, weight, bias))
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_view_gradients_agree_between_backends(config, channels_last):
-    grads = {}
-    for backend in BACKENDS:
-        torch.manual_seed(1)
-        f, t, q, x = example()
-        if channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        x.requires_grad_()
-        t.requires_grad_()
-        r = sk.masked_forward(f, t, q, images=x, config=config, generator=4, backend=backend)
-        up = upstreams(r.images_masked.shape, torch.float32)
-        kind = config.views[0]
-        grads[backend] = [torch.autograd.grad(r.images_masked, x, g, retain_graph=True)[0]
-                          for g in up.values()]
-        grads[backend].append(torch.autograd.grad(
-            getattr(r, f"targets_{kind}"), t, torch.randn(4, 5))[0])
-    for a, b in zip(*grads.values(), strict=True):
-        torch.testing.assert_close(a, b)
-        assert a.stride() == b.stride()
-
-
-def test_statistics_and_boxes_are_constants():
-    f, t, q, x = example()
-    r = sk.masked_forward(f.requires_grad_(), t, q, images=x)
-    tensors = [*r.stats, r.ratio_max, r.ratio_min, r.box_max, r.targets_max, r.images_max]
-    assert not any(v.requires_grad for v in tensors)
-    assert not any(v.requires_grad for v in sk.activation_stats(f, (8, 8)))
-
-
-# --- surroundings ------------------------------------------------------------------------------
-
-
-@backends
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_opcheck(backend, config):
-    f, t, q, x = example()
-    f, weight = f.requires_grad_(), torch.randn(5, 24, requires_grad=True)
-    one_pass = weight if "max" in config.views else None
-    given = draws.uniforms(config.num_draws(3), torch.arange(4), torch.tensor(0))
-    settings = _settings(config, [0.5])
-    op = getattr(torch.ops.sanm_kernels.masked_forward, backend)
-    torch.library.opcheck(op, (f, t, q, given, torch.tensor(7), None, x, one_pass, None, 16, 12, 5,
-                               *settings))
-    op = getattr(torch.ops.sanm_kernels.activation_stats, backend)
-    torch.library.opcheck(op, (f.detach(), 16, 12, config.quantize))
-
-
-@backends
-def test_compiles_whole_with_a_dynamic_batch(backend):
-    weight = torch.randn(5, 24, requires_grad=True)
-
-    def step(f, t, q, x):
-        r = sk.masked_forward(f * 1.0, t, q, images=x, classifier=(weight, None), generator=6,
-                              backend=backend)
-        return r.images_masked, r.targets_max, r.stats.entropy, r.box_min, r.loss
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch in (4, 7):
-        args = example(batch=batch)
-        for a, b in zip(compiled(*args), step(*args), strict=True):
-            torch.testing.assert_close(a, b)
-    compiled(*example())[-1].backward()
-    assert weight.grad is not None
-
-
-@backends
-def test_autocast_changes_nothing(backend):
-    f, t, q, x = example(dtype=torch.bfloat16)
-    weight = torch.randn(5, 24)
-    plain = sk.masked_forward(f, t, q, images=x, classifier=(weight, None), generator=1,
-                              backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = sk.masked_forward(f, t, q, images=x, classifier=(weight, None), generator=1,
-                                 backend=backend)
-    assert torch.equal(plain.loss, cast.loss) and plain.loss.dtype == torch.float32
-    assert torch.equal(plain.images_masked, cast.images_masked)
-
-
-@backends
-def test_empty_batch(backend):
-    f, t, q, x = (v[:0] for v in example())
-    weight = torch.randn(5, 24, requires_grad=True)
-    for config in CONFIGS.values():
-        one_pass = (weight, None) if "max" in config.views else None
-        r = sk.masked_forward(f, t, q, images=x, classifier=one_pass, config=config,
-                              backend=backend)
-        assert r.images_masked.shape == (0, 3, 16, 12) and r.stats.max.shape == (0,)
-        if one_pass:
-            assert r.loss == 0
-            assert not torch.autograd.grad(r.loss, weight)[0].any()
-
-
-@backends
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_out_is_overwritten_and_returned(backend, config):
-    f, t, q, x = example()
-    classifier = (torch.randn(5, 24), None) if "max" in config.views else None
-    options = {"config": config, "classifier": classifier, "backend": backend}
-    first = sk.masked_forward(f, t, q, images=x, generator=1, **options)
-    memory = [b.data_ptr() for b in first.buffers]
-    fresh = sk.masked_forward(f, t, q, images=x, generator=2, **options)
-    again = sk.masked_forward(f, t, q, images=x, generator=2, out=first, **options)
-    assert again is first and memory == [b.data_ptr() for b in first.buffers]
-    for name in EXACT:
-        assert same(getattr(again, name), getattr(fresh, name)), name
-    for a, b in zip(again.buffers, fresh.buffers, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_result_does_not_depend_on_the_number_of_threads():
-    f, t, q, x = example(batch=64, channels=256, h=7, w=7, height=64, width=64)
-    args = {"images": x, "generator": 0, "classifier": (torch.randn(5, 256), torch.randn(5))}
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = sk.masked_forward(f, t, q, backend="cpu", **args)
-        torch.set_num_threads(4)
-        four = sk.masked_forward(f, t, q, backend="cpu", **args)
-    finally:
-        torch.set_num_threads(before)
-    for a, b in zip(one.buffers[:6], four.buffers[:6], strict=True):
-        assert torch.equal(a, b)
-
-
-def test_vmap_refuses_or_agrees():
-    f = torch.randn(3, 2, 8, 4, 4)
-    try:
-        batched = torch.vmap(lambda x: sk.activation_stats(x, (8, 8)).max)(f)
-    except RuntimeError as error:
-        assert "Batching rule" in str(error)
-    else:
-        torch.testing.assert_close(batched, f.square().sum(2).amax((2, 3)))

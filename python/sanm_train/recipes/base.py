@@ -131,7 +131,8 @@ class Recipe:
     def evaluate(self, network: SANM, images: Tensor, size: int = 1024) -> Tensor:
         """Logits (N, K) in eval mode of images (N, C, H, W) in [0, 1]."""
         network.eval()
-        return torch.cat([network(self.augment.normalize(part)) for part in images.split(size)])
+        parts = torch.split(images, size)
+        return torch.cat([network(self.augment.normalize(part)) for part in parts])
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images in [0, 1], averaged over the networks."""
@@ -147,4 +148,6 @@ class Recipe:
             random_box=config.box == "random",
             modulate=config.modulate,
         )
-        return network.to(memory_format=torch.channels_last)  # the faster layout for convolutions
+        # channels_last is the faster layout for convolutions.
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network

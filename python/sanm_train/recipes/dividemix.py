@@ -53,8 +53,8 @@ class DivideMix(Recipe):
             for i in range(steps):
                 self.networks[k].train()
                 self.networks[1 - k].eval()
-                x, u = (self.data.take(next(take), quality) for take in (take_x, take_u))
-                yield self.step(k, self.divided_loss(k, x, u, epoch + i / steps))
+                index = torch.cat([next(take_x), next(take_u)])
+                yield self.step(k, self.divided_loss(k, index, quality, epoch + i / steps))
 
     def warmup_loss(self, network: SANM, batch: Batch) -> Losses:
         """Cross-entropy; asymmetric noise adds the confidence penalty."""
@@ -62,32 +62,41 @@ class DivideMix(Recipe):
         confidence = float(self.config.noise == "asymmetric")
         return {"loss": sk.masked_loss(logits, batch.targets, confidence_weight=confidence).total}
 
-    def divided_loss(self, k: int, x: Batch, u: Batch, epoch: float) -> Losses:
-        """The loss of section 7 for B labelled and B unlabelled samples; `epoch` is fractional."""
-        config, augment, network = self.config, self.augment, self.networks[k]
-        half = len(x.images)
-        raw = torch.cat([x.images, u.images])
-        first, second = augment.weak(raw), augment.weak(raw)
-        targets, features = self.guess(k, x, first, second)
+    def divided_loss(self, k: int, index: Tensor, quality: Tensor, epoch: float) -> Losses:
+        """The loss of section 7 for network k.
 
-        kinds = [augment.weak(raw) for _ in range(config.weak_views)]
-        kinds += [augment.strong(raw) for _ in range(config.strong_views)]
-        ratios = [raw.new_zeros(len(raw))] * len(kinds)
-        reconstruction = raw.new_zeros(())
+        Args:
+            index: samples (2B,), the labelled half first.
+            quality: clean probability (N,) of all samples.
+            epoch: fractional.
+        """
+        config, augment, network = self.config, self.augment, self.networks[k]
+        images, labels = self.data.images[index], self.data.labels[index]
+        quality, half = quality[index], len(index) // 2
+        first, second = augment.weak(images), augment.weak(images)
+        targets, features = self.guess(k, first, second, labels, quality)
+
+        kinds = [augment.weak(images) for _ in range(config.weak_views)]
+        kinds += [augment.strong(images) for _ in range(config.strong_views)]
+        ratios = [torch.zeros_like(quality)] * len(kinds)
+        reconstruction = quality.new_zeros(())
         if self.masking:
-            quality = torch.cat([x.clean_prob, u.clean_prob])
-            index = torch.cat([x.index, u.index])
             masked = network.mask(
-                first, targets, quality, features=features, generator=self.generator, index=index
+                first,
+                targets,
+                quality,
+                features=features,
+                generator=self.generator,
+                sample_index=index,
             )
             kinds += masked_views(masked)
             ratios += network.view_ratios(masked)
             if config.reconstruct:
                 reconstruction, _ = network.reconstruction_loss(masked, first)
 
-        # All labelled views come first, then all unlabelled: (2, kinds, B, ...) flattened.
-        views = [part for side in (slice(half), slice(half, None)) for part in _cut(kinds, side)]
-        ratio = torch.cat([r for side in (slice(half), slice(half, None)) for r in _cut(ratios, side)])
+        # Rows: all kinds of view of the labelled half, then all of the unlabelled half.
+        views = [kind[:half] for kind in kinds] + [kind[half:] for kind in kinds]
+        ratio = torch.cat([r[:half] for r in ratios] + [r[half:] for r in ratios])
         soft = targets.view(2, 1, half, -1).expand(2, len(kinds), half, -1)  # no copy per kind
         beta = float(np.random.beta(config.alpha, config.alpha))
         lam = max(beta, 1 - beta)
@@ -112,18 +121,20 @@ class DivideMix(Recipe):
         }
 
     @torch.no_grad()
-    def guess(self, k: int, x: Batch, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def guess(
+        self, k: int, first: Tensor, second: Tensor, labels: Tensor, quality: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Targets (2B, K), refined for the labelled and guessed for the unlabelled half, and the
-        feature map (2B, C, h, w) of the first view."""
-        network, other, half = self.networks[k], self.networks[1 - k], len(x.images)
+        feature map (2B, C, h, w) of the first view. labels and quality are (2B,)."""
+        network, other, half = self.networks[k], self.networks[1 - k], len(first) // 2
         logits, features = network.forward_features(first)
         own = [logits, network(second)]
         others = [other(first[half:]), other(second[half:])]
         temperature = self.config.temperature
         refined = sk.refine_targets(
             [z[:half] for z in own],
-            labels=x.targets,
-            clean_prob=x.clean_prob,
+            labels=labels[:half],
+            clean_prob=quality[:half],
             temperature=temperature,
         )
         guessed = sk.refine_targets([z[half:] for z in own] + others, temperature=temperature)
@@ -141,7 +152,3 @@ def split(quality: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Positions of the labelled (quality above `threshold`) and of the unlabelled samples."""
     labeled = quality > threshold
     return labeled.nonzero()[:, 0], (~labeled).nonzero()[:, 0]
-
-
-def _cut(tensors: list[Tensor], rows: slice) -> list[Tensor]:
-    return [tensor[rows] for tensor in tensors]

@@ -1,0 +1,157 @@
+"""What a user writes without this package: the same computations in NumPy, OpenCV, torch, scikit-learn.
+
+Written here from the method's description. The torch functions are vectorised as far as torch goes
+and are also what torch.compile gets.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOW, HIGH, GAMMA = 0.02, 0.07, 0.03  # the mask ratio of the official CIFAR configuration
+ASPECT_LOW, ASPECT_HIGH = 0.8, 1.25
+
+
+def masked_forward_opencv(
+    features: Tensor, targets: Tensor, clean_prob: Tensor, images: Tensor, draws: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Official masking sample by sample: upsample with OpenCV, quantise, find, fill, modulate.
+
+    features (B, C, h, w), targets (B, K), clean_prob (B,), images (B, Cin, H, W), draws (B, D)
+    → modulated targets (B, K), images with the peak's box filled and with the trough's.
+    """
+    import cv2
+    import numpy as np
+
+    maps = F.normalize((features**2).sum(1).flatten(1)).view(-1, *features.shape[2:]).numpy()
+    H, W = images.shape[2:]
+    K = targets.shape[1]
+    images_max, images_min, new_targets = images.clone(), images.clone(), targets.clone()
+    for i, (area_draw, aspect_draw, *fills) in enumerate(draws.tolist()):
+        cam = cv2.resize(maps[i], (W, H))
+        cam = cam - cam.min()
+        cam = np.uint8(np.floor(255 * cam / (cam.max() + 1e-12)))
+        ratio = np.float32(LOW + (HIGH - LOW) * area_draw) + GAMMA * (1 - clean_prob[i].numpy())
+        aspect = np.float32(ASPECT_LOW + (ASPECT_HIGH - ASPECT_LOW) * aspect_draw)
+        area = ratio * (H * W) * 0.5
+        height = min(max(round(math.sqrt(area * aspect)), 1), H)
+        width = min(max(round(math.sqrt(area / aspect)), 1), W)
+        channels = images.shape[1]
+        for view, flat, fill in ((images_max, cam.argmax(), fills[:channels]),
+                                 (images_min, cam.argmin(), fills[channels:])):
+            y, x = np.unravel_index(flat, cam.shape)
+            y, x = min(y, H - height), min(x, W - width)
+            for c in range(channels):
+                view[i, c, y : y + height, x : x + width] = fill[c]
+        top = targets[i].argmax()
+        new_targets[i] += float(ratio / np.float32(K - 1))
+        new_targets[i, top] = targets[i, top] - float(ratio)
+    return new_targets, images_max, images_min
+
+
+def masked_forward_torch(
+    features: Tensor, targets: Tensor, clean_prob: Tensor, images: Tensor, draws: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on whole batches."""
+    H, W = images.shape[2:]
+    channels = images.shape[1]
+    maps = F.normalize((features**2).sum(1).flatten(1)).view(-1, 1, *features.shape[2:])
+    cam = F.interpolate(maps, (H, W), mode="bilinear", align_corners=False).flatten(1)
+    low = cam.amin(1, keepdim=True)
+    cam = (255 * (cam - low) / (cam.amax(1, keepdim=True) - low + 1e-12)).to(torch.uint8)
+
+    ratio = (LOW + (HIGH - LOW) * draws[:, 0]).float() + GAMMA * (1 - clean_prob)
+    aspect = (ASPECT_LOW + (ASPECT_HIGH - ASPECT_LOW) * draws[:, 1]).float()
+    area = ratio * (H * W) * 0.5
+    height = (area * aspect).sqrt().round().long().clamp(1, H)
+    width = (area / aspect).sqrt().round().long().clamp(1, W)
+    rows, columns = torch.arange(H)[:, None], torch.arange(W)
+
+    def view(flat: Tensor, fill: Tensor) -> Tensor:
+        y = torch.minimum(flat // W, H - height)[:, None, None]
+        x = torch.minimum(flat % W, W - width)[:, None, None]
+        hidden = ((rows >= y) & (rows < y + height[:, None, None])
+                  & (columns >= x) & (columns < x + width[:, None, None]))
+        return torch.where(hidden[:, None], fill.float()[:, :, None, None], images)
+
+    return (modulate(targets, ratio), view(cam.argmax(1), draws[:, 2 : 2 + channels]),
+            view(cam.argmin(1), draws[:, 2 + channels :]))
+
+
+def modulate(targets: Tensor, ratio: Tensor) -> Tensor:
+    """targets (…, K), each row's largest lowered by ratio (…), which the other classes share."""
+    top = targets.argmax(-1, keepdim=True)
+    ratio = ratio[..., None]
+    lowered = targets.gather(-1, top) - ratio
+    return (targets + ratio / (targets.shape[-1] - 1)).scatter(-1, top, lowered)
+
+
+def masked_loss_torch(
+    logits: Tensor, targets: Tensor, ratio: Tensor, permutation: Tensor, lam: float,
+    unlabeled_weight: float,
+) -> Tensor:
+    """The training loss of a DivideMix step with four plain and two masked views of 2·B samples.
+
+    logits (12·B, K), targets (2, B, K), ratio (2, B), permutation (12·B,): targets are modulated,
+    concatenated, gathered and mixed; then cross-entropy of the first half of the rows, squared
+    error of the second, and the prior penalty.
+    """
+    n, K = logits.shape
+    masked = modulate(targets, ratio)
+    rows = torch.stack([targets] * 4 + [masked] * 2, 1).view(n, K)
+    rows = torch.lerp(rows[permutation], rows, lam)
+    half = n // 2
+    labeled = -(F.log_softmax(logits[:half], 1) * rows[:half]).sum(1).mean()
+    p = torch.softmax(logits, 1)
+    unlabeled = (p[half:] - rows[half:]).square().mean()
+    prior = torch.full((K,), 1 / K)
+    penalty = (prior * torch.log(prior / p.mean(0))).sum()
+    return labeled + unlabeled_weight * unlabeled + penalty
+
+
+def mixup_views_torch(
+    views: Sequence[Tensor], lam: float, permutation: Tensor, rows: int
+) -> Tensor:
+    """views (b_i, …) → (rows, …): concatenate, gather the partners, interpolate."""
+    stacked = torch.cat(list(views))
+    return torch.lerp(stacked[permutation[:rows]], stacked[:rows], lam)
+
+
+def refine_targets_torch(
+    logits: Sequence[Tensor], labels: Tensor, clean_prob: Tensor, temperature: float
+) -> Tensor:
+    """logits (B, K) each, labels (B,), clean_prob (B,) → refined and sharpened targets (B, K)."""
+    p = sum(torch.softmax(z, 1) for z in logits) / len(logits)
+    q = clean_prob[:, None]
+    p = q * F.one_hot(labels, p.shape[1]) + (1 - q) * p
+    p = p ** (1 / temperature)
+    return p / p.sum(1, keepdim=True)
+
+
+def reconstruction_loss_torch(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """reconstruction (V·B, C, H, W), images (B, C, H, W) → Σ over the views of the MSE, ()."""
+    return sum(F.mse_loss(part, images) for part in reconstruction.split(len(images)))
+
+
+def sample_loss_torch(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits (B, K), labels (B,) → cross-entropies (B,)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def fit_label_quality_sklearn(losses: Tensor) -> Tensor:
+    """losses (N,) → clean probability (N,) by scikit-learn's mixture, in float64."""
+    from sklearn.mixture import GaussianMixture
+
+    x = losses.double().numpy()
+    x = ((x - x.min()) / (x.max() - x.min()))[:, None]
+    mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ten iterations are the method's, converged or not
+        posterior = mixture.fit(x).predict_proba(x)
+    return torch.from_numpy(posterior[:, mixture.means_.argmin()])

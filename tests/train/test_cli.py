@@ -1,0 +1,94 @@
+"""The command line: what it writes and how it refuses."""
+
+from __future__ import annotations
+
+import csv
+import re
+
+import pytest
+
+from sanm_train.cli import main
+
+TINY = ["--epochs", "2", "--warmup", "1", "--limit", "130", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", "1.5"], r"rate must be in \[0, 1\], got 1.5"),
+        (["--rate", "-0.1"], r"rate must be in \[0, 1\]"),
+        (["--rate", "nan"], r"rate must be in \[0, 1\], got nan"),
+        (["--recipe", "sanm-dividmix"], "did you mean 'sanm-dividemix'"),
+        (["--dataset", "digit"], "did you mean 'digits'"),
+        (["--noise", "symetric"], "did you mean 'symmetric'"),
+        (["--model", "resnet"], "model must be one of"),
+        (["--views", "none"], "views must be one of both, max, min; got 'none'"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--lr", "0"], "lr must be above 0"),
+        (["--batch-size", "1"], "batch_size must be at least 2"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--ratio-low", "0.9"], "ratio_low"),
+        (["--device", "nonsense"], "device"),
+    ],
+)
+def test_bad_settings(arguments, message, capsys, tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sanm: error: ") and error.count("\n") == 1
+    assert re.search(message, error)
+    assert not out.exists()
+
+
+def test_bad_output_folders(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["train", "--out", str(tmp_path / "file" / "run"), *TINY]) == 2
+    assert "out must be a writable folder" in capsys.readouterr().err
+    assert main(["train", "--out", "/proc/run", *TINY]) == 2
+    assert "/proc/run" in capsys.readouterr().err
+
+
+def test_unknown_option_and_missing_command(capsys):
+    for arguments in (["train", "--out", "x", "--nope"], [], ["fly"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_train_writes_metrics_and_label_quality(tmp_path, capsys):
+    arguments = ["train", "--out", str(tmp_path / "run"), *TINY]
+    assert main(arguments) == 0
+    assert "sanm-div" in capsys.readouterr().out
+    with (tmp_path / "run" / "label_quality.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(130))
+    assert sum(row["given_label"] != row["true_label"] for row in rows) in range(50, 80)
+    for row in rows:
+        both = (float(row["clean_prob_1"]) + float(row["clean_prob_2"])) / 2
+        assert float(row["clean_prob"]) == pytest.approx(both, abs=1e-5)
+        assert float(row["loss"]) >= 0
+
+    assert main(arguments) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--recipe", "ce"]) == 0
+    header = (tmp_path / "run" / "label_quality.csv").read_text().splitlines()[0]
+    assert header == "index,given_label,true_label,clean_prob,loss"
+
+
+def test_demo_writes_table_figure_and_csv(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path), "--epochs", "2", "--limit", "200"]) == 0
+    printed = capsys.readouterr().out
+    assert "last accuracy" in printed.replace("\n", " ") or "accuracy" in printed
+    assert (tmp_path / "masking.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "masking.png").stat().st_size > 50_000
+    assert len((tmp_path / "label_quality.csv").read_text().splitlines()) == 201
+    for recipe in ("ce", "sanm-dividemix"):
+        assert len((tmp_path / recipe / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_ablate_writes_a_row_per_run(tmp_path, capsys):
+    arguments = ["--epochs", "1", "--limit", "100", "--warmup", "0", "--seeds", "1"]
+    assert main(["ablate", "--out", str(tmp_path), *arguments]) == 0
+    assert len((tmp_path / "ablation.csv").read_text().splitlines()) == 10
+    assert main(["ablate", "--out", str(tmp_path), "--seeds", "0"]) == 2

@@ -1,0 +1,53 @@
+"""Networks and decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sanm_train.models import Decoder, PreActResNet18, SmallCNN
+from sanm_train.sanm import SANM
+
+SIZES = [
+    ((8, 4, 4), (3, 32, 32)),
+    ((8, 4, 4), (1, 8, 8)),
+    ((5, 7, 7), (3, 50, 61)),
+    ((8, 3, 5), (4, 29, 17)),
+    ((3, 1, 1), (2, 9, 6)),
+    ((4, 6, 2), (1, 6, 2)),
+    ((4, 8, 8), (1, 5, 7)),
+]
+
+
+@pytest.mark.parametrize(("map_shape", "image_shape"), SIZES)
+def test_every_decoder_output_depends_on_the_map(map_shape, image_shape):
+    """A directional derivative along a random direction is nonzero at every single output."""
+    torch.manual_seed(0)
+    decoder = Decoder(map_shape, image_shape).double()
+    features, direction = torch.randn(2, 2, *map_shape, dtype=torch.double)
+    decoder(features)  # gives the batch norms statistics
+    output, slope = torch.func.jvp(decoder.eval(), (features,), (direction,))
+    assert output.shape == (2, *image_shape)
+    assert slope.abs().min() > 1e-9
+
+
+def test_decoder_names_the_shape_it_was_built_for():
+    with pytest.raises(ValueError, match=r"features must be \(B, 8, 4, 4\).*got \(2, 8, 5, 4\)"):
+        Decoder((8, 4, 4), (1, 8, 8))(torch.zeros(2, 8, 5, 4))
+    with pytest.raises(ValueError, match="must be positive"):
+        Decoder((8, 0, 4), (1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "features"),
+    [
+        (SmallCNN(), (1, 8, 8), (64, 4, 4)),
+        (PreActResNet18(num_classes=7), (3, 32, 32), (512, 4, 4)),
+    ],
+)
+def test_feature_maps(model, image, features):
+    sanm = SANM(model, image_shape=image)
+    logits, found = sanm.forward_features(torch.randn(2, *image))
+    assert found.shape == (2, *features)
+    assert logits.shape == (2, model.linear.out_features)
+    assert sanm.decoder(found).shape == (2, *image)

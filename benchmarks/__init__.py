@@ -1,1 +1,1 @@
-"""Speed of the public functions against what one would write without them; see docs/benchmarks.md."""
+"""Speed of the public functions against what one writes without them; see docs/benchmarks.md."""

@@ -1,7 +1,6 @@
-"""What a user writes without this package: the same computations in NumPy, OpenCV, torch, scikit-learn.
+"""What one writes without this package: in NumPy with OpenCV, torch, scikit-learn.
 
-Written here from the method's description. The torch functions are vectorised as far as torch goes
-and are also what torch.compile gets.
+The torch functions work on whole batches; they are also what torch.compile gets.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,11 +27,9 @@ def masked_forward_opencv(
     → modulated targets (B, K), images with the peak's box filled and with the trough's.
     """
     import cv2
-    import numpy as np
 
     maps = F.normalize((features**2).sum(1).flatten(1)).view(-1, *features.shape[2:]).numpy()
-    H, W = images.shape[2:]
-    K = targets.shape[1]
+    channels, H, W = images.shape[1:]
     images_max, images_min, new_targets = images.clone(), images.clone(), targets.clone()
     for i, (area_draw, aspect_draw, *fills) in enumerate(draws.tolist()):
         cam = cv2.resize(maps[i], (W, H))
@@ -42,15 +40,16 @@ def masked_forward_opencv(
         area = ratio * (H * W) * 0.5
         height = min(max(round(math.sqrt(area * aspect)), 1), H)
         width = min(max(round(math.sqrt(area / aspect)), 1), W)
-        channels = images.shape[1]
-        for view, flat, fill in ((images_max, cam.argmax(), fills[:channels]),
-                                 (images_min, cam.argmin(), fills[channels:])):
+        for image, flat, fill in (
+            (images_max[i], cam.argmax(), fills[:channels]),
+            (images_min[i], cam.argmin(), fills[channels:]),
+        ):
             y, x = np.unravel_index(flat, cam.shape)
             y, x = min(y, H - height), min(x, W - width)
             for c in range(channels):
-                view[i, c, y : y + height, x : x + width] = fill[c]
+                image[c, y : y + height, x : x + width] = fill[c]
         top = targets[i].argmax()
-        new_targets[i] += float(ratio / np.float32(K - 1))
+        new_targets[i] += float(ratio / np.float32(targets.shape[1] - 1))
         new_targets[i, top] = targets[i, top] - float(ratio)
     return new_targets, images_max, images_min
 
@@ -59,29 +58,27 @@ def masked_forward_torch(
     features: Tensor, targets: Tensor, clean_prob: Tensor, images: Tensor, draws: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same on whole batches."""
-    H, W = images.shape[2:]
-    channels = images.shape[1]
+    channels, H, W = images.shape[1:]
     maps = F.normalize((features**2).sum(1).flatten(1)).view(-1, 1, *features.shape[2:])
     cam = F.interpolate(maps, (H, W), mode="bilinear", align_corners=False).flatten(1)
-    low = cam.amin(1, keepdim=True)
-    cam = (255 * (cam - low) / (cam.amax(1, keepdim=True) - low + 1e-12)).to(torch.uint8)
-
+    low, high = cam.amin(1, keepdim=True), cam.amax(1, keepdim=True)
+    # Not uint8: torch.compile's argmin of it is wrong (github.com/pytorch/pytorch/issues/191499).
+    cam = (255 * (cam - low) / (high - low + 1e-12)).floor()
     ratio = (LOW + (HIGH - LOW) * draws[:, 0]).float() + GAMMA * (1 - clean_prob)
     aspect = (ASPECT_LOW + (ASPECT_HIGH - ASPECT_LOW) * draws[:, 1]).float()
     area = ratio * (H * W) * 0.5
-    height = (area * aspect).sqrt().round().long().clamp(1, H)
-    width = (area / aspect).sqrt().round().long().clamp(1, W)
+    height = (area * aspect).sqrt().round().long().clamp(1, H)[:, None, None]
+    width = (area / aspect).sqrt().round().long().clamp(1, W)[:, None, None]
     rows, columns = torch.arange(H)[:, None], torch.arange(W)
 
     def view(flat: Tensor, fill: Tensor) -> Tensor:
-        y = torch.minimum(flat // W, H - height)[:, None, None]
-        x = torch.minimum(flat % W, W - width)[:, None, None]
-        hidden = ((rows >= y) & (rows < y + height[:, None, None])
-                  & (columns >= x) & (columns < x + width[:, None, None]))
+        y = torch.minimum(flat[:, None, None] // W, H - height)
+        x = torch.minimum(flat[:, None, None] % W, W - width)
+        hidden = (rows >= y) & (rows < y + height) & (columns >= x) & (columns < x + width)
         return torch.where(hidden[:, None], fill.float()[:, :, None, None], images)
 
-    return (modulate(targets, ratio), view(cam.argmax(1), draws[:, 2 : 2 + channels]),
-            view(cam.argmin(1), draws[:, 2 + channels :]))
+    fills = draws[:, 2:].split(channels, 1)
+    return modulate(targets, ratio), view(cam.argmax(1), fills[0]), view(cam.argmin(1), fills[1])
 
 
 def modulate(targets: Tensor, ratio: Tensor) -> Tensor:
@@ -93,26 +90,21 @@ def modulate(targets: Tensor, ratio: Tensor) -> Tensor:
 
 
 def masked_loss_torch(
-    logits: Tensor, targets: Tensor, ratio: Tensor, permutation: Tensor, lam: float,
-    unlabeled_weight: float,
+    logits: Tensor, targets: Tensor, ratio: Tensor, permutation: Tensor, lam: float, weight: float
 ) -> Tensor:
-    """The training loss of a DivideMix step with four plain and two masked views of 2·B samples.
+    """The loss of a DivideMix step with four plain and two masked views of 2·B samples.
 
-    logits (12·B, K), targets (2, B, K), ratio (2, B), permutation (12·B,): targets are modulated,
-    concatenated, gathered and mixed; then cross-entropy of the first half of the rows, squared
-    error of the second, and the prior penalty.
+    logits (12·B, K), targets (2, B, K), ratio (2, B), permutation (12·B,) → cross-entropy of the
+    labelled half of the rows + weight · squared error of the other + prior penalty, ().
     """
     n, K = logits.shape
-    masked = modulate(targets, ratio)
-    rows = torch.stack([targets] * 4 + [masked] * 2, 1).view(n, K)
+    rows = torch.stack([targets] * 4 + [modulate(targets, ratio)] * 2, 1).view(n, K)
     rows = torch.lerp(rows[permutation], rows, lam)
-    half = n // 2
-    labeled = -(F.log_softmax(logits[:half], 1) * rows[:half]).sum(1).mean()
     p = torch.softmax(logits, 1)
-    unlabeled = (p[half:] - rows[half:]).square().mean()
+    labeled = -(F.log_softmax(logits[: n // 2], 1) * rows[: n // 2]).sum(1).mean()
+    unlabeled = (p[n // 2 :] - rows[n // 2 :]).square().mean()
     prior = torch.full((K,), 1 / K)
-    penalty = (prior * torch.log(prior / p.mean(0))).sum()
-    return labeled + unlabeled_weight * unlabeled + penalty
+    return labeled + weight * unlabeled + (prior * torch.log(prior / p.mean(0))).sum()
 
 
 def mixup_views_torch(

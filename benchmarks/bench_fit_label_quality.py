@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from benchmarks import baselines
-from benchmarks.common import OURS, SHAPES, Case
+from benchmarks.common import OURS, Case
 from sanm_kernels import fit_label_quality
 
 
-def cases() -> Iterator[Case]:
-    for shape in SHAPES["fit_label_quality"]:
-        yield case(*shape)
-
-
 def case(N: int) -> Case:
-    def make(seed: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed)
-        wrong = torch.rand(N, generator=g) < 0.4
-        spread = torch.randn(N, generator=g)
+    def make() -> Tensor:
+        wrong = torch.rand(N) < 0.4
+        spread = torch.randn(N)
         return torch.where(wrong, 4 + spread, 0.3 * spread.exp())
 
     def agree(a: list[Tensor], b: list[Tensor]) -> None:
@@ -31,4 +23,4 @@ def case(N: int) -> Case:
         OURS: lambda x: [fit_label_quality(x).clean_prob],
         "scikit-learn": lambda x: [baselines.fit_label_quality_sklearn(x)],
     }
-    return Case("fit_label_quality", f"N={N}", make, run, agree=agree, read=4 * N, written=4 * N)
+    return Case("fit_label_quality", f"N={N}", make, run, 4 * N, 4 * N, agree)

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from benchmarks import baselines
-from benchmarks.common import OURS, SHAPES, Case, value_and_grad, with_compiled
+from benchmarks.common import OURS, Case, value_and_grad, with_compiled
 from sanm_kernels import reconstruction_loss
 
 
-def cases() -> Iterator[Case]:
-    for shape in SHAPES["reconstruction_loss"]:
-        yield case(*shape)
-
-
 def case(B: int, C: int, H: int) -> Case:
-    def make(seed: int) -> tuple[Tensor, Tensor]:
-        g = torch.Generator().manual_seed(seed)
-        images = torch.rand(B, C, H, H, generator=g)
-        return torch.rand(2 * B, C, H, H, generator=g).requires_grad_(), images
+    def make() -> tuple[Tensor, Tensor]:
+        images = torch.rand(B, C, H, H)
+        return torch.rand(2 * B, C, H, H).requires_grad_(), images
+
+    def call(f, x):
+        return value_and_grad(f(*x), x[0])
 
     run = {
-        OURS: lambda x: value_and_grad(reconstruction_loss(*x), x[0]),
-        **with_compiled(baselines.reconstruction_loss_torch,
-                        lambda f, x: value_and_grad(f(*x), x[0])),
+        OURS: lambda x: call(reconstruction_loss, x),
+        **with_compiled(baselines.reconstruction_loss_torch, call),
     }
     size = 4 * B * C * H * H
-    return Case("reconstruction_loss", f"2 × ({B}, {C}, {H}, {H})", make, run,
-                read=3 * size, written=2 * size)
+    shape = f"2 × ({B}, {C}, {H}, {H})"
+    return Case("reconstruction_loss", shape, make, run, read=3 * size, written=2 * size)

@@ -1,21 +1,20 @@
-"""The table of shapes, a case to be timed, and the timer."""
+"""The table of shapes, what a case is, and the timer."""
 
 from __future__ import annotations
 
-import gc
+import importlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.limit import limits
+from benchmarks import limit
 
-OURS = "ours"
-#: op → shapes, the smallest first.
+#: op → shapes, the smallest first; the arguments of `case` in bench_<op>.py.
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "masked_forward": [  # B, C, h = w, H = W, K
         (128, 512, 4, 32, 10),
@@ -23,15 +22,23 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
         (32, 2048, 7, 224, 14),
         (64, 2048, 7, 224, 1000),
     ],
-    "masked_loss": [(64, 10), (64, 100), (64, 1000)],  # B, K: 12·B rows of logits
+    "masked_loss": [(64, 10), (64, 100), (64, 1000)],  # B, K; 12·B rows of logits
     "fit_label_quality": [(50_000,), (1_000_000,)],  # N
-    "mixup_views": [(12, 64, 3, 32, 768), (8, 32, 3, 224, 128)],  # views, B, C, H = W, rows mixed
-    "refine_targets": [(64, 10), (64, 100), (64, 1000)],  # B, K, of four predictions
-    "reconstruction_loss": [(128, 3, 32), (64, 3, 224)],  # B, C, H = W, of two views
+    "mixup_views": [(12, 64, 3, 32, 768), (8, 32, 3, 224, 128)],  # views, B, C, H = W, rows
+    "refine_targets": [(64, 10), (64, 100), (64, 1000)],  # B, K; four predictions
+    "reconstruction_loss": [(128, 3, 32), (64, 3, 224)],  # B, C, H = W; two views
     "sample_loss": [(1024, 10), (1024, 100), (1024, 1000)],  # B, K
 }
-CACHE = 2**28  # the buffer sets hold at least this many bytes, several times the largest caches …
-MAX_SETS = 2048  # … unless they'd be more than this
+OURS, COMPILED = "ours", "torch.compile"
+CACHE = 2**28  # all buffer sets together hold this many bytes, several times the largest caches …
+MAX_SETS = 2048  # … unless that takes more sets than this
+
+Implementation = Callable[[Any], Sequence[Tensor]]
+
+
+def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Raise AssertionError where two results differ by more than float32 rounding explains."""
+    torch.testing.assert_close(list(a), list(b), rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,8 @@ class Case:
 
     Attributes:
         op, shape: what it is.
-        make: makes one set of inputs, from a number.
-        run: name → what is timed: a function of one set of inputs that returns tensors. `OURS` is
-            the first, the rest have to agree with it.
+        make: draws one set of inputs.
+        run: name → a function of one set of inputs, which is timed; `OURS` is the first.
         read, written: bytes that have to move however it is computed.
         agree: raises AssertionError where two results differ.
         axis: which size varies in a series of cases, and its value.
@@ -50,43 +56,45 @@ class Case:
 
     op: str
     shape: str
-    make: Callable[[int], Any]
-    run: Mapping[str, Callable[[Any], Sequence[Tensor]]]
+    make: Callable[[], Any]
+    run: dict[str, Implementation]
     read: int
     written: int
-    agree: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = field(
-        default=lambda a, b: torch.testing.assert_close(list(a), list(b), rtol=1e-4, atol=1e-5))
+    agree: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = close
     axis: tuple[str, int] | None = None
 
     def sets(self, cache: int = CACHE) -> list[Any]:
         """So many sets of inputs that none is in a cache when its turn comes again."""
-        count = min(max(2, -(-cache // (self.read + self.written))), MAX_SETS)
-        return [self.make(i) for i in range(count)]
+        torch.manual_seed(0)
+        count = -(-cache // (self.read + self.written))
+        return [self.make() for _ in range(min(max(2, count), MAX_SETS))]
 
-    def checked(self, inputs: Any) -> tuple[dict[str, Callable[[Any], Any]], dict[str, str]]:
-        """What agrees with ours and so may be timed; and what can't be run here, with the reason."""
-        torch.compiler.reset()  # one shape per compiled function
+    def checked(self, inputs: Any) -> tuple[dict[str, Implementation], dict[str, str]]:
+        """What may be timed, since it agrees with ours; and why the rest can't be run here."""
+        torch.compiler.reset()  # so that every case is compiled for its own shape
         expected = [x.clone() for x in self.run[OURS](inputs)]
         able, unable = {}, {}
         for name, function in self.run.items():
             try:
-                result = function(inputs)
+                self.agree(expected, function(inputs))
+                able[name] = function
             except ImportError as error:
                 unable[name] = str(error)
-                continue
-            try:
-                self.agree(expected, result)
             except AssertionError as error:
-                raise AssertionError(f"{self.op} {self.shape}: {name}: {error}") from error
-            able[name] = function
+                raise AssertionError(f"{self.op}, {self.shape}, {name}: {error}") from error
         return able, unable
 
 
-def with_compiled(function: Callable[..., Any],
-                  call: Callable[[Callable[..., Any], Any], Sequence[Tensor]]) -> dict[str, Any]:
-    """The baselines "torch" and "torch.compile" out of a function and how it is called on inputs."""
+def cases(op: str) -> Iterator[Case]:
+    """The cases of ``bench_<op>.py``."""
+    module = importlib.import_module(f"benchmarks.bench_{op}")
+    yield from module.cases() if op not in SHAPES else (module.case(*s) for s in SHAPES[op])
+
+
+def with_compiled(function: Callable[..., Any], call: Callable[..., Any]) -> dict[str, Any]:
+    """Two baselines, `function` and torch.compile of it; `call(f, inputs)` runs either."""
     compiled = torch.compile(function, dynamic=False)
-    return {"torch": lambda x: call(function, x), "torch.compile": lambda x: call(compiled, x)}
+    return {"torch": lambda x: call(function, x), COMPILED: lambda x: call(compiled, x)}
 
 
 def value_and_grad(loss: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,72 +102,64 @@ def value_and_grad(loss: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
-def measure(case: Case, seconds: float, min_rounds: int = 7,
-            cache: int = CACHE) -> dict[str, Any]:
+def measure(case: Case, seconds: float, rounds: int = 7, cache: int = CACHE) -> dict[str, Any]:
     """Check the case, then time all of it in turns; a record as it goes into the JSON file.
 
-    In each round every implementation runs (the faster, the more often, up to 16 times), each call
-    on the next buffer set. A ratio is the median over the rounds of the medians' ratio within a
-    round, so that what slows the machine for a while slows both sides of it.
+    In each of at least `rounds` rounds every implementation runs, the faster ones up to 16 times,
+    each call on the next buffer set. A ratio is the median over the rounds of the ratio of the
+    medians within a round: what slows the machine for a while slows both sides of it.
     """
     sets = case.sets(cache)
     able, unable = case.checked(sets[0])
-    copies = limits(case.read, case.written, len(sets))
+    copies = limit.copies(case.read, case.written, len(sets))
+    calls = {name: (lambda i, f=f: f(sets[i])) for name, f in able.items()} | copies
     turn = 0
 
     def once(name: str) -> float:
         nonlocal turn
         turn = (turn + 1) % len(sets)
-        function, argument = (able[name], sets[turn]) if name in able else (copies[name], turn)
         start = time.perf_counter()
-        result = function(argument)
+        result = calls[name](turn)
         elapsed = time.perf_counter() - start
         del result  # freed outside the measured time
         return elapsed
 
-    names = [*able, *copies]
+    names = list(calls)
     first = {name: min(once(name) for _ in range(3)) for name in names}
-    slowest = max(first.values())
-    repeats = {name: min(max(1, round(slowest / first[name])), 16) for name in names}
+    repeats = {name: min(round(max(first.values()) / first[name]), 16) for name in names}
     times: dict[str, list[list[float]]] = {name: [] for name in names}
-    gc.collect()
-    gc.disable()
     end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < min_rounds or time.perf_counter() < end:
-        rounds += 1
-        for k in range(len(names)):
-            name = names[(k + rounds) % len(names)]  # nobody always follows the same other
+    while len(times[OURS]) < rounds or time.perf_counter() < end:
+        names.append(names.pop(0))  # so that nobody is always the first
+        for name in names:
             times[name].append([once(name) for _ in range(repeats[name])])
-    gc.enable()
 
-    medians = {name: [statistics.median(r) for r in times[name]] for name in names}
-    limit = min(copies, key=lambda name: statistics.median(medians[name]))
-    bytes_moved = case.read + case.written
-    return {
-        "op": case.op, "shape": case.shape, "axis": case.axis, "sets": len(sets),
-        "rounds": rounds, "read": case.read, "written": case.written, "limit": limit,
-        "not_run": unable,
-        "results": {
-            name: {
-                "seconds": _quartiles([t for r in times[name] for t in r]),
-                "gb_per_s": bytes_moved / statistics.median(medians[name]) / 1e9,
-                "over_ours": _ratio(medians[name], medians[OURS]),
-                "over_limit": _ratio(medians[name], medians[limit]),
-                "allocated": peak(lambda f=able[name]: f(sets[0])) if name in able else None,
-            }
-            for name in names
-        },
+    medians = {name: [statistics.median(r) for r in times[name]] for name in calls}
+    best = min(copies, key=lambda name: statistics.median(medians[name]))
+
+    def over(name: str, other: str) -> list[float]:
+        return quartiles([a / b for a, b in zip(medians[name], medians[other], strict=True)])
+
+    results = {
+        name: {
+            "seconds": quartiles([t for r in times[name] for t in r]),
+            "gb_per_s": (case.read + case.written) / statistics.median(medians[name]) / 1e9,
+            "over_ours": over(name, OURS),
+            "over_limit": over(name, best),
+            "allocated": peak(lambda f=able[name]: f(sets[0])) if name in able else None,
+        }
+        for name in calls
     }
+    keys = ("op", "shape", "axis", "read", "written")
+    return {key: getattr(case, key) for key in keys} | {
+        "sets": len(sets), "rounds": len(times[OURS]), "limit": best, "not_run": unable,
+        "results": results,
+    }  # fmt: skip
 
 
-def _quartiles(values: Sequence[float]) -> list[float]:
+def quartiles(values: Sequence[float]) -> list[float]:
     """Lower quartile, median, upper quartile."""
     return statistics.quantiles(values, n=4, method="inclusive")
-
-
-def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    return _quartiles([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 def peak(function: Callable[[], object]) -> int:

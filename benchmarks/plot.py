@@ -1,40 +1,40 @@
-"""``python -m benchmarks.plot RESULTS.json``: time and GB/s against size, next to the copy limit."""
+"""``python -m benchmarks.plot FILE``: time and GB/s against size, next to the copy limit."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
+from math import log
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("results", type=Path, help="written by benchmarks.run, with the op growth")
-    path = parser.parse_args().results
+    parser.add_argument("file", type=Path, help="what benchmarks.run wrote, with the op growth")
+    path = parser.parse_args().file
     content = json.loads(path.read_text())
-    series: dict[tuple[str, str], list[dict]] = {}
+    series = defaultdict(list)
     for record in content["cases"]:
         if record["axis"]:
-            series.setdefault((record["op"], record["axis"][0]), []).append(record)
+            series[record["op"], record["axis"][0]].append(record)
     for (op, axis), records in series.items():
         sizes = [r["axis"][1] for r in records]
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-        for label, names in (("ours", ["ours"] * len(records)),
-                             ("copy limit", [r["limit"] for r in records])):
-            results = [r["results"][name] for r, name in zip(records, names, strict=True)]
-            left.loglog(sizes, [1e3 * r["seconds"][1] for r in results], "o-", label=label)
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for label, pick in (("ours", lambda _: "ours"), ("copy limit", lambda r: r["limit"])):
+            results = [r["results"][pick(r)] for r in records]
+            times = [1e3 * r["seconds"][1] for r in results]
+            slope = log(times[-1] / times[-2]) / log(sizes[-1] / sizes[-2]) if times[1:] else 0
+            left.loglog(sizes, times, "o-", label=f"{label}, at last ∝ {axis}^{slope:.2f}")
             right.semilogx(sizes, [r["gb_per_s"] for r in results], "o-", label=label)
         left.set(xlabel=axis, ylabel="time (ms)")
-        right.set(xlabel=axis, ylabel="GB/s of the bytes that must move", ylim=(0, None))
         left.legend()
+        right.set(xlabel=axis, ylabel="GB/s of the bytes that must move", ylim=(0, None))
         figure.suptitle(f"{op}: {content['device']}, commit {content['commit']}", fontsize=10)
-        name = axis.replace("·", "")
-        target = path.with_name(f"{path.stem}-{op}-{name}.png")
+        target = path.with_name(f"{path.stem}-{op}-{axis.replace('·', '')}.png")
         figure.savefig(target, dpi=120)
         print(target)
 

@@ -45,7 +45,16 @@ inline void widen_padded(const T* __restrict x, int64_t stride, int64_t K, A pad
   for (int64_t k = K; k < width; ++k) out[k] = pad;
 }
 
-// The same from element `offset` of a tensor of any floating dtype.
+// A row of K numbers as A, padded: the row itself if it is that, else its copy in `buffer`.
+template <typename T, typename A, typename Size>
+inline const A* padded_row(const T* x, int64_t K, A pad, Size width, A* buffer) {
+  if constexpr (std::is_same_v<T, A>)
+    if (K == width) return x;
+  widen_padded(x, 1, K, pad, width, buffer);
+  return buffer;
+}
+
+// widen_padded from element `offset` of a tensor of any floating dtype.
 template <typename A, typename Size>
 inline void widen_padded(const void* x, ScalarType type, int64_t offset, int64_t stride, int64_t K,
                          A pad, Size width, A* out) {

@@ -7,13 +7,14 @@
 //   fast   y in float32. The k-means start runs on the samples (a histogram would move its border
 //          by up to half a bin of samples, and the posterior by 5e-4). EM runs on a histogram of
 //          4096 bins, each standing at the mean of its samples: what is lost is the spread within
-//          a bin, at most h²/12 of variance, 1/60000 of the smallest variance it is used for.
+//          a bin, at most h²/12 of variance, 1/49000 of the smallest variance it is used for.
 //   exact  y in float64, EM on the samples: for few samples, where it costs little, and where
 //          reg is so small that a component could be as narrow as a few bins.
 //
 // Work is cut into fixed blocks whose partial sums are added in order, and the histogram holds
 // integers: the result does not depend on the number of threads.
 #include <mutex>
+#include <string>
 
 #include "cpu/mixture.h"
 
@@ -70,7 +71,8 @@ Start seed(const A* y, int64_t n, const std::vector<double>& u) {
     const double target = uniform * total[1];
     double cumulative = 0;
     size_t b = 0;
-    while (b + 1 < blocks.size() && cumulative + blocks[b][1] < target) cumulative += blocks[b++][1];
+    while (b + 1 < blocks.size() && cumulative + blocks[b][1] < target)
+      cumulative += blocks[b++][1];
     int64_t i = b * kBlock;
     for (; i < n - 1; ++i) {
       const double d = y[i] - c0;
@@ -87,7 +89,7 @@ Start seed(const A* y, int64_t n, const std::vector<double>& u) {
 }
 
 // The border t between two centres, such that y < t says exactly which samples belong to the lower
-// one: those up to the middle, and on it if the lower centre was drawn first (ties go to the first).
+// one: those up to the middle, and on it if the lower centre was drawn first (who wins ties).
 template <typename A>
 A border(const Two& centre, bool low_first) {
   const double middle = 0.5 * (centre[0] + centre[1]);
@@ -206,8 +208,8 @@ Range checked_range(const T* x, int64_t n, const char* name, const std::string& 
   int64_t i = 0;
   while (std::isfinite(static_cast<acc_t<T>>(x[i]))) ++i;
   const acc_t<T> v = static_cast<acc_t<T>>(x[i]);
-  value_error(name, ": expected finite values, got ", std::isnan(v) ? "nan" : v > 0 ? "inf" : "-inf",
-              " at index [", row, i, "]");
+  const char* what = std::isnan(v) ? "nan" : v > 0 ? "inf" : "-inf";
+  value_error(name, ": expected finite values, got ", what, " at index [", row, i, "]");
 }
 
 // One epoch's losses x (n,), to be read as (x − offset)·inverse.

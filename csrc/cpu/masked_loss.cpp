@@ -1,10 +1,11 @@
-// The training loss on rows of logits z (n, K): cross-entropy of the first n_x rows, squared error of
-// the rest, prior and confidence penalty, against targets that are modulated and mixed on the fly.
+// The training loss on rows of logits z (n, K): cross-entropy of the first n_x rows, squared error
+// of the rest, prior and confidence penalty, against targets modulated and mixed on the fly.
 //
 // With e_k = exp(z_k − max z) and p = e / Σe, row by row while the row is in the cache:
-//   cross-entropy  Σ_k t_k (log Σe − (z_k − max z))        squared error  (1/K) Σ_k (p_k − t_k)²
-//   Σ_k p_k log p_k = Σ_k p_k (z_k − max z) − log Σe        and p is added to its block's column sums,
-// so that forward is one sweep. Backward needs p̄ = mean p, the maxima and log Σe, no more:
+//   cross-entropy  Σ_k t_k (log Σe − (z_k − max z))     squared error  (1/K) Σ_k (p_k − t_k)²
+//   Σ_k p_k log p_k = Σ_k p_k (z_k − max z) − log Σe,
+// and p is added to its block's column sums, so that forward is one sweep. Backward, the second one,
+// needs p̄ = mean p, the maxima and log Σe, no more:
 //   dL/dz_k = p_k (h_k − Σ_j p_j h_j) + [labelled] c (p_k Σ_j t_j − t_k),
 //   h_k = [unlabelled] c (2/K)(p_k − t_k) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_k / n.
 // max z and log Σe are kept apart: their float32 sum would cost large logits their digits.
@@ -12,158 +13,37 @@
 // Rows are worked on in blocks of a fixed size, whose sums are added in order: the result does not
 // depend on the number of threads. A row's buffers are padded to whole vectors, with logits of −∞
 // and targets of 0, which add nothing to any sum.
-#include <limits>
-
 #include "cpu/common.h"
 #include "cpu/convert.h"
 #include "cpu/softmax.h"
+#include "cpu/targets.h"
 #include "cpu/values.h"
-#include "math/modulation.h"
 
 namespace sanm {
 namespace {
 
 using OptTensor = std::optional<Tensor>;
 
-template <typename A>
-constexpr A kLowest = -std::numeric_limits<A>::infinity();
-
 constexpr int64_t kBlockRows = 64;
 
-int64_t padded(int64_t K) { return (K + 15) / 16 * 16; }
+// The length of a row's buffer, without a tail after whole vectors of 8.
+int64_t padded(int64_t K) { return std::max<int64_t>(16, (K + 7) / 8 * 8); }
 
-// Calls body(Kp) with the padded length of a row: a constant for the shortest, so that a row is a
-// few vectors and no loop.
+// Calls body(width) with it: a constant for the shortest, so that a row is two vectors and no loop.
 template <typename Body>
 void with_width(int64_t K, const Body& body) {
   if (padded(K) == 16) body(std::integral_constant<int64_t, 16>{});
   else body(padded(K));
 }
 
-struct Arguments {
-  Tensor logits, targets;
-  OptTensor ratio, permutation, prior;
-  double lam, unlabeled_weight, prior_weight, confidence_weight;
-  int64_t num_labeled;
-  bool clamp;
-  int64_t ignore_index;
-  bool mean;
-
-  Arguments(const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
-            const OptTensor& permutation, const OptTensor& prior, const Tensor& scalars,
-            int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean)
-      : logits(packed(logits)), targets(targets), num_labeled(num_labeled), clamp(clamp),
-        ignore_index(ignore_index), mean(mean) {
-    if (ratio) this->ratio = packed(*ratio);
-    if (permutation) this->permutation = packed(*permutation);
-    if (prior) this->prior = packed(*prior);
+// scalars (4,): λ, λ_u, ρ, ν
+struct Scalars {
+  explicit Scalars(const Tensor& scalars) {
     const Tensor values = packed(scalars);
     const double* s = in<double>(values);
-    lam = s[0], unlabeled_weight = s[1], prior_weight = s[2], confidence_weight = s[3];
+    lam = s[0], unlabeled = s[1], prior = s[2], confidence = s[3];
   }
-};
-
-// Final targets, row by row.
-template <typename A>
-class Targets {
- public:
-  Targets(const Arguments& a, int64_t K)
-      : K_(K), lam_(static_cast<A>(a.lam)), other_(static_cast<A>(1 - a.lam)),
-        clamp_(a.clamp), ignore_index_(a.ignore_index), type_(a.targets.scalar_type()) {
-    if (a.ratio) ratio_ = in<A>(*a.ratio);
-    if (a.permutation) partner_ = in<int64_t>(*a.permutation);
-    if (type_ == ScalarType::Long) {
-      labels_tensor_ = packed(a.targets);
-      labels_ = in<int64_t>(*labels_tensor_);
-      rows_ = a.targets.size(0);
-    } else {
-      values_ = a.targets.const_data_ptr();
-      stride_ = a.targets.stride(a.targets.dim() - 1);
-      rows_ = index_rows(a.targets);
-    }
-  }
-
-  // Values are checked before anything is written.
-  void check(int64_t n) const {
-    if (labels_) check_indices(labels_, rows_, K_, "targets", ignore_index_);
-    if (partner_) check_indices(partner_, n, rows_, "mix permutation");
-    if (ratio_) check_unit_interval(ratio_, rows_, "ratio");
-  }
-
-  // Row i's target → t (Kp), zero from K on; `spare` (Kp) holds the partner's.
-  template <typename Size>
-  void row(int64_t i, Size Kp, A* __restrict t, A* __restrict spare) const {
-    modulated(i, Kp, t);
-    if (!partner_) return;
-    modulated(partner_[i], Kp, spare);
-    const A lam = lam_, other = other_;
-#pragma omp simd
-    for (int64_t k = 0; k < Kp; ++k) t[k] = lam * t[k] + other * spare[k];
-  }
-
-  // Whether row i counts: neither it nor its partner is to be ignored.
-  bool counts(int64_t i) const {
-    return !labels_ || (labels_[i] != ignore_index_ &&
-                        (!partner_ || labels_[partner_[i]] != ignore_index_));
-  }
-
-  int64_t counting(int64_t begin, int64_t end) const {
-    if (!labels_) return end - begin;
-    int64_t number = 0;
-    for (int64_t i = begin; i < end; ++i) number += counts(i);
-    return number;
-  }
-
- private:
-  // Where each row starts: any strides, expanded dimensions stay unfolded.
-  int64_t index_rows(const Tensor& x) {
-    const int64_t lead = x.dim() - 1;
-    int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};
-    for (int64_t d = 0; d < lead; ++d) {
-      size[3 - lead + d] = x.size(d);
-      stride[3 - lead + d] = x.stride(d);
-    }
-    offset_.reserve(size[0] * size[1] * size[2]);
-    for (int64_t a = 0; a < size[0]; ++a)
-      for (int64_t b = 0; b < size[1]; ++b)
-        for (int64_t c = 0; c < size[2]; ++c)
-          offset_.push_back(a * stride[0] + b * stride[1] + c * stride[2]);
-    return static_cast<int64_t>(offset_.size());
-  }
-
-  // Target row m after the label modulation → t (Kp)
-  template <typename Size>
-  void modulated(int64_t m, Size Kp, A* __restrict t) const {
-    int64_t top = 0;
-    if (labels_) {
-      std::fill(t, t + Kp, A(0));
-      if (labels_[m] == ignore_index_) return;
-      top = labels_[m];
-      t[top] = 1;
-    } else {
-      widen_padded(values_, type_, offset_[m], stride_, K_, ratio_ ? kLowest<A> : A(0), Kp, t);
-      if (ratio_) top = row_argmax(t, Kp);
-    }
-    if (!ratio_) return;
-    const int32_t K = static_cast<int32_t>(K_);
-    const Modulation<A> change = modulation(t[top], K, ratio_[m], clamp_);
-#pragma omp simd
-    for (int32_t k = 0; k < Kp; ++k) t[k] = k < K ? t[k] + change.add : A(0);
-    t[top] = change.top;
-  }
-
-  const int64_t K_;
-  const A lam_, other_;
-  const bool clamp_;
-  const int64_t ignore_index_;
-  const ScalarType type_;
-  const A* ratio_ = nullptr;
-  const int64_t* partner_ = nullptr;
-  OptTensor labels_tensor_;
-  const int64_t* labels_ = nullptr;
-  const void* values_ = nullptr;
-  int64_t stride_ = 1, rows_ = 0;
-  std::vector<int64_t> offset_;
+  double lam, unlabeled, prior, confidence;
 };
 
 // The buffers of one row.
@@ -257,28 +137,29 @@ void gradient_row(const A* __restrict x, const A* __restrict prior, Size Kp, A t
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // logits (n, K), targets (…, K) floats or (M,) int64, ratio (M,), permutation (≥ n,), prior (K,),
-// scalars (4,) double λ, λ_u, ρ, ν → total, L_x, L_u, P, N (), per_sample (n,), (max, log-sum) (n, 2),
-// p̄ (K,)
-Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
-                   const OptTensor& permutation, const OptTensor& prior, const Tensor& scalars,
+// scalars (4,) double λ, λ_u, ρ, ν → total, L_x, L_u, P, N (), per_sample (n,),
+// (max, log-sum) (n, 2), p̄ (K,)
+Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor& ratio,
+                   const OptTensor& permutation, const OptTensor& prior_, const Tensor& scalars,
                    int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {
-  const Arguments a(logits, targets, ratio, permutation, prior, scalars, num_labeled, clamp,
-                    ignore_index, mean);
-  const int64_t n = a.logits.size(0), K = a.logits.size(1), Kp = padded(K), nx = num_labeled;
+  const Scalars weight(scalars);
+  const Tensor logits = packed(logits_);
+  const OptTensor prior = packed(prior_);
+  const int64_t n = logits.size(0), K = logits.size(1), Kp = padded(K), nx = num_labeled;
   const ScalarType type = acc_type(logits);
   const Tensor total = new_tensor({}, type), labeled = new_tensor({}, type),
                unlabeled = new_tensor({}, type), penalty = new_tensor({}, type),
                confidence = new_tensor({}, type), per_sample = new_tensor({n}, type),
                normalizer = new_tensor({n, 2}, type), p_mean = new_tensor({K}, type);
-  dispatch(a.logits.scalar_type(), [&](auto zero) {
+  dispatch(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const Targets<A> target(a, K);
+    const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
     target.check(n);
-    const A* pi = a.prior ? in<A>(*a.prior) : nullptr;
+    const A* pi = prior ? in<A>(*prior) : nullptr;
     if (pi) check_unit_interval(pi, K, "prior");
 
-    const T* z = in<T>(a.logits);
+    const T* z = in<T>(logits);
     A *rows = out<A>(per_sample), *norm = out<A>(normalizer);
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
     std::vector<A> columns(blocks * Kp);
@@ -291,15 +172,15 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
           Sums sum;
           const int64_t stop = std::min(n, (block + 1) * kBlockRows);
           for (int64_t i = block * kBlockRows; i < stop; ++i) {
-            widen_padded(z + i * K, 1, K, kLowest<A>, width, s.x);
-            const auto [top, log_sum, entropy] = softmax_row(s.x, width, s.p, column);
+            const A* x = padded_row(z + i * K, K, kLowest<A>, width, s.x);
+            const auto [top, log_sum, entropy] = softmax_row(x, width, s.p, column);
             norm[2 * i] = top, norm[2 * i + 1] = log_sum;
             sum.confidence += entropy;
             rows[i] = 0;
             if (!target.counts(i)) continue;
             target.row(i, width, s.t, s.spare);
             if (i < nx)
-              sum.labeled += rows[i] = cross_entropy(s.x, s.t, width, top, log_sum);
+              sum.labeled += rows[i] = cross_entropy(x, s.t, width, top, log_sum);
             else
               sum.unlabeled += rows[i] = squared_error(s.p, s.t, width) / K;
           }
@@ -331,9 +212,9 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
     *out<A>(unlabeled) = static_cast<A>(sum.unlabeled);
     *out<A>(penalty) = static_cast<A>(divergence);
     *out<A>(confidence) = static_cast<A>(sum.confidence);
-    *out<A>(total) = static_cast<A>(sum.labeled + weighted(a.unlabeled_weight, sum.unlabeled) +
-                                    weighted(a.prior_weight, divergence) +
-                                    weighted(a.confidence_weight, sum.confidence));
+    *out<A>(total) = static_cast<A>(sum.labeled + weighted(weight.unlabeled, sum.unlabeled) +
+                                    weighted(weight.prior, divergence) +
+                                    weighted(weight.confidence, sum.confidence));
   });
   return {total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean};
 }
@@ -347,42 +228,43 @@ double upstream(const OptTensor& grad) { return grad ? static_cast<double>(*in<A
 Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_labeled,
                             const OptTensor& grad_unlabeled, const OptTensor& grad_prior,
                             const OptTensor& grad_confidence, const OptTensor& grad_per_sample,
-                            const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
-                            const OptTensor& permutation, const OptTensor& prior,
+                            const Tensor& logits_, const Tensor& targets, const OptTensor& ratio,
+                            const OptTensor& permutation, const OptTensor& prior_,
                             const Tensor& scalars, const Tensor& normalizer_,
                             const Tensor& p_mean_, int64_t num_labeled, bool clamp,
                             int64_t ignore_index, bool mean) {
-  const Arguments a(logits, targets, ratio, permutation, prior, scalars, num_labeled, clamp,
-                    ignore_index, mean);
+  const Scalars weight(scalars);
+  const Tensor logits = packed(logits_);
+  const OptTensor prior = packed(prior_);
   const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_);
-  const OptTensor grad_rows =
-      grad_per_sample ? OptTensor(packed(*grad_per_sample)) : std::nullopt;
-  const int64_t n = a.logits.size(0), K = a.logits.size(1), nx = num_labeled;
-  const Tensor result = new_tensor({n, K}, a.logits.scalar_type());
-  dispatch(a.logits.scalar_type(), [&](auto zero) {
+  const OptTensor grad_rows = packed(grad_per_sample);
+  const int64_t n = logits.size(0), K = logits.size(1), nx = num_labeled;
+  const Tensor result = new_tensor({n, K}, logits.scalar_type());
+  dispatch(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const Targets<A> target(a, K);
+    const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
+    target.check(n);
     const double g = upstream<A>(grad_total);
     double cx = upstream<A>(grad_labeled) + g,
-           cu = upstream<A>(grad_unlabeled) + weighted(a.unlabeled_weight, g);
+           cu = upstream<A>(grad_unlabeled) + weighted(weight.unlabeled, g);
     if (mean) {
       cx /= std::max<int64_t>(1, target.counting(0, nx));
       cu /= std::max<int64_t>(1, target.counting(nx, n));
     }
-    const double gp = upstream<A>(grad_prior) + weighted(a.prior_weight, g);
+    const double gp = upstream<A>(grad_prior) + weighted(weight.prior, g);
     const A gn = static_cast<A>((upstream<A>(grad_confidence) +
-                                 weighted(a.confidence_weight, g)) / std::max<int64_t>(1, n));
+                                 weighted(weight.confidence, g)) / std::max<int64_t>(1, n));
     const A* grow = grad_rows ? in<A>(*grad_rows) : nullptr;
 
     // The prior's part of h. A class without any probability gets none: its p cannot move.
     std::vector<A> slope(padded(K));
-    const A *pi = a.prior ? in<A>(*a.prior) : nullptr, *pm = in<A>(p_mean);
+    const A *pi = prior ? in<A>(*prior) : nullptr, *pm = in<A>(p_mean);
     for (int64_t k = 0; k < K && gp != 0; ++k)
       if (pm[k] != 0)
         slope[k] = static_cast<A>(-gp * (pi ? pi[k] : 1.0 / K) / (static_cast<double>(pm[k]) * n));
 
-    const T* z = in<T>(a.logits);
+    const T* z = in<T>(logits);
     const A* norm = in<A>(normalizer);
     T* d = out<T>(result);
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
@@ -391,7 +273,7 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
         Scratch<A> s(K);
         const int64_t stop = std::min(n, end * kBlockRows);
         for (int64_t i = begin * kBlockRows; i < stop; ++i) {
-          widen_padded(z + i * K, 1, K, kLowest<A>, width, s.x);
+          const A* x = padded_row(z + i * K, K, kLowest<A>, width, s.x);
           A c = 0;
           if (target.counts(i)) {
             target.row(i, width, s.t, s.spare);
@@ -401,7 +283,7 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
           }
           const Slopes<A> slopes =
               i < nx ? Slopes<A>{c, A(0), gn} : Slopes<A>{A(0), 2 * c / K, gn};
-          gradient_row(s.x, slope.data(), width, norm[2 * i], norm[2 * i + 1], slopes, s.p,
+          gradient_row(x, slope.data(), width, norm[2 * i], norm[2 * i + 1], slopes, s.p,
                        s.spare, s.t);
           narrow(s.t, K, d + i * K);
         }

@@ -1,11 +1,11 @@
-// Rows of several views mixed: out_i = λ·v_i + (1 − λ)·v_π(i), v the views' stack, which is never made.
+// Rows of several views mixed: out_i = λ·v_i + (1 − λ)·v_π(i), v their stack, which is never made.
 //
 // Backward gathers as well: with π⁻¹(i) = j where π(j) = i among the first `rows`,
 //   dL/dv_i = λ·g_i [i < rows] + (1 − λ)·g_π⁻¹(i) [π⁻¹(i) exists],
 // so each row is written once, by one thread, and nothing is added to memory.
 //
-// A row is a run of E elements, the same for every view: NCHW or NHWC does not matter. It is worked on
-// in pieces that fit the first cache; large results are stored past the caches.
+// A row is a run of E elements, the same for every view: NCHW or NHWC does not matter. It is worked
+// on in pieces that fit the first cache; large results are stored past the caches.
 #include "cpu/common.h"
 #include "cpu/convert.h"
 #include "cpu/image.h"

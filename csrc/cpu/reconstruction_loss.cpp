@@ -1,9 +1,9 @@
-// Reconstruction loss Σ_v (1/count_v) Σ (r − x)² over V views, of the whole image or of the elements
+// Reconstruction loss Σ_v (1/count_v) Σ (r − x)² over V views, of the whole image or the elements
 // inside each sample's box, and its gradient (2/count_v)(r − x), zero outside.
 //
-// A sample is visited run by run: a box is a set of runs of consecutive elements in NCHW as in NHWC, the
-// whole image a single one. Each sample's sum is taken by one thread, in pieces added up in double,
-// and the samples' sums are added in order: the result does not depend on the number of threads.
+// A sample is visited run by run: a box is a set of runs of consecutive elements in NCHW as in NHWC,
+// the whole image a single one. Each sample's sum is taken by one thread, in pieces added up in
+// double, and the samples' sums are added in order: the number of threads does not matter.
 #include "cpu/common.h"
 #include "cpu/convert.h"
 #include "cpu/image.h"

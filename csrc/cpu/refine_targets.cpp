@@ -1,6 +1,6 @@
-// Refined targets: p = mean of softmax over the given logits, then q·label + (1 − q)·p where labels are
-// given, then p^(1/T) / Σ p^(1/T). Row by row; dividing by the largest before the power keeps the
-// sum away from 0.
+// Refined targets: p = mean of softmax over the given logits, then q·label + (1 − q)·p where labels
+// are given, then p^(1/T) / Σ p^(1/T). Row by row; dividing by the largest before the power keeps
+// the sum away from 0.
 #include "cpu/common.h"
 #include "cpu/convert.h"
 #include "cpu/softmax.h"

@@ -6,7 +6,7 @@
 
 namespace sanm {
 
-// A row of K logits as A: the caller's memory itself where it is of that type, else a converted copy.
+// A row of K logits as A: the caller's memory where it is of that type, else a converted copy.
 template <typename A>
 class Row {
  public:

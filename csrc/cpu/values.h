@@ -1,9 +1,13 @@
-// Checks of values that more than one kernel needs.
+// Checks and preparations of arguments that more than one kernel needs.
 #pragma once
 
 #include "cpu/common.h"
 
 namespace sanm {
+
+inline std::optional<Tensor> packed(const std::optional<Tensor>& x) {
+  return x ? std::optional<Tensor>(packed(*x)) : std::nullopt;
+}
 
 // Every element of x (n) lies in [0, 1]; NaN does not.
 template <typename T>

@@ -98,6 +98,7 @@ def train(config: TrainConfig, out: str | Path | None = None, *, progress: bool 
     if config.limit:
         data = data.subset(config.limit)
     generator = seed_everything(config.seed)
+    threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     recipe = RECIPES[config.recipe](config, data, generator)
     result = Result(config, data, recipe)
@@ -109,6 +110,8 @@ def train(config: TrainConfig, out: str | Path | None = None, *, progress: bool 
                     write_csv(folder / METRICS, result.history)
     except KeyboardInterrupt:
         result.interrupted = True
+    finally:
+        torch.set_num_threads(threads)
     return result
 
 

@@ -1,0 +1,67 @@
+"""masked_loss called wrongly: which error, what it says, and that nothing was changed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import sanm_kernels as sk
+
+backends = pytest.mark.parametrize("backend", ("reference", "cpu"))
+
+Z, T = torch.zeros(4, 3), torch.full((4, 3), 1 / 3)
+Y, R, PERM = torch.tensor([0, 1, 2, 0]), torch.full((4,), 0.1), torch.tensor([1, 2, 3, 0])
+WRONG = {
+    "logits no tensor": (TypeError, "logits", ([1.0], T), {}),
+    "logits integer": (TypeError, "logits", (Z.long(), T), {}),
+    "logits 1-d": (ValueError, "logits", (Z[0], T), {}),
+    "one class": (ValueError, "two classes", (Z[:, :1], T[:, :1]), {}),
+    "targets no tensor": (TypeError, "targets", (Z, [0, 1]), {}),
+    "targets bool": (TypeError, "targets", (Z, T > 0), {}),
+    "targets 1-d": (ValueError, "targets", (Z, T[0]), {}),
+    "targets 5-d": (ValueError, "targets", (Z, T[None, None, None]), {}),
+    "targets K": (ValueError, "targets", (Z, T[:, :2]), {}),
+    "targets rows": (ValueError, "targets", (Z, T[:3]), {}),
+    "too many without mix": (ValueError, "targets", (Z[:2], T), {}),
+    "label range": (ValueError, "targets", (Z, torch.tensor([0, 1, 3, 0])), {}),
+    "label negative": (ValueError, "targets", (Z, torch.tensor([0, -1, 2, 0])), {}),
+    "device": (ValueError, "targets", (Z, T.to("meta")), {}),
+    "ratio shape": (ValueError, "ratio", (Z, T), {"ratio": R[:3]}),
+    "ratio dtype": (TypeError, "ratio", (Z, T), {"ratio": Y}),
+    "ratio NaN": (ValueError, "ratio", (Z, T), {"ratio": R * torch.nan}),
+    "ratio range": (ValueError, "ratio", (Z, T), {"ratio": R + 1}),
+    "mix no pair": (TypeError, "mix", (Z, T), {"mix": 0.5}),
+    "lam range": (ValueError, "lam", (Z, T), {"mix": (1.5, PERM)}),
+    "lam text": (TypeError, "lam", (Z, T), {"mix": ("a", PERM)}),
+    "permutation float": (TypeError, "permutation", (Z, T), {"mix": (0.5, PERM.float())}),
+    "permutation short": (ValueError, "permutation", (Z, T), {"mix": (0.5, PERM[:3])}),
+    "permutation range": (ValueError, "permutation", (Z, T), {"mix": (0.5, PERM + 1)}),
+    "permutation negative": (ValueError, "permutation", (Z, T), {"mix": (0.5, PERM - 1)}),
+    "num_labeled high": (ValueError, "num_labeled", (Z, T), {"num_labeled": 5}),
+    "num_labeled low": (ValueError, "num_labeled", (Z, T), {"num_labeled": -1}),
+    "num_labeled float": (TypeError, "num_labeled", (Z, T), {"num_labeled": 2.0}),
+    "weight text": (TypeError, "unlabeled_weight", (Z, T), {"unlabeled_weight": "1"}),
+    "weight NaN": (ValueError, "prior_weight", (Z, T), {"prior_weight": float("nan")}),
+    "prior shape": (ValueError, "prior", (Z, T), {"prior": R}),
+    "prior NaN": (ValueError, "prior", (Z, T), {"prior": R[:3] * torch.nan}),
+    "drop": (ValueError, "drop", (Z, T), {"drop": "none"}),
+    "reduction": (ValueError, "reduction", (Z, T), {"reduction": "max"}),
+    "none with prior": (ValueError, "reduction", (Z, T),
+                        {"reduction": "none", "prior_weight": 1.0}),
+    "backend": (ValueError, "backend", (Z, T), {"backend": "tpu"}),
+}
+
+
+@backends
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls(backend, name):
+    error, message, arguments, kwargs = WRONG[name]
+    tensors = [x for x in tree_leaves((arguments, kwargs)) if isinstance(x, torch.Tensor)]
+    before = copy.deepcopy(tensors)
+    with pytest.raises(error, match=message):
+        sk.masked_loss(*arguments, **{"backend": backend, **kwargs})
+    for x, y in zip(tensors, before, strict=True):
+        assert x.is_meta or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))

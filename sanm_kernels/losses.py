@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sanm_kernels import validate
-from sanm_kernels.backends import select
+from sanm_kernels.backends import call
 from sanm_kernels.config import DROPS
 from sanm_kernels.ops import masked_loss as _masked_loss  # noqa: F401  (these define the operators)
 from sanm_kernels.ops import mixup_views as _mixup_views  # noqa: F401
@@ -92,8 +92,7 @@ def sample_loss(logits: Tensor, labels: Tensor, *, backend: str | None = None) -
     validate.length(labels, "labels", logits.shape[0], "the rows of logits")
     if logits.shape[1] == 0:
         raise ValueError(f"logits: expected at least one class, got shape {list(logits.shape)}")
-    op = select("sample_loss", logits.device, backend)
-    loss: Tensor = op(logits, labels)[0]
+    loss: Tensor = call("sample_loss", logits.device, backend, logits, labels)[0]
     return loss
 
 
@@ -210,9 +209,8 @@ def masked_loss(
         raise ValueError("reduction: 'none' needs prior_weight = confidence_weight = 0, "
                          f"got {prior_weight} and {confidence_weight}")
     scalars = _scalars(lam, unlabeled_weight, prior_weight, confidence_weight)
-    op = select("masked_loss", logits.device, backend)
-    total, *parts = op(logits, targets, ratio, permutation, prior, scalars, num_labeled, clamp,
-                       ignore_index, reduction != "sum")[:6]
+    total, *parts = call("masked_loss", logits.device, backend, logits, targets, ratio, permutation,
+                         prior, scalars, num_labeled, clamp, ignore_index, reduction != "sum")[:6]
     if reduction == "none":
         labeled_rows = torch.arange(n, device=logits.device) < num_labeled
         total = torch.where(labeled_rows, 1.0, unlabeled_weight) * parts[-1]
@@ -271,8 +269,8 @@ def reconstruction_loss(
         V = N // B if B else boxes.shape[0]
         if boxes.shape != (V, B, 4):
             raise ValueError(f"boxes: expected shape {[V, B, 4]}, got {list(boxes.shape)}")
-    op = select("reconstruction_loss", reconstruction.device, backend)
-    loss: Tensor = op(reconstruction, images, boxes)
+    loss: Tensor = call("reconstruction_loss", reconstruction.device, backend, reconstruction,
+                        images, boxes)
     return loss
 
 
@@ -323,8 +321,8 @@ def mixup_views(
         raise ValueError(f"rows: expected a number in [0, {total}], got {rows}")
     lam = validate.number(lam, "lam", 0, 1)
     permutation = _permutation(permutation, "permutation", rows, first.device, "views")
-    op = select("mixup_views", first.device, backend)
-    mixed: Tensor = op(views, _scalars(lam), permutation, rows)
+    mixed: Tensor = call("mixup_views", first.device, backend, views, _scalars(lam), permutation,
+                         rows)
     return mixed
 
 
@@ -388,7 +386,6 @@ def refine_targets(
     temperature = validate.number(temperature, "temperature", 0)
     if temperature == 0:
         raise ValueError("temperature: expected a number > 0, got 0")
-    op = select("refine_targets", first.device, backend)
-    refined: Tensor = op([z.detach() for z in rows], labels, clean_prob,
-                         _scalars(temperature))
+    refined: Tensor = call("refine_targets", first.device, backend, [z.detach() for z in rows],
+                           labels, clean_prob, _scalars(temperature))
     return refined

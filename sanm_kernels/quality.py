@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sanm_kernels import validate
-from sanm_kernels.backends import constant, select
+from sanm_kernels.backends import call, constant
 from sanm_kernels.ops import fit_label_quality as _fit_label_quality  # noqa: F401  (defines it)
 
 EPOCHS_AVERAGED = 5  # the current one included
@@ -117,7 +117,7 @@ def fit_label_quality(
             raise ValueError(f"history: expected shape (E, {losses.shape[0]}), "
                              f"got {list(history.shape)}")
         history = history[max(0, history.shape[0] + 1 - EPOCHS_AVERAGED):].detach()
-    op = select("fit_label_quality", losses.device, backend)
     return LabelQuality(
-        *op(losses.detach(), history, _uniforms(seed), max_iter, tol, reg_covar, normalize)
+        *call("fit_label_quality", losses.device, backend, losses.detach(), history,
+              _uniforms(seed), max_iter, tol, reg_covar, normalize)
     )

@@ -6,10 +6,11 @@
 // arguments and results: sanm_kernels/ops/masked_forward.py.
 #include "cpu/activation.h"
 #include "cpu/energy.h"
-#include "cpu/softmax.h"
 #include "cpu/image.h"
 #include "cpu/matrix.h"
 #include "cpu/painter.h"
+#include "cpu/softmax.h"
+#include "cpu/values.h"
 #include "math/modulation.h"
 
 namespace sanm {
@@ -28,36 +29,6 @@ struct Inputs {
 struct Outputs {
   Tensor stats, positions, ratio, boxes, targets, views, logits, loss, pooled, visible;
 };
-
-template <typename T>
-void check_unit(const T* x, int64_t n, int64_t columns, const char* name, bool open) {
-  for (int64_t i = 0; i < n; ++i)
-    if (!(x[i] >= 0 && (open ? x[i] < 1 : x[i] <= 1))) {
-      if (columns > 1)
-        value_error(name, ": expected values in [0, 1), got ", x[i], " at index [", i / columns,
-                    ", ", i % columns, "]");
-      value_error(name, ": expected values in ", open ? "[0, 1)" : "[0, 1]", ", got ", x[i],
-                  " at index [", i, "]");
-    }
-}
-
-template <typename T>
-void check_finite(const T* x, int64_t n, int64_t columns, const char* name) {
-  // x − x is 0 unless x is infinite or NaN, and NaN then.
-  acc_t<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const auto v = static_cast<acc_t<T>>(x[i]);
-    sum += v - v;
-  }
-  if (sum == 0) return;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto v = static_cast<acc_t<T>>(x[i]);
-    if (!std::isfinite(v))
-      value_error(name, ": expected finite values, got ", v, " at index [", i / columns, ", ",
-                  i % columns, "]");
-  }
-}
 
 // v / Σv (h, w): v is the share of a cell that the box leaves visible; zeros where none is.
 template <typename A>
@@ -151,12 +122,12 @@ void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const T
 class DrawSource {
  public:
   explicit DrawSource(const Inputs& in)
-      : draws_(in.draws ? OptTensor(packed(*in.draws)) : std::nullopt),
-        index_(in.sample_index ? OptTensor(packed(*in.sample_index)) : std::nullopt),
+      : draws_(packed(in.draws)),
+        index_(packed(in.sample_index)),
         seed_(in.seed ? *sanm::in<int64_t>(*in.seed) : 0) {
     if (!draws_) return;
     const int64_t columns = draws_->size(1);
-    check_unit(sanm::in<double>(*draws_), draws_->numel(), columns, "draws", true);
+    check_unit_interval(sanm::in<double>(*draws_), draws_->numel(), "draws", columns, true);
   }
   Draws operator()(int64_t i) const {
     return {draws_ ? in<double>(*draws_) + i * draws_->size(1) : nullptr,
@@ -245,13 +216,13 @@ void run(const Inputs& in, const Outputs& out) {
 
   // Values first: nothing is written before they are known to be right.
   const float* q = sanm::in<float>(clean_prob);
-  check_unit(q, B, 1, "clean_prob", false);
+  check_unit_interval(q, B, "clean_prob");
   const DrawSource draws(in);
   if (targets.scalar_type() == ScalarType::Long)
     check_indices(sanm::in<int64_t>(targets), B, K, "targets");
   else
     dispatch(targets.scalar_type(), [&](auto zero) {
-      check_finite(sanm::in<decltype(zero)>(targets), B * K, K, "targets");
+      check_finite(sanm::in<decltype(zero)>(targets), B * K, "targets", K);
     });
 
   float* ratio = sanm::out<float>(out.ratio);

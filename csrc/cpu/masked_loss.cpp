@@ -26,16 +26,6 @@ using OptTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlockRows = 64;
 
-// The length of a row's buffer, without a tail after whole vectors of 8.
-int64_t padded(int64_t K) { return std::max<int64_t>(16, (K + 7) / 8 * 8); }
-
-// Calls body(width) with it: a constant for the shortest, so that a row is two vectors and no loop.
-template <typename Body>
-void with_width(int64_t K, const Body& body) {
-  if (padded(K) == 16) body(std::integral_constant<int64_t, 16>{});
-  else body(padded(K));
-}
-
 // scalars (4,): λ, λ_u, ρ, ν
 struct Scalars {
   explicit Scalars(const Tensor& scalars) {

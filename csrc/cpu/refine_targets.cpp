@@ -9,19 +9,19 @@
 namespace sanm {
 namespace {
 
-// p (K) ← p^exponent / Σ p^exponent
-template <typename A>
-void sharpen(A* p, int64_t K, A exponent) {
-  const A largest = row_max(p, K);
+// p (width) ← p^exponent / Σ p^exponent; 0 stays 0
+template <typename A, typename Size>
+void sharpen(A* __restrict p, Size width, A exponent) {
+  const A largest = row_max(p, width);
   if (exponent == 2) {
-    for (int64_t k = 0; k < K; ++k) p[k] = (p[k] / largest) * (p[k] / largest);
+    for (int64_t k = 0; k < width; ++k) p[k] = (p[k] / largest) * (p[k] / largest);
   } else {
-    for (int64_t k = 0; k < K; ++k) p[k] = std::pow(p[k] / largest, exponent);
+    for (int64_t k = 0; k < width; ++k) p[k] = p[k] == 0 ? 0 : std::pow(p[k] / largest, exponent);
   }
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < K; ++k) sum += p[k];
-  for (int64_t k = 0; k < K; ++k) p[k] /= sum;
+  for (int64_t k = 0; k < width; ++k) sum += p[k];
+  for (int64_t k = 0; k < width; ++k) p[k] /= sum;
 }
 
 // logits (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither;
@@ -51,30 +51,38 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
     }
     const int64_t V = static_cast<int64_t>(z.size());
     const A exponent = static_cast<A>(1 / *in<double>(temperature));
-    torch::stable::parallel_for(0, B, grain(K * V), [&](int64_t begin, int64_t end) {
-      std::vector<A> x(K), one(K);
-      for (int64_t i = begin; i < end; ++i) {
-        A* p = out<A>(result) + i * K;
-        for (int64_t v = 0; v < V; ++v) {
-          widen(z[v] + i * K, 1, K, x.data());
-          softmax(x.data(), K, v == 0 ? p : one.data());
-          if (v > 0)
-            for (int64_t k = 0; k < K; ++k) p[k] += one[k];
-        }
-        if (V > 1)
-          for (int64_t k = 0; k < K; ++k) p[k] /= static_cast<A>(V);
-        if (q) {
-          if (labels->scalar_type() == ScalarType::Long) {
-            std::fill(x.begin(), x.end(), A(0));
-            x[in<int64_t>(*labels)[i]] = 1;
-          } else {
-            widen_padded(labels->const_data_ptr(), labels->scalar_type(), i * K, 1, K, A(0), K,
-                         x.data());
+    const int64_t* label =
+        labels && labels->scalar_type() == ScalarType::Long ? in<int64_t>(*labels) : nullptr;
+    A* refined = out<A>(result);
+    with_width(K, [&](auto width) {
+      torch::stable::parallel_for(0, B, grain(K * V), [&](int64_t begin, int64_t end) {
+        std::vector<A> memory(3 * width);
+        A *buffer = memory.data(), *one = buffer + width, *p = one + width;
+        for (int64_t i = begin; i < end; ++i) {
+          std::fill(p, p + width, A(0));
+          for (int64_t v = 0; v < V; ++v) {
+            softmax(padded_row(z[v] + i * K, K, kLowest<A>, width, buffer), width, one);
+#pragma omp simd
+            for (int64_t k = 0; k < width; ++k) p[k] += one[k];
           }
-          for (int64_t k = 0; k < K; ++k) p[k] = q[i] * x[k] + (1 - q[i]) * p[k];
+#pragma omp simd
+          for (int64_t k = 0; k < width; ++k) p[k] /= static_cast<A>(V);
+          if (q) {
+            if (label) {
+              std::fill(one, one + width, A(0));
+              one[label[i]] = 1;
+            } else {
+              widen_padded(labels->const_data_ptr(), labels->scalar_type(), i * K, 1, K, A(0),
+                           width, one);
+            }
+            const A share = q[i], rest = 1 - share;
+#pragma omp simd
+            for (int64_t k = 0; k < width; ++k) p[k] = share * one[k] + rest * p[k];
+          }
+          sharpen(p, width, exponent);
+          narrow(p, K, refined + i * K);
         }
-        sharpen(p, K, exponent);
-      }
+      });
     });
   });
   return result;

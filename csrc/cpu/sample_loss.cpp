@@ -20,14 +20,16 @@ std::tuple<Tensor, Tensor> sample_loss(const Tensor& logits_, const Tensor& labe
     using A = acc_t<T>;
     const T* z = in<T>(logits);
     A *l = out<A>(loss), *norm = out<A>(normalizer);
-    torch::stable::parallel_for(0, B, grain(K), [&](int64_t begin, int64_t end) {
-      Row<A> row(K);
-      for (int64_t i = begin; i < end; ++i) {
-        const A* x = row.load(z + i * K);
-        const A top = row_max(x, K), log_sum = std::log(exp_sum(x, K, top));
-        norm[2 * i] = top, norm[2 * i + 1] = log_sum;
-        l[i] = log_sum - (x[y[i]] - top);
-      }
+    with_width(K, [&](auto width) {
+      torch::stable::parallel_for(0, B, grain(K), [&](int64_t begin, int64_t end) {
+        std::vector<A> buffer(width);
+        for (int64_t i = begin; i < end; ++i) {
+          const A* x = padded_row(z + i * K, K, kLowest<A>, width, buffer.data());
+          const A top = row_max(x, width), log_sum = std::log(exp_sum(x, width, top));
+          norm[2 * i] = top, norm[2 * i + 1] = log_sum;
+          l[i] = log_sum - (x[y[i]] - top);
+        }
+      });
     });
   });
   return {loss, normalizer};
@@ -48,18 +50,20 @@ Tensor sample_loss_backward(const Tensor& grad_, const Tensor& logits_, const Te
     const T* z = in<T>(logits);
     const A *g = in<A>(grad), *norm = in<A>(normalizer);
     T* d = out<T>(result);
-    torch::stable::parallel_for(0, B, grain(K), [&](int64_t begin, int64_t end) {
-      Row<A> row(K);
-      std::vector<A> p(K);
-      for (int64_t i = begin; i < end; ++i) {
-        const A* x = row.load(z + i * K);
-        const A top = norm[2 * i], log_sum = norm[2 * i + 1], scale = g[i];
-        A* __restrict v = p.data();
+    with_width(K, [&](auto width) {
+      torch::stable::parallel_for(0, B, grain(K), [&](int64_t begin, int64_t end) {
+        std::vector<A> buffer(width), p(width);
+        for (int64_t i = begin; i < end; ++i) {
+          const A* x = padded_row(z + i * K, K, kLowest<A>, width, buffer.data());
+          const A top = norm[2 * i], log_sum = norm[2 * i + 1], scale = g[i];
+          A* __restrict v = p.data();
 #pragma omp simd
-        for (int64_t k = 0; k < K; ++k) v[k] = scale * exp_nonpositive((x[k] - top) - log_sum);
-        v[y[i]] = scale * (exp_nonpositive((x[y[i]] - top) - log_sum) - 1);
-        narrow(v, K, d + i * K);
-      }
+          for (int64_t k = 0; k < width; ++k)
+            v[k] = scale * exp_nonpositive((x[k] - top) - log_sum);
+          v[y[i]] = scale * (exp_nonpositive((x[y[i]] - top) - log_sum) - 1);
+          narrow(v, K, d + i * K);
+        }
+      });
     });
   });
   return result;

@@ -1,28 +1,26 @@
 // Row-wise softmax building blocks, written so that the compiler vectorises them.
 #pragma once
 
+#include <limits>
+
 #include "cpu/common.h"
 #include "cpu/convert.h"
 
 namespace sanm {
 
-// A row of K logits as A: the caller's memory where it is of that type, else a converted copy.
+// What pads a row of logits: its e^x is 0.
 template <typename A>
-class Row {
- public:
-  explicit Row(int64_t K) : K_(K) {}
-  const A* load(const A* x) { return x; }
-  template <typename T>
-  const A* load(const T* x) {
-    copy_.resize(K_);
-    widen(x, 1, K_, copy_.data());
-    return copy_.data();
-  }
+constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
- private:
-  int64_t K_;
-  std::vector<A> copy_;
-};
+// The length of a padded row: whole vectors of 8, without a tail.
+inline int64_t padded(int64_t K) { return std::max<int64_t>(16, (K + 7) / 8 * 8); }
+
+// Calls body(width) with it: a constant for the shortest, so that a row is two vectors and no loop.
+template <typename Body>
+inline void with_width(int64_t K, const Body& body) {
+  if (padded(K) == 16) body(std::integral_constant<int64_t, 16>{});
+  else body(padded(K));
+}
 
 // a·b + c in one rounding where the processor can, else in two.
 inline float multiply_add(float a, float b, float c) {
@@ -82,8 +80,8 @@ inline int64_t row_argmax(const A* x, Size K) {
 }
 
 // Σ_k e^{x_k − m}, m the largest x_k
-template <typename A>
-inline A exp_sum(const A* x, int64_t K, A m) {
+template <typename A, typename Size>
+inline A exp_sum(const A* x, Size K, A m) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < K; ++k) sum += exp_nonpositive(x[k] - m);

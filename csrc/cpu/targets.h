@@ -2,8 +2,6 @@
 // the one-hot row of a label, after the label modulation. None of them is ever a whole tensor.
 #pragma once
 
-#include <limits>
-
 #include "cpu/common.h"
 #include "cpu/convert.h"
 #include "cpu/softmax.h"
@@ -11,9 +9,6 @@
 #include "math/modulation.h"
 
 namespace sanm {
-
-template <typename A>
-constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
 template <typename A>
 class Targets {

@@ -1,6 +1,8 @@
 // Checks and preparations of arguments that more than one kernel needs.
 #pragma once
 
+#include <string>
+
 #include "cpu/common.h"
 
 namespace sanm {
@@ -9,13 +11,40 @@ inline std::optional<Tensor> packed(const std::optional<Tensor>& x) {
   return x ? std::optional<Tensor>(packed(*x)) : std::nullopt;
 }
 
-// Every element of x (n) lies in [0, 1]; NaN does not.
+// Where element i of a tensor of so many columns stands: "[i]", or "[row, column]".
+inline std::string place_of(int64_t i, int64_t columns) {
+  const std::string last = std::to_string(i % std::max<int64_t>(columns, 1));
+  return columns == 1 ? "[" + std::to_string(i) + "]"
+                      : "[" + std::to_string(i / columns) + ", " + last + "]";
+}
+
+// Every element of x (n) lies in [0, 1], or in [0, 1) if `open_end`; NaN does not.
 template <typename T>
-inline void check_unit_interval(const T* x, int64_t n, const char* name) {
+inline void check_unit_interval(const T* x, int64_t n, const char* name, int64_t columns = 1,
+                                bool open_end = false) {
   for (int64_t i = 0; i < n; ++i)
-    if (!(x[i] >= 0 && x[i] <= 1))
-      value_error(name, ": expected values in [0, 1], got ", static_cast<double>(x[i]),
-                  " at index [", i, "]");
+    if (!(x[i] >= 0 && (open_end ? x[i] < 1 : x[i] <= 1)))
+      value_error(name, ": expected values in ", open_end ? "[0, 1)" : "[0, 1]", ", got ",
+                  static_cast<double>(x[i]), " at index ", place_of(i, columns));
+}
+
+// No element of x (n) is NaN or infinite: x − x would be NaN.
+template <typename T>
+inline void check_finite(const T* x, int64_t n, const char* name, int64_t columns = 1) {
+  acc_t<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = static_cast<acc_t<T>>(x[i]);
+    sum += v - v;
+  }
+  if (sum == 0) return;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = static_cast<double>(static_cast<acc_t<T>>(x[i]));
+    if (!std::isfinite(v))
+      value_error(name, ": expected finite values, got ",
+                  std::isnan(v) ? "nan" : v > 0 ? "inf" : "-inf", " at index ",
+                  place_of(i, columns));
+  }
 }
 
 }  // namespace sanm

@@ -166,22 +166,27 @@ def masked_loss(
     if targets.is_floating_point():
         validate.floating(targets, "targets")
         if not 2 <= targets.dim() <= 4 or targets.shape[-1] != K:
-            raise ValueError(f"targets: expected shape (…, {K}) with 1 to 3 leading dimensions, "
-                             f"or integers, got {list(targets.shape)}")
+            raise ValueError(
+                f"targets: expected shape (…, {K}) with 1 to 3 leading dimensions, "
+                f"or integers, got {list(targets.shape)}"
+            )
         leading = targets.shape[:-1]
     else:
         leading = targets.shape
         targets = validate.integer(targets, "targets", targets.dim()).reshape(-1)
     available = leading.numel()
     if available < n or (mix is None and available != n):
-        raise ValueError(f"targets: expected {'at least ' if mix else ''}{n} rows (one per row of "
-                         f"logits), got {available} in shape {list(targets.shape)}")
+        raise ValueError(
+            f"targets: expected {'at least ' if mix else ''}{n} rows (one per row of "
+            f"logits), got {available} in shape {list(targets.shape)}"
+        )
     if ratio is not None:
         validate.floating(ratio, "ratio")
         validate.same_device(ratio, "ratio", logits.device, "logits")
         if ratio.shape not in ((available,), leading):
-            raise ValueError(f"ratio: expected shape {[available]}, one per target row, "
-                             f"got {list(ratio.shape)}")
+            raise ValueError(
+                f"ratio: expected shape {[available]}, one per target row, got {list(ratio.shape)}"
+            )
         ratio = ratio.reshape(-1).to(_accumulate(logits))
     lam, permutation = 1.0, None
     if mix is not None:
@@ -206,11 +211,26 @@ def masked_loss(
     clamp = validate.one_of(drop, "drop", DROPS) == "clamped"
     validate.one_of(reduction, "reduction", ("mean", "sum", "none"))
     if reduction == "none" and (prior_weight != 0 or confidence_weight != 0):
-        raise ValueError("reduction: 'none' needs prior_weight = confidence_weight = 0, "
-                         f"got {prior_weight} and {confidence_weight}")
+        raise ValueError(
+            "reduction: 'none' needs prior_weight = confidence_weight = 0, "
+            f"got {prior_weight} and {confidence_weight}"
+        )
     scalars = _scalars(lam, unlabeled_weight, prior_weight, confidence_weight)
-    total, *parts = call("masked_loss", logits.device, backend, logits, targets, ratio, permutation,
-                         prior, scalars, num_labeled, clamp, ignore_index, reduction != "sum")[:6]
+    total, *parts = call(
+        "masked_loss",
+        logits.device,
+        backend,
+        logits,
+        targets,
+        ratio,
+        permutation,
+        prior,
+        scalars,
+        num_labeled,
+        clamp,
+        ignore_index,
+        reduction != "sum",
+    )[:6]
     if reduction == "none":
         labeled_rows = torch.arange(n, device=logits.device) < num_labeled
         total = torch.where(labeled_rows, 1.0, unlabeled_weight) * parts[-1]
@@ -250,27 +270,34 @@ def reconstruction_loss(
     validate.same_device(images, "images", reconstruction.device, "reconstruction")
     N, B = reconstruction.shape[0], images.shape[0]
     if reconstruction.shape[1:] != images.shape[1:] or (N % B if B else N):
-        raise ValueError(f"reconstruction: expected shape {['V·B', *images.shape[1:]]} with "
-                         f"B = {B} like images, got {list(reconstruction.shape)}")
+        raise ValueError(
+            f"reconstruction: expected shape {['V·B', *images.shape[1:]]} with "
+            f"B = {B} like images, got {list(reconstruction.shape)}"
+        )
     if validate.one_of(region, "region", ("image", "masked")) == "image":
         boxes = None
     elif boxes is None:
         raise ValueError("boxes: expected the hidden boxes, which region='masked' needs, got None")
     if boxes is not None:
         if not isinstance(boxes, Tensor):
-            parts = [validate.integer(b, "boxes", 2, shape="(B, 4)")
-                     for b in _tensors(boxes, "boxes", "a tensor (V, B, 4) or a sequence of them")]
+            parts = [
+                validate.integer(b, "boxes", 2, shape="(B, 4)")
+                for b in _tensors(boxes, "boxes", "a tensor (V, B, 4) or a sequence of them")
+            ]
             if any(b.shape != parts[0].shape or b.device != parts[0].device for b in parts):
-                raise ValueError("boxes: expected tensors of one shape on one device, got shapes "
-                                 f"{[list(b.shape) for b in parts]}")
+                raise ValueError(
+                    "boxes: expected tensors of one shape on one device, got shapes "
+                    f"{[list(b.shape) for b in parts]}"
+                )
             boxes = torch.stack(parts)
         boxes = validate.integer(boxes, "boxes", 3, shape="(V, B, 4)").contiguous()
         validate.same_device(boxes, "boxes", reconstruction.device, "reconstruction")
         V = N // B if B else boxes.shape[0]
         if boxes.shape != (V, B, 4):
             raise ValueError(f"boxes: expected shape {[V, B, 4]}, got {list(boxes.shape)}")
-    loss: Tensor = call("reconstruction_loss", reconstruction.device, backend, reconstruction,
-                        images, boxes)
+    loss: Tensor = call(
+        "reconstruction_loss", reconstruction.device, backend, reconstruction, images, boxes
+    )
     return loss
 
 
@@ -309,8 +336,10 @@ def mixup_views(
         if view.dtype != first.dtype:
             raise TypeError(f"views[{i}]: expected {first.dtype} like views[0], got {view.dtype}")
         if view.dim() == 0 or view.shape[1:] != first.shape[1:]:
-            raise ValueError(f"views[{i}]: expected shape {['b', *first.shape[1:]]} like views[0], "
-                             f"got {list(view.shape)}")
+            raise ValueError(
+                f"views[{i}]: expected shape {['b', *first.shape[1:]]} like views[0], "
+                f"got {list(view.shape)}"
+            )
         validate.same_device(view, f"views[{i}]", first.device, "views[0]")
     total = sum(view.shape[0] for view in views)
     if rows is None:
@@ -321,8 +350,9 @@ def mixup_views(
         raise ValueError(f"rows: expected a number in [0, {total}], got {rows}")
     lam = validate.number(lam, "lam", 0, 1)
     permutation = _permutation(permutation, "permutation", rows, first.device, "views")
-    mixed: Tensor = call("mixup_views", first.device, backend, views, _scalars(lam), permutation,
-                         rows)
+    mixed: Tensor = call(
+        "mixup_views", first.device, backend, views, _scalars(lam), permutation, rows
+    )
     return mixed
 
 
@@ -359,8 +389,10 @@ def refine_targets(
         if z.dtype != first.dtype:
             raise TypeError(f"logits[{i}]: expected {first.dtype} like logits[0], got {z.dtype}")
         if z.shape != first.shape:
-            raise ValueError(f"logits[{i}]: expected shape {list(first.shape)} like logits[0], "
-                             f"got {list(z.shape)}")
+            raise ValueError(
+                f"logits[{i}]: expected shape {list(first.shape)} like logits[0], "
+                f"got {list(z.shape)}"
+            )
         validate.same_device(z, f"logits[{i}]", first.device, "logits[0]")
     B, K = first.shape
     if K == 0:
@@ -374,8 +406,10 @@ def refine_targets(
         if labels.is_floating_point():
             validate.floating(labels, "labels", 2, shape="(B,) integers or (B, K)")
             if labels.shape != first.shape:
-                raise ValueError(f"labels: expected shape {list(first.shape)} like logits, "
-                                 f"got {list(labels.shape)}")
+                raise ValueError(
+                    f"labels: expected shape {list(first.shape)} like logits, "
+                    f"got {list(labels.shape)}"
+                )
         else:
             labels = validate.integer(labels, "labels")
             validate.length(labels, "labels", B, "the rows of logits")
@@ -386,6 +420,13 @@ def refine_targets(
     temperature = validate.number(temperature, "temperature", 0)
     if temperature == 0:
         raise ValueError("temperature: expected a number > 0, got 0")
-    refined: Tensor = call("refine_targets", first.device, backend, [z.detach() for z in rows],
-                           labels, clean_prob, _scalars(temperature))
+    refined: Tensor = call(
+        "refine_targets",
+        first.device,
+        backend,
+        [z.detach() for z in rows],
+        labels,
+        clean_prob,
+        _scalars(temperature),
+    )
     return refined

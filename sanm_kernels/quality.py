@@ -111,13 +111,25 @@ def fit_label_quality(
         validate.floating(history, "history", 2, shape="(E, N)")
         validate.same_device(history, "history", losses.device, "losses")
         if history.dtype != losses.dtype:
-            raise TypeError(f"history: expected the dtype of losses, {losses.dtype}, "
-                            f"got {history.dtype}")
+            raise TypeError(
+                f"history: expected the dtype of losses, {losses.dtype}, got {history.dtype}"
+            )
         if history.shape[1] != losses.shape[0]:
-            raise ValueError(f"history: expected shape (E, {losses.shape[0]}), "
-                             f"got {list(history.shape)}")
-        history = history[max(0, history.shape[0] + 1 - EPOCHS_AVERAGED):].detach()
+            raise ValueError(
+                f"history: expected shape (E, {losses.shape[0]}), got {list(history.shape)}"
+            )
+        history = history[max(0, history.shape[0] + 1 - EPOCHS_AVERAGED) :].detach()
     return LabelQuality(
-        *call("fit_label_quality", losses.device, backend, losses.detach(), history,
-              _uniforms(seed), max_iter, tol, reg_covar, normalize)
+        *call(
+            "fit_label_quality",
+            losses.device,
+            backend,
+            losses.detach(),
+            history,
+            _uniforms(seed),
+            max_iter,
+            tol,
+            reg_covar,
+            normalize,
+        )
     )

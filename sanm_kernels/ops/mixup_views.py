@@ -13,7 +13,9 @@ from sanm_kernels.reference import mixup_views as reference
 
 def _fake(views: list[Tensor], lam: Tensor, permutation: Tensor, rows: int) -> Tensor:
     return torch.empty(
-        (rows, *views[0].shape[1:]), dtype=views[0].dtype, device=views[0].device,
+        (rows, *views[0].shape[1:]),
+        dtype=views[0].dtype,
+        device=views[0].device,
         memory_format=reference.memory_format(views),
     )
 
@@ -22,8 +24,10 @@ def _fake_backward(
     grad: Tensor, lam: Tensor, permutation: Tensor, sizes: list[int]
 ) -> list[Tensor]:
     kind = reference.memory_format([grad])
-    return [torch.empty((b, *grad.shape[1:]), dtype=grad.dtype, device=grad.device,
-                        memory_format=kind) for b in sizes]
+    return [
+        torch.empty((b, *grad.shape[1:]), dtype=grad.dtype, device=grad.device, memory_format=kind)
+        for b in sizes
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -19,8 +19,13 @@ def _accumulate(x: Tensor) -> torch.dtype:
 
 
 def _rows(
-    logits: Tensor, targets: Tensor, ratio: Tensor | None, permutation: Tensor | None, lam: float,
-    clamp: bool, ignore_index: int,
+    logits: Tensor,
+    targets: Tensor,
+    ratio: Tensor | None,
+    permutation: Tensor | None,
+    lam: float,
+    clamp: bool,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """The rows' final targets (n, K) in A, and which of the rows (n,) count."""
     n, K = logits.shape
@@ -59,8 +64,15 @@ def _log_softmax(logits: Tensor, normalizer: Tensor) -> Tensor:
 
 
 def forward(
-    logits: Tensor, targets: Tensor, ratio: Tensor | None, permutation: Tensor | None,
-    prior: Tensor | None, scalars: Tensor, num_labeled: int, clamp: bool, ignore_index: int,
+    logits: Tensor,
+    targets: Tensor,
+    ratio: Tensor | None,
+    permutation: Tensor | None,
+    prior: Tensor | None,
+    scalars: Tensor,
+    num_labeled: int,
+    clamp: bool,
+    ignore_index: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Total, L_x, L_u, P, N (), the rows' losses (n,); for backward (max, log-sum) (n, 2), p̄ (K,).
@@ -76,8 +88,11 @@ def forward(
     if ratio is not None:
         checks.unit_interval(ratio, "ratio")
     if permutation is not None:
-        checks.indices(permutation[:n], targets.shape[:-1].numel() if targets.is_floating_point()
-                       else len(targets), "mix permutation")
+        checks.indices(
+            permutation[:n],
+            targets.shape[:-1].numel() if targets.is_floating_point() else len(targets),
+            "mix permutation",
+        )
     if prior is not None:
         checks.unit_interval(prior, "prior")
 
@@ -103,17 +118,34 @@ def forward(
     if n == 0:
         penalty = torch.zeros_like(penalty)
     confidence = torch.where(p == 0, 0, p * log_p).sum() / max(n, 1)
-    total = (labeled + _weighted(unlabeled_weight, unlabeled) + _weighted(prior_weight, penalty)
-             + _weighted(confidence_weight, confidence))
+    total = (
+        labeled
+        + _weighted(unlabeled_weight, unlabeled)
+        + _weighted(prior_weight, penalty)
+        + _weighted(confidence_weight, confidence)
+    )
     return total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean
 
 
 def backward(
-    grad_total: Tensor | None, grad_labeled: Tensor | None, grad_unlabeled: Tensor | None,
-    grad_prior: Tensor | None, grad_confidence: Tensor | None, grad_per_sample: Tensor | None,
-    logits: Tensor, targets: Tensor, ratio: Tensor | None, permutation: Tensor | None,
-    prior: Tensor | None, scalars: Tensor, normalizer: Tensor, p_mean: Tensor, num_labeled: int,
-    clamp: bool, ignore_index: int, mean: bool,
+    grad_total: Tensor | None,
+    grad_labeled: Tensor | None,
+    grad_unlabeled: Tensor | None,
+    grad_prior: Tensor | None,
+    grad_confidence: Tensor | None,
+    grad_per_sample: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    ratio: Tensor | None,
+    permutation: Tensor | None,
+    prior: Tensor | None,
+    scalars: Tensor,
+    normalizer: Tensor,
+    p_mean: Tensor,
+    num_labeled: int,
+    clamp: bool,
+    ignore_index: int,
+    mean: bool,
 ) -> Tensor:
     """dL/dlogits (n, K) in their dtype, for the upstream gradients of forward's first six outputs.
 

@@ -9,9 +9,7 @@ from sanm_kernels.reference import checks
 from sanm_kernels.reference.mixup_views import memory_format
 
 
-def _views(
-    reconstruction: Tensor, images: Tensor, boxes: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _views(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both as (V, B, C, H, W) and (B, C, H, W) in the type that sums are taken in."""
     dtype = torch.float64 if reconstruction.dtype == torch.float64 else torch.float32
     views = len(reconstruction) // max(len(images), 1) if boxes is None else len(boxes)
@@ -25,8 +23,10 @@ def _check(boxes: Tensor, H: int, W: int) -> None:
         ok = (y0 >= 0) & (y0 <= y1) & (y1 <= H) & (x0 >= 0) & (x0 <= x1) & (x1 <= W)
         if not bool(ok.all()):
             first = [int(i) for i in (~ok).nonzero()[0]]
-            raise ValueError(f"boxes: expected 0 ≤ y0 ≤ y1 ≤ {H} and 0 ≤ x0 ≤ x1 ≤ {W}, "
-                             f"got {boxes[tuple(first)].tolist()} at index {first}")
+            raise ValueError(
+                f"boxes: expected 0 ≤ y0 ≤ y1 ≤ {H} and 0 ≤ x0 ≤ x1 ≤ {W}, "
+                f"got {boxes[tuple(first)].tolist()} at index {first}"
+            )
 
 
 def _hidden(boxes: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor]:

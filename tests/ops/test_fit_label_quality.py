@@ -38,7 +38,9 @@ def data(kind: str, n: int, seed: int = 0) -> torch.Tensor:
     elif kind == "ties":
         x = np.round(np.abs(np.r_[r.gamma(1.0, 0.3, m), r.normal(2.5, 0.6, n - m)]), 2)
     else:
-        x = np.array([0.0, 0.13, 0.31, 1.7, 2.03, 3.3])[r.choice(6, n, p=[.2, .3, .1, .1, .2, .1])]
+        x = np.array([0.0, 0.13, 0.31, 1.7, 2.03, 3.3])[
+            r.choice(6, n, p=[0.2, 0.3, 0.1, 0.1, 0.2, 0.1])
+        ]
     return torch.from_numpy(x[r.permutation(n)])
 
 
@@ -49,7 +51,8 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 def scikit_learn(x, *, seed=0, max_iter=10, tol=1e-2, reg_covar=5e-4):
     """LabelQuality (but for `degenerate`) of x as it is, in NumPy arrays."""
     mixture = pytest.importorskip("sklearn.mixture").GaussianMixture(
-        2, max_iter=max_iter, tol=tol, reg_covar=reg_covar, random_state=seed)
+        2, max_iter=max_iter, tol=tol, reg_covar=reg_covar, random_state=seed
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of not having converged
         mixture.fit(x[:, None].numpy())
@@ -87,11 +90,18 @@ def test_equals_scikit_learn(backend, kind, n):
 
 
 @backends
-@pytest.mark.parametrize("options", (
-    *({"seed": s} for s in (1, 2, 3, 7, 12345, 2**32 - 1)),
-    {"max_iter": 1}, {"max_iter": 50, "tol": 1e-6}, {"tol": 0.0}, {"reg_covar": 0.0},
-    {"reg_covar": 0.1, "seed": 5},
-), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    (
+        *({"seed": s} for s in (1, 2, 3, 7, 12345, 2**32 - 1)),
+        {"max_iter": 1},
+        {"max_iter": 50, "tol": 1e-6},
+        {"tol": 0.0},
+        {"reg_covar": 0.0},
+        {"reg_covar": 0.1, "seed": 5},
+    ),
+    ids=str,
+)
 def test_options_mean_what_they_mean_to_scikit_learn(backend, options):
     x = data("overlapping", FEW, 1)
     actual = sk.fit_label_quality(x, backend=backend, **options)
@@ -120,9 +130,11 @@ def test_without_normalising(backend, n):
     actual = sk.fit_label_quality(x, normalize=False, reg_covar=0.3, backend=backend)
     exact = scikit_learn(x, reg_covar=0.3)
     fast = backend == "cpu" and n > FEW
-    assert_equal(actual._replace(means=actual.means / 40, variances=actual.variances / 400),
-                 exact | {"means": exact["means"] / 40, "variances": exact["variances"] / 400},
-                 FAST if fast else TIGHT)
+    assert_equal(
+        actual._replace(means=actual.means / 40, variances=actual.variances / 400),
+        exact | {"means": exact["means"] / 40, "variances": exact["variances"] / 400},
+        FAST if fast else TIGHT,
+    )
 
 
 @backends
@@ -152,7 +164,7 @@ def test_dtypes_and_layouts(backend, dtype, n):
 @pytest.mark.parametrize("n", (FEW, 20_000))
 def test_history_is_averaged_over_five_epochs(backend, n, normalize):
     x = data("skewed", n)
-    history = torch.stack([2.0 ** e * x.roll(e).sqrt() + 0.1 * e for e in range(7)])
+    history = torch.stack([2.0**e * x.roll(e).sqrt() + 0.1 * e for e in range(7)])
     history[-2] = 3.0  # an epoch in which all losses are equal
     for epochs in (0, 1, 4, 7):
         rows = [*history[:epochs][-4:], x]
@@ -164,11 +176,11 @@ def test_history_is_averaged_over_five_epochs(backend, n, normalize):
         past = lay_out(history[:epochs], "transposed") if epochs else history[:0]
         actual = sk.fit_label_quality(x, history=past, normalize=normalize, backend=backend)
         fast = backend == "cpu" and n > FEW
-        assert_equal(actual._replace(means=actual.means / scale,
-                                     variances=actual.variances / scale**2),
-                     exact | {"means": exact["means"] / scale,
-                              "variances": exact["variances"] / scale**2},
-                     FAST if fast else TIGHT)
+        assert_equal(
+            actual._replace(means=actual.means / scale, variances=actual.variances / scale**2),
+            exact | {"means": exact["means"] / scale, "variances": exact["variances"] / scale**2},
+            FAST if fast else TIGHT,
+        )
 
 
 @backends
@@ -179,7 +191,8 @@ def test_rows_before_the_last_four_are_not_read(backend):
     bad[:2] = torch.nan
     good = sk.fit_label_quality(x, history=history, backend=backend)
     assert torch.equal(
-        good.clean_prob, sk.fit_label_quality(x, history=bad, backend=backend).clean_prob)
+        good.clean_prob, sk.fit_label_quality(x, history=bad, backend=backend).clean_prob
+    )
 
 
 def two_points(n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -188,17 +201,21 @@ def two_points(n: int, dtype: torch.dtype) -> torch.Tensor:
 
 @backends
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make, options", (
-    (lambda t: torch.zeros(0, dtype=t), {}),
-    (lambda t: torch.zeros(0, dtype=t), {"history": 3}),
-    (lambda t: torch.ones(1, dtype=t), {}),
-    (lambda t: torch.full((7,), 2.5, dtype=t), {}),
-    (lambda t: torch.full((20_000,), 2.5, dtype=t), {}),
-    (lambda t: torch.full((7,), -2.5, dtype=t), {"normalize": False}),
-    (lambda t: torch.full((7,), 2.5, dtype=t), {"history": 2}),
-    (lambda t: two_points(9, t), {"reg_covar": 0.0}),  # variances of zero
-    (lambda t: two_points(20_000, t), {"reg_covar": 0.0}),
-), ids=str)
+@pytest.mark.parametrize(
+    "make, options",
+    (
+        (lambda t: torch.zeros(0, dtype=t), {}),
+        (lambda t: torch.zeros(0, dtype=t), {"history": 3}),
+        (lambda t: torch.ones(1, dtype=t), {}),
+        (lambda t: torch.full((7,), 2.5, dtype=t), {}),
+        (lambda t: torch.full((20_000,), 2.5, dtype=t), {}),
+        (lambda t: torch.full((7,), -2.5, dtype=t), {"normalize": False}),
+        (lambda t: torch.full((7,), 2.5, dtype=t), {"history": 2}),
+        (lambda t: two_points(9, t), {"reg_covar": 0.0}),  # variances of zero
+        (lambda t: two_points(20_000, t), {"reg_covar": 0.0}),
+    ),
+    ids=str,
+)
 def test_degenerate_fits_call_every_label_clean(backend, dtype, make, options):
     x, options = make(dtype), dict(options)
     if "history" in options:
@@ -218,8 +235,13 @@ def test_degenerate_fits_call_every_label_clean(backend, dtype, make, options):
 @pytest.mark.parametrize("n", (4, 20_000))
 @pytest.mark.parametrize("normalize", (True, False))
 def test_extreme_values_never_give_nan(backend, n, normalize):
-    for values in ([-1e308, 1e308, 3.0, 4.0], [1e200, 1e308, 3.0, 4.0], [0.0, 5e-324, 0.0, 1e-320],
-                   [1.0, 1.0 + 2.0**-52, 1.0, 1.0], [1e-200, 0.0, 3e-200, 2e-200]):
+    for values in (
+        [-1e308, 1e308, 3.0, 4.0],
+        [1e200, 1e308, 3.0, 4.0],
+        [0.0, 5e-324, 0.0, 1e-320],
+        [1.0, 1.0 + 2.0**-52, 1.0, 1.0],
+        [1e-200, 0.0, 3e-200, 2e-200],
+    ):
         x = torch.tensor(values, dtype=torch.float64).repeat(n // 4)
         for history in (None, x.flip(0)[None]):
             fit = sk.fit_label_quality(x, history=history, normalize=normalize, backend=backend)
@@ -256,29 +278,33 @@ LOSSES = torch.rand(6)
 
 
 @backends
-@pytest.mark.parametrize("error, name, arguments", (
-    (TypeError, "losses", {"losses": [1.0, 2.0]}),
-    (TypeError, "losses", {"losses": torch.arange(6)}),
-    (ValueError, "losses", {"losses": torch.rand(2, 3)}),
-    (ValueError, "losses", {"losses": torch.rand(())}),
-    (TypeError, "seed", {"seed": 1.0}),
-    (TypeError, "seed", {"seed": None}),
-    (TypeError, "seed", {"seed": True}),
-    (ValueError, "seed", {"seed": -1}),
-    (ValueError, "seed", {"seed": 2**32}),
-    (TypeError, "max_iter", {"max_iter": 2.5}),
-    (ValueError, "max_iter", {"max_iter": 0}),
-    (TypeError, "tol", {"tol": "small"}),
-    (ValueError, "tol", {"tol": -1e-9}),
-    (ValueError, "tol", {"tol": float("nan")}),
-    (ValueError, "reg_covar", {"reg_covar": -1.0}),
-    (TypeError, "history", {"history": [LOSSES]}),
-    (ValueError, "history", {"history": LOSSES}),
-    (ValueError, "history", {"history": torch.rand(2, 5)}),
-    (TypeError, "history", {"history": torch.rand(2, 6).double()}),
-    (TypeError, "normalize", {"normalize": 1}),
-    (ValueError, "backend", {"backend": "numpy"}),
-), ids=lambda v: str(v) if isinstance(v, str) else None)
+@pytest.mark.parametrize(
+    "error, name, arguments",
+    (
+        (TypeError, "losses", {"losses": [1.0, 2.0]}),
+        (TypeError, "losses", {"losses": torch.arange(6)}),
+        (ValueError, "losses", {"losses": torch.rand(2, 3)}),
+        (ValueError, "losses", {"losses": torch.rand(())}),
+        (TypeError, "seed", {"seed": 1.0}),
+        (TypeError, "seed", {"seed": None}),
+        (TypeError, "seed", {"seed": True}),
+        (ValueError, "seed", {"seed": -1}),
+        (ValueError, "seed", {"seed": 2**32}),
+        (TypeError, "max_iter", {"max_iter": 2.5}),
+        (ValueError, "max_iter", {"max_iter": 0}),
+        (TypeError, "tol", {"tol": "small"}),
+        (ValueError, "tol", {"tol": -1e-9}),
+        (ValueError, "tol", {"tol": float("nan")}),
+        (ValueError, "reg_covar", {"reg_covar": -1.0}),
+        (TypeError, "history", {"history": [LOSSES]}),
+        (ValueError, "history", {"history": LOSSES}),
+        (ValueError, "history", {"history": torch.rand(2, 5)}),
+        (TypeError, "history", {"history": torch.rand(2, 6).double()}),
+        (TypeError, "normalize", {"normalize": 1}),
+        (ValueError, "backend", {"backend": "numpy"}),
+    ),
+    ids=lambda v: str(v) if isinstance(v, str) else None,
+)
 def test_wrong_arguments_are_named(backend, error, name, arguments):
     arguments = {"losses": LOSSES, "backend": backend} | arguments
     before = LOSSES.clone()

@@ -49,8 +49,12 @@ WRONG = {
     "prior NaN": (ValueError, "prior", (Z, T), {"prior": R[:3] * torch.nan}),
     "drop": (ValueError, "drop", (Z, T), {"drop": "none"}),
     "reduction": (ValueError, "reduction", (Z, T), {"reduction": "max"}),
-    "none with prior": (ValueError, "reduction", (Z, T),
-                        {"reduction": "none", "prior_weight": 1.0}),
+    "none with prior": (
+        ValueError,
+        "reduction",
+        (Z, T),
+        {"reduction": "none", "prior_weight": 1.0},
+    ),
     "backend": (ValueError, "backend", (Z, T), {"backend": "tpu"}),
 }
 
@@ -65,3 +69,24 @@ def test_wrong_calls(backend, name):
         sk.masked_loss(*arguments, **{"backend": backend, **kwargs})
     for x, y in zip(tensors, before, strict=True):
         assert x.is_meta or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
+
+
+@backends
+def test_inputs_stay_unchanged(backend):
+    logits, targets = torch.randn(20, 5), torch.softmax(torch.randn(20, 5), 1)
+    ratio, permutation = torch.rand(20), torch.randperm(20)
+    prior = torch.softmax(torch.randn(5), 0)
+    tensors = (logits, targets, ratio, permutation, prior)
+    before = copy.deepcopy(tensors)
+    sk.masked_loss(
+        logits.requires_grad_(),
+        targets,
+        ratio=ratio,
+        mix=(0.7, permutation),
+        num_labeled=10,
+        prior=prior,
+        prior_weight=1.0,
+        confidence_weight=0.5,
+        backend=backend,
+    ).total.backward()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))

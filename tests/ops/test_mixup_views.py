@@ -37,9 +37,11 @@ def example(sizes=(3, 1, 4), shape=(3, 5, 7), dtype=torch.float32, layout="conti
 def test_rows_and_gradients(backend, dtype, layout, rows):
     views, permutation = example(dtype=dtype, layout=layout)
     runs = []
-    for function in (lambda v: sk.mixup_views(v, 0.3, permutation, rows=rows, backend=backend),
-                     lambda v: plain(v, 0.3, permutation, rows, torch.float64),
-                     lambda v: plain(v, 0.3, permutation, rows).to(dtype)):
+    for function in (
+        lambda v: sk.mixup_views(v, 0.3, permutation, rows=rows, backend=backend),
+        lambda v: plain(v, 0.3, permutation, rows, torch.float64),
+        lambda v: plain(v, 0.3, permutation, rows).to(dtype),
+    ):
         leaves = [v.detach().requires_grad_() for v in views]
         out = function(leaves)
         upstream = upstreams(out.shape, torch.float32, seed=3)["dense"].to(dtype)
@@ -54,12 +56,15 @@ def test_rows_and_gradients(backend, dtype, layout, rows):
 
 
 @backends
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3), (1, 1, 1), (2, 3, 4, 5), (3, 40, 41),
-                                   (1, 64, 64), (3, 512, 129)])
+@pytest.mark.parametrize(
+    "shape",
+    [(), (1,), (7,), (2, 3), (1, 1, 1), (2, 3, 4, 5), (3, 40, 41), (1, 64, 64), (3, 512, 129)],
+)
 def test_any_trailing_shape(backend, shape):
     views, permutation = example((2, 2), shape)
-    assert torch.equal(sk.mixup_views(views, 0.8, permutation, backend=backend),
-                       plain(views, 0.8, permutation))
+    assert torch.equal(
+        sk.mixup_views(views, 0.8, permutation, backend=backend), plain(views, 0.8, permutation)
+    )
 
 
 @backends
@@ -76,7 +81,8 @@ def test_large_results(backend, dtype, layout):
     inverse = torch.full((9,), 7)
     inverse[permutation[:7]] = torch.arange(7)
     padded = torch.cat([upstream, upstream.new_zeros(1, *upstream.shape[1:])]).to(
-        torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
     own = torch.arange(9).clamp(max=7)
     assert torch.equal(torch.cat(got), (0.6 * padded[own] + 0.4 * padded[inverse]).to(dtype))
 
@@ -89,8 +95,10 @@ def test_mixed_layouts_become_contiguous(backend):
     out = sk.mixup_views(views, 0.5, permutation, backend=backend)
     assert out.is_contiguous() and torch.equal(out, plain(views, 0.5, permutation))
     expanded = torch.randn(1, 3, 5, 7).expand(8, 3, 5, 7)
-    assert torch.equal(sk.mixup_views([expanded], 0.5, permutation, backend=backend),
-                       plain([expanded], 0.5, permutation))
+    assert torch.equal(
+        sk.mixup_views([expanded], 0.5, permutation, backend=backend),
+        plain([expanded], 0.5, permutation),
+    )
 
 
 @backends
@@ -111,8 +119,11 @@ def test_upstream_gradients_of_any_strides(backend, kind):
     views, permutation = example()
     leaves = [v.requires_grad_() for v in views]
     shape = (6, 3, 5, 7)
-    upstream = (lay_out(torch.randn(shape), kind) if kind == "channels_last"
-                else upstreams(shape, torch.float32)[kind])
+    upstream = (
+        lay_out(torch.randn(shape), kind)
+        if kind == "channels_last"
+        else upstreams(shape, torch.float32)[kind]
+    )
     out = sk.mixup_views(leaves, 0.3, permutation, rows=6, backend=backend)
     got = torch.autograd.grad(out, leaves, upstream)
     want = torch.autograd.grad(plain(leaves, 0.3, permutation, 6), leaves, upstream)
@@ -135,7 +146,8 @@ def test_gradcheck(backend, rows):
     views, permutation = example((1, 3), (2, 2), torch.float64)
     assert torch.autograd.gradcheck(
         lambda *v: sk.mixup_views(v, 0.3, permutation, rows=rows, backend=backend),
-        [v.requires_grad_() for v in views])
+        [v.requires_grad_() for v in views],
+    )
 
 
 @backends

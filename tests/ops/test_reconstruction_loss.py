@@ -26,8 +26,10 @@ def plain(reconstruction, images, boxes=None, compute=torch.float64):
         return sum(F.mse_loss(view, x) for view in r.split(len(x)))
     total = r.sum() * 0
     for view, view_boxes in zip(r.split(len(x)), boxes, strict=True):
-        parts = [(view[i] - x[i])[:, y0:y1, x0:x1].reshape(-1)
-                 for i, (y0, x0, y1, x1) in enumerate(view_boxes.tolist())]
+        parts = [
+            (view[i] - x[i])[:, y0:y1, x0:x1].reshape(-1)
+            for i, (y0, x0, y1, x1) in enumerate(view_boxes.tolist())
+        ]
         elements = torch.cat(parts)
         if len(elements):
             total = total + elements.square().mean()
@@ -74,10 +76,18 @@ def test_loss_and_gradient(backend, dtype, layout, region):
 
 
 @backends
-@pytest.mark.parametrize("size", [
-    {"V": 1, "B": 1, "C": 1, "H": 1, "W": 1}, {"V": 3, "B": 2, "C": 4}, {"V": 1, "B": 70},
-    {"C": 1}, {"B": 2, "H": 40, "W": 41}, {"V": 1, "B": 1, "C": 2, "H": 1, "W": 2000},
-], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"V": 1, "B": 1, "C": 1, "H": 1, "W": 1},
+        {"V": 3, "B": 2, "C": 4},
+        {"V": 1, "B": 70},
+        {"C": 1},
+        {"B": 2, "H": 40, "W": 41},
+        {"V": 1, "B": 1, "C": 2, "H": 1, "W": 2000},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_odd_sizes(backend, size, layout):
     reconstruction, images, boxes = example(layout=layout, **size)
@@ -112,8 +122,9 @@ def test_boxes_in_every_form(backend):
 def test_boxes_over_the_whole_image_equal_no_boxes(backend):
     reconstruction, images, _ = example()
     boxes = torch.tensor([0, 0, 9, 7]).expand(2, 3, 4)
-    a = sk.reconstruction_loss(reconstruction, images, boxes=boxes, region="masked",
-                               backend=backend)
+    a = sk.reconstruction_loss(
+        reconstruction, images, boxes=boxes, region="masked", backend=backend
+    )
     torch.testing.assert_close(a, sk.reconstruction_loss(reconstruction, images, backend=backend))
 
 
@@ -129,8 +140,12 @@ def test_nothing_outside_the_boxes_matters(backend):
     hidden = hidden.reshape(6, 1, 9, 7).expand(6, 3, 9, 7)
     spoiled = torch.where(hidden, reconstruction, torch.nan).requires_grad_()
     loss = sk.reconstruction_loss(spoiled, images, boxes=boxes, region="masked", backend=backend)
-    assert torch.equal(loss, sk.reconstruction_loss(reconstruction, images, boxes=boxes,
-                                                    region="masked", backend=backend))
+    assert torch.equal(
+        loss,
+        sk.reconstruction_loss(
+            reconstruction, images, boxes=boxes, region="masked", backend=backend
+        ),
+    )
     (grad,) = torch.autograd.grad(loss, spoiled)
     assert torch.equal(grad != 0, hidden)
 
@@ -167,9 +182,11 @@ def test_upstream_gradients(backend, kind):
 def test_gradcheck(backend, masked):
     reconstruction, images, boxes = example(B=2, H=3, W=4, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda r: sk.reconstruction_loss(r, images, boxes=boxes, backend=backend,
-                                         region="masked" if masked else "image"),
-        (reconstruction.requires_grad_(),))
+        lambda r: sk.reconstruction_loss(
+            r, images, boxes=boxes, backend=backend, region="masked" if masked else "image"
+        ),
+        (reconstruction.requires_grad_(),),
+    )
 
 
 @backends
@@ -179,9 +196,14 @@ def test_same_bits_for_any_number_of_threads(backend):
     try:
         for number in (1, 1, 2, 3) if backend == "cpu" else (1, 1):
             torch.set_num_threads(number)
-            results.append([
-                sk.reconstruction_loss(reconstruction, images, boxes=boxes, region=region,
-                                       backend=backend) for region in ("image", "masked")])
+            results.append(
+                [
+                    sk.reconstruction_loss(
+                        reconstruction, images, boxes=boxes, region=region, backend=backend
+                    )
+                    for region in ("image", "masked")
+                ]
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(r == results[0] for r in results)
@@ -205,8 +227,9 @@ def test_compiles_once_for_any_batch(backend):
     counter = CompileCounterWithBackend("aot_eager")
 
     def function(r, images, boxes):
-        return 3 * sk.reconstruction_loss(r, images, boxes=[boxes, boxes], region="masked",
-                                          backend=backend)
+        return 3 * sk.reconstruction_loss(
+            r, images, boxes=[boxes, boxes], region="masked", backend=backend
+        )
 
     compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
     for n in (8, 13, 21, 34):
@@ -259,8 +282,12 @@ WRONG = {
     "boxes views": (ValueError, "boxes", (R, X), {"boxes": BOXES[:1], "region": "masked"}),
     "boxes number": (TypeError, "boxes", (R, X), {"boxes": 3, "region": "masked"}),
     "boxes list empty": (ValueError, "boxes", (R, X), {"boxes": [], "region": "masked"}),
-    "boxes list ragged": (ValueError, "boxes", (R, X),
-                          {"boxes": [BOXES[0], BOXES[1, :1]], "region": "masked"}),
+    "boxes list ragged": (
+        ValueError,
+        "boxes",
+        (R, X),
+        {"boxes": [BOXES[0], BOXES[1, :1]], "region": "masked"},
+    ),
     "box above": (ValueError, "boxes", (R, X), moved(0, -1)),
     "box left": (ValueError, "boxes", (R, X), moved(1, -1)),
     "box below": (ValueError, "boxes", (R, X), moved(2, 6)),

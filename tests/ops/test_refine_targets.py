@@ -50,8 +50,10 @@ def test_values(backend, dtype, layout, labels):
     if labels != "none":
         y = torch.randint(0, 10, (33,))
         soft = torch.softmax(torch.randn(33, 10), 1).to(dtype)
-        given = {"labels": y if labels == "integer" else lay_out(soft, layout),
-                 "clean_prob": torch.rand(33).to(dtype)}
+        given = {
+            "labels": y if labels == "integer" else lay_out(soft, layout),
+            "clean_prob": torch.rand(33).to(dtype),
+        }
     check(backend, logits, **given)
 
 
@@ -59,8 +61,12 @@ def test_values(backend, dtype, layout, labels):
 @pytest.mark.parametrize("B, K", [(1, 1), (1, 2), (3, 7), (2, 16), (5, 17), (300, 100), (2, 1001)])
 @pytest.mark.parametrize("views", [1, 2, 5])
 def test_odd_sizes(backend, B, K, views):
-    check(backend, [torch.randn(B, K) for _ in range(views)],
-          labels=torch.randint(0, K, (B,)), clean_prob=torch.rand(B))
+    check(
+        backend,
+        [torch.randn(B, K) for _ in range(views)],
+        labels=torch.randint(0, K, (B,)),
+        clean_prob=torch.rand(B),
+    )
 
 
 @backends
@@ -85,8 +91,9 @@ def test_tiny_probabilities_do_not_vanish(backend):
     got = sk.refine_targets(torch.zeros(3, 2000), temperature=0.05, backend=backend)
     torch.testing.assert_close(got, torch.full((3, 2000), 1 / 2000))
     huge = torch.randn(5, 8) * 1e4
-    torch.testing.assert_close(sk.refine_targets(huge, backend=backend),
-                               F.one_hot(huge.argmax(1), 8).float())
+    torch.testing.assert_close(
+        sk.refine_targets(huge, backend=backend), F.one_hot(huge.argmax(1), 8).float()
+    )
     masked = torch.randn(5, 8)
     masked[:, 3] = -torch.inf
     got = sk.refine_targets(masked, backend=backend)
@@ -103,8 +110,12 @@ def test_never_requires_a_gradient(backend):
 
 @backends
 def test_empty_batch(backend):
-    got = sk.refine_targets(torch.randn(0, 3), labels=torch.zeros(0, dtype=torch.int64),
-                            clean_prob=torch.zeros(0), backend=backend)
+    got = sk.refine_targets(
+        torch.randn(0, 3),
+        labels=torch.zeros(0, dtype=torch.int64),
+        clean_prob=torch.zeros(0),
+        backend=backend,
+    )
     assert got.shape == (0, 3)
 
 
@@ -144,8 +155,12 @@ def test_compiles_for_any_batch(backend):
 
     compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
     for n in (8, 13, 21, 34):
-        arguments = (torch.randn(n, 6, requires_grad=True), torch.randn(n, 6),
-                     torch.randint(0, 6, (n,)), torch.rand(n))
+        arguments = (
+            torch.randn(n, 6, requires_grad=True),
+            torch.randn(n, 6),
+            torch.randint(0, 6, (n,)),
+            torch.rand(n),
+        )
         got = compiled(*arguments)
         assert torch.equal(got, function(*arguments)) and not got.requires_grad
     assert counter.frame_count == 1

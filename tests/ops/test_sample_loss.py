@@ -92,8 +92,10 @@ def test_labels_of_any_integer_dtype_and_strides(backend, dtype):
 @backends
 def test_gradcheck(backend):
     labels = torch.randint(0, 4, (5,))
-    assert torch.autograd.gradcheck(lambda z: sk.sample_loss(z, labels, backend=backend),
-                                    (torch.randn(5, 4, dtype=torch.float64, requires_grad=True),))
+    assert torch.autograd.gradcheck(
+        lambda z: sk.sample_loss(z, labels, backend=backend),
+        (torch.randn(5, 4, dtype=torch.float64, requires_grad=True),),
+    )
 
 
 @backends
@@ -128,8 +130,12 @@ def test_opcheck(backend):
 def test_compiles_once_for_any_batch(backend):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda z, y: sk.sample_loss(z, y, backend=backend).square(),
-                             fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(
+        lambda z, y: sk.sample_loss(z, y, backend=backend).square(),
+        fullgraph=True,
+        backend=counter,
+        dynamic=True,
+    )
     for n in (8, 13, 21, 34):
         z, labels = torch.randn(n, 6, requires_grad=True), torch.randint(0, 6, (n,))
         a, b = compiled(z, labels), sk.sample_loss(z, labels, backend=backend).square()

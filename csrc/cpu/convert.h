@@ -5,6 +5,13 @@
 
 namespace sanm {
 
+// How many half-precision numbers are widened at a time: one register of floats.
+#if defined(__AVX__)
+constexpr int kWidened = 8;
+#else
+constexpr int kWidened = 4;
+#endif
+
 // x (n), `stride` elements apart → out (n)
 template <typename T, typename A>
 inline void widen(const T* __restrict x, int64_t stride, int64_t n, A* __restrict out) {
@@ -14,8 +21,8 @@ inline void widen(const T* __restrict x, int64_t stride, int64_t n, A* __restric
   }
   int64_t k = 0;
   if constexpr (std::is_same_v<A, float> && sizeof(T) == 2)
-    for (; k + 8 <= n; k += 8) {
-      const Vec<8> v = load<8>(x + k);
+    for (; k + kWidened <= n; k += kWidened) {
+      const Vec<kWidened> v = load<kWidened>(x + k);
       std::memcpy(out + k, &v, sizeof v);
     }
   for (; k < n; ++k) out[k] = static_cast<A>(x[k]);

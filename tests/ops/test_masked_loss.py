@@ -99,11 +99,13 @@ def check(backend, logits, targets, upstream=combined, **kwargs):
         (grad,) = torch.autograd.grad(upstream(result), z)
         runs.append((result, grad))
     (got, grad), (exact, exact_grad), (eager, eager_grad) = runs
+    # Plain torch in float64 is the yardstick itself there, so its own error does not show.
+    roundings = 16.0 if logits.dtype == torch.float64 else 4.0
     for name, *parts in zip(PARTS, got, exact, eager, strict=True):
-        assert_accurate(*parts, name)
+        assert_accurate(*parts, name, roundings)
         assert parts[0].dtype == eager[0].dtype
     assert grad.dtype == logits.dtype
-    assert_accurate(grad, exact_grad, eager_grad, "gradient")
+    assert_accurate(grad, exact_grad, eager_grad, "gradient", roundings)
     return grad, exact_grad
 
 
@@ -488,17 +490,3 @@ def test_compiles_once_for_any_batch_and_any_weights(backend, compiler):
         torch.testing.assert_close(a, b)
         torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (a, b)))
     assert counter.frame_count == 1
-
-
-@backends
-def test_autocast(backend):
-    x, weight = torch.randn(6, 8), torch.randn(5, 8, requires_grad=True)
-    targets = torch.softmax(torch.randn(6, 5), 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = F.linear(x, weight)
-        out = sk.masked_loss(logits, targets, num_labeled=3, backend=backend, **WEIGHTS)
-    assert logits.dtype == torch.bfloat16 and out.total.dtype == torch.float32
-    direct = sk.masked_loss(logits.detach(), targets, num_labeled=3, backend=backend, **WEIGHTS)
-    assert torch.equal(out.total, direct.total)
-    out.total.backward()
-    assert weight.grad is not None and weight.grad.abs().sum() > 0

@@ -90,3 +90,18 @@ def test_inputs_stay_unchanged(backend):
         backend=backend,
     ).total.backward()
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@backends
+def test_autocast(backend):
+    weights = {"unlabeled_weight": 3.0, "prior_weight": 1.0, "confidence_weight": 0.5}
+    x, weight = torch.randn(6, 8), torch.randn(5, 8, requires_grad=True)
+    targets = torch.softmax(torch.randn(6, 5), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.nn.functional.linear(x, weight)
+        out = sk.masked_loss(logits, targets, num_labeled=3, backend=backend, **weights)
+    assert logits.dtype == torch.bfloat16 and out.total.dtype == torch.float32
+    direct = sk.masked_loss(logits.detach(), targets, num_labeled=3, backend=backend, **weights)
+    assert torch.equal(out.total, direct.total)
+    out.total.backward()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0

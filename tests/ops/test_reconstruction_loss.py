@@ -58,8 +58,10 @@ def check(backend, reconstruction, images, boxes=None, upstream=1.3):
         runs.append((loss, torch.autograd.grad(upstream * loss, r)[0]))
     (got, grad), (exact, exact_grad), (eager, eager_grad) = runs
     assert got.dtype == dtype and grad.dtype == reconstruction.dtype
-    assert_accurate(got, exact, eager)
-    assert_accurate(grad, exact_grad, eager_grad, "gradient")
+    # Plain torch in float64 is the yardstick itself there, so its own error does not show.
+    roundings = 16.0 if dtype == torch.float64 else 4.0
+    assert_accurate(got, exact, eager, roundings=roundings)
+    assert_accurate(grad, exact_grad, eager_grad, "gradient", roundings)
     assert_parallel(grad, exact_grad)
     return grad
 

@@ -35,7 +35,13 @@ def check(backend, logits, **kwargs):
     listed = [logits] if isinstance(logits, torch.Tensor) else logits
     dtype = torch.float64 if listed[0].dtype == torch.float64 else torch.float32
     assert got.dtype == dtype and got.is_contiguous() and not got.requires_grad
-    assert_accurate(got, plain(listed, **kwargs), plain(listed, compute=dtype, **kwargs))
+    # Plain torch in float64 is the yardstick itself there, so its own error does not show.
+    assert_accurate(
+        got,
+        plain(listed, **kwargs),
+        plain(listed, compute=dtype, **kwargs),
+        roundings=16.0 if dtype == torch.float64 else 4.0,
+    )
     torch.testing.assert_close(got.sum(1), torch.ones(len(got), dtype=dtype))
     return got
 

@@ -32,8 +32,10 @@ def check(backend, logits, labels, upstream="dense"):
         runs.append((loss, torch.autograd.grad(loss, z, weight.to(loss.dtype))[0]))
     (got, grad), (exact, exact_grad), (eager, eager_grad) = runs
     assert got.dtype == dtype and grad.dtype == logits.dtype
-    assert_accurate(got, exact, eager)
-    assert_accurate(grad, exact_grad, eager_grad, "gradient")
+    # Plain torch in float64 is the yardstick itself there, so its own error does not show.
+    roundings = 16.0 if dtype == torch.float64 else 4.0
+    assert_accurate(got, exact, eager, roundings=roundings)
+    assert_accurate(grad, exact_grad, eager_grad, "gradient", roundings)
     return grad, exact_grad
 
 

@@ -143,7 +143,8 @@ class SANM(nn.Module):
         self, masked: sk.MaskedForward, images: Tensor
     ) -> tuple[Tensor, Tensor]:
         """L_r of section 5 and the masked views' logits (V·B, K), views in the order max, min."""
-        logits, features = self.forward_features(torch.cat(masked_views(masked)))
+        assert masked.images_masked is not None  # `mask` always asks for views
+        logits, features = self.forward_features(masked.images_masked)
         rebuilt = self.reconstruct(features, images.shape[1:])
         return sk.reconstruction_loss(rebuilt, images), logits
 

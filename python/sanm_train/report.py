@@ -36,7 +36,7 @@ def print_rows(title: str, rows: Sequence[dict[str, str]]) -> None:
     """A table of equal-keyed rows; the first column is text, the others are numbers."""
     table = Table(title=title)
     for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)

@@ -16,6 +16,7 @@ from sanm_kernels.ops import mixup_views as _mixup_views  # noqa: F401
 from sanm_kernels.ops import reconstruction_loss as _reconstruction_loss  # noqa: F401
 from sanm_kernels.ops import refine_targets as _refine_targets  # noqa: F401
 from sanm_kernels.ops import sample_loss as _sample_loss  # noqa: F401
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 class MaskedLoss(NamedTuple):
@@ -37,10 +38,6 @@ class MaskedLoss(NamedTuple):
     prior: Tensor
     confidence: Tensor
     per_sample: Tensor
-
-
-def _accumulate(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _scalars(*values: float) -> Tensor:
@@ -187,7 +184,7 @@ def masked_loss(
             raise ValueError(
                 f"ratio: expected shape {[available]}, one per target row, got {list(ratio.shape)}"
             )
-        ratio = ratio.reshape(-1).to(_accumulate(logits))
+        ratio = ratio.reshape(-1).to(accumulate_dtype(logits))
     lam, permutation = 1.0, None
     if mix is not None:
         if not isinstance(mix, (tuple, list)) or len(mix) != 2:
@@ -204,7 +201,7 @@ def masked_loss(
         validate.floating(prior, "prior", 1, shape="(K,)")
         validate.same_device(prior, "prior", logits.device, "logits")
         validate.length(prior, "prior", K, "the classes")
-        prior = prior.to(_accumulate(logits))
+        prior = prior.to(accumulate_dtype(logits))
     unlabeled_weight = validate.number(unlabeled_weight, "unlabeled_weight")
     prior_weight = validate.number(prior_weight, "prior_weight")
     confidence_weight = validate.number(confidence_weight, "confidence_weight")

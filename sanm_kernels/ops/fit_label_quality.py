@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sanm_kernels.ops.base import define
 from sanm_kernels.reference import fit_label_quality as reference
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def _fake(
@@ -18,7 +19,7 @@ def _fake(
     reg_covar: float,
     normalize: bool,
 ) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if losses.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(losses)
     return (
         losses.new_empty(losses.shape[0], dtype=dtype),
         *(losses.new_empty(2, dtype=torch.float64) for _ in range(3)),

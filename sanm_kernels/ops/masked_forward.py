@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sanm_kernels.ops.base import Overloads, define
 from sanm_kernels.reference import masked_forward as reference
-from sanm_kernels.reference.activation import accumulate_dtype
 from sanm_kernels.reference.masked_forward import MEAN, Settings, is_channels_last
+from sanm_kernels.reference.precision import accumulate_dtype
 
 INPUTS = (
     "features",

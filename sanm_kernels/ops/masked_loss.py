@@ -9,11 +9,12 @@ from torch import Tensor
 
 from sanm_kernels.ops.base import Overloads, define
 from sanm_kernels.reference import masked_loss as reference
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     n, K = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logits)
     shapes: list[tuple[Any, ...]] = [(), (), (), (), (), (n,), (n, 2), (K,)]
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)
 

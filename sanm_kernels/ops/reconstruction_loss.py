@@ -10,10 +10,11 @@ from torch import Tensor
 from sanm_kernels.ops.base import Overloads, define
 from sanm_kernels.reference import reconstruction_loss as reference
 from sanm_kernels.reference.mixup_views import memory_format
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def _fake(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> Tensor:
-    dtype = torch.float64 if reconstruction.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(reconstruction)
     return reconstruction.new_empty((), dtype=dtype)
 
 

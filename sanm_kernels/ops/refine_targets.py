@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sanm_kernels.ops.base import define
 from sanm_kernels.reference import refine_targets as reference
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def _fake(
     logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: Tensor
 ) -> Tensor:
-    dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logits[0])
     return logits[0].new_empty(logits[0].shape, dtype=dtype)
 
 

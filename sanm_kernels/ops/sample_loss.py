@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sanm_kernels.ops.base import Overloads, define
 from sanm_kernels.reference import sample_loss as reference
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def _fake(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logits)
     rows = logits.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((rows, 2), dtype=dtype)
 

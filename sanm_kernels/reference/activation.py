@@ -11,10 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype sums are taken in: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def energy(features: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sanm_kernels.reference import checks
+from sanm_kernels.reference.precision import accumulate_dtype
 
 LLOYD_ITERATIONS = 300  # scikit-learn's limits for the k-means that starts the mixture
 LLOYD_TOLERANCE = 1e-4
@@ -149,7 +150,7 @@ def forward(
     checks.finite(losses, "losses")
     if history is not None:
         checks.finite(history, "history[-4:]")  # the rows that the public function hands on
-    dtype = torch.float64 if losses.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(losses)
     n = losses.shape[0]
     # No sample stands as one sample at 0: degenerate too.
     x = average(losses, history, normalize) if n else losses.new_zeros(1, dtype=torch.float64)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sanm_kernels.reference import activation, checks, draws
-from sanm_kernels.reference.activation import accumulate_dtype
 from sanm_kernels.reference.modulation import modulate
+from sanm_kernels.reference.precision import accumulate_dtype
 
 CONSTANT, UNIFORM, MEAN, PIXEL = range(4)  # codes of MaskConfig.fill
 

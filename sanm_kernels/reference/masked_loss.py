@@ -12,10 +12,7 @@ from torch import Tensor
 
 from sanm_kernels.reference import checks
 from sanm_kernels.reference.modulation import modulate
-
-
-def _accumulate(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def _rows(
@@ -29,7 +26,7 @@ def _rows(
 ) -> tuple[Tensor, Tensor]:
     """The rows' final targets (n, K) in A, and which of the rows (n,) count."""
     n, K = logits.shape
-    dtype = _accumulate(logits)
+    dtype = accumulate_dtype(logits)
     if targets.is_floating_point():
         t = targets.reshape(-1, K).to(dtype)
         valid = torch.ones(len(t), dtype=torch.bool, device=t.device)
@@ -81,7 +78,7 @@ def forward(
     prior (K,) in A, None for uniform; scalars (4,) float64 on the CPU: λ, λ_u, ρ, ν.
     """
     n, K = logits.shape
-    dtype = _accumulate(logits)
+    dtype = accumulate_dtype(logits)
     lam, unlabeled_weight, prior_weight, confidence_weight = scalars.tolist()
     if not targets.is_floating_point():
         checks.indices(targets, K, "targets", ignore_index)

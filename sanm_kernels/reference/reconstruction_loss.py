@@ -7,11 +7,12 @@ from torch import Tensor
 
 from sanm_kernels.reference import checks
 from sanm_kernels.reference.mixup_views import memory_format
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def _views(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both as (V, B, C, H, W) and (B, C, H, W) in the type that sums are taken in."""
-    dtype = torch.float64 if reconstruction.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(reconstruction)
     views = len(reconstruction) // max(len(images), 1) if boxes is None else len(boxes)
     return reconstruction.reshape(views, *images.shape).to(dtype), images.to(dtype)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sanm_kernels.reference import checks
+from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def forward(
@@ -21,7 +22,7 @@ def forward(
         checks.indices(labels, K, "labels")
     if clean_prob is not None:
         checks.unit_interval(clean_prob, "clean_prob")
-    dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logits[0])
     p = torch.stack([torch.softmax(z.to(dtype), 1) for z in logits]).sum(0) / len(logits)
     if labels is not None and clean_prob is not None:
         if not labels.is_floating_point():

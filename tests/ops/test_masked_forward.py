@@ -7,30 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inputs import DTYPES, LAYOUTS, MASK_CONFIGS, example, lay_out, random_case
+from inputs import (
+    BACKENDS,
+    DTYPES,
+    EXACT,
+    LAYOUTS,
+    MASK_CONFIGS,
+    example,
+    lay_out,
+    random_case,
+    same,
+)
 from tolerances import assert_accurate
 
 import sanm_kernels as sk
 from sanm_kernels.reference import activation, draws
 
-BACKENDS = ("reference", "cpu")
 PAPER = sk.MaskConfig.paper()
-EXACT = (
-    "ratio_max",
-    "ratio_min",
-    "box_max",
-    "box_min",
-    "targets_max",
-    "targets_min",
-    "images_max",
-    "images_min",
-)
 GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("*.npz"))
 backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def same(a, b):
-    return (a is None and b is None) or torch.equal(a, b)
 
 
 @backends

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DTYPES, MASK_CONFIGS, example, upstreams
+from inputs import BACKENDS, DTYPES, EXACT, MASK_CONFIGS, example, same, upstreams
 from tolerances import assert_accurate, assert_parallel
 
 import sanm_kernels as sk
@@ -12,24 +12,9 @@ from sanm_kernels.functional import _settings
 from sanm_kernels.reference import draws
 from sanm_kernels.reference.masked_forward import visibility
 
-BACKENDS = ("reference", "cpu")
 PAPER = sk.MaskConfig.paper()
-EXACT = (
-    "ratio_max",
-    "ratio_min",
-    "box_max",
-    "box_min",
-    "targets_max",
-    "targets_min",
-    "images_max",
-    "images_min",
-)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 configs = pytest.mark.parametrize("config", MASK_CONFIGS.values(), ids=MASK_CONFIGS)
-
-
-def same(a, b):
-    return (a is None and b is None) or torch.equal(a, b)
 
 
 def composed(f, weight, bias, box, targets, height, width):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,10 @@ EXACT = (
     "images_max",
     "images_min",
 )
+#: Where Triton's kernels run here: a GPU, or the interpreter's "cpu"; None without Triton.
+TRITON_DEVICE = None
+if importlib.util.find_spec("triton") is not None:
+    TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ("contiguous", "channels_last", "offset", "strided", "transposed")
 
 

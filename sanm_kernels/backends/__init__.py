@@ -18,7 +18,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: In order of preference, per device type; any other device is served by the reference.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 #: Device types that a backend's kernels run on; the reference runs anywhere.
-DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+if os.environ.get("TRITON_INTERPRET") == "1":  # then Triton's kernels run interpreted
+    DEVICES["triton"] = ("cuda", "cpu")
 
 _forced: list[str] = []  # innermost use_backend last
 

@@ -65,10 +65,10 @@ def define(
                 setup_context=setup_context,
                 lib=library,
             )
-    library.impl(f"{name}.reference", _without_autocast(reference), "CompositeExplicitAutograd")
+    library.impl(f"{name}.reference", without_autocast(reference), "CompositeExplicitAutograd")
 
 
-def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference picks its own precision: autocast must not lower its matrix products'."""
 
     @functools.wraps(reference)

@@ -65,13 +65,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """All of `masked_forward`; shapes and outputs as in `ops/masked_forward.py`."""
     s = Settings(*settings)  # type: ignore[arg-type]
-    checks.unit_interval(clean_prob, "clean_prob")
-    if draws_ is not None:
-        checks.unit_interval(draws_, "draws", open_end=True)
-    if targets.is_floating_point():
-        checks.finite(targets, "targets")
-    else:
-        checks.indices(targets, num_classes, "targets")
+    check(targets, clean_prob, draws_, num_classes)
 
     e = activation.energy(features)
     stats = activation.statistics(e)
@@ -104,6 +98,17 @@ def forward(
         rows = -(new_targets[0].to(e.dtype) * torch.log_softmax(logits, 1)).sum(1)
         loss = rows.sum() / max(batch, 1)
     return stats, positions, ratio, boxes, new_targets, views, logits, loss, pooled, visible
+
+
+def check(targets: Tensor, clean_prob: Tensor, draws_: Tensor | None, num_classes: int) -> None:
+    """The values of masked_forward's arguments, where values are checked."""
+    checks.unit_interval(clean_prob, "clean_prob")
+    if draws_ is not None:
+        checks.unit_interval(draws_, "draws", open_end=True)
+    if targets.is_floating_point():
+        checks.finite(targets, "targets")
+    else:
+        checks.indices(targets, num_classes, "targets")
 
 
 def place(

@@ -8,13 +8,18 @@ from torch import Tensor
 from sanm_kernels.reference import checks
 
 
+def check(logits: Tensor, labels: Tensor) -> None:
+    """The values of sample_loss's arguments, where values are checked."""
+    checks.indices(labels, logits.shape[1], "labels")
+
+
 def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (B,), and the rows' (max, log-sum of exp(z − max)) (B, 2) for backward.
 
     logits (B, K); labels (B,) int64 in [0, K). In float32 (float64 for float64 logits). Maximum and
     log-sum are kept apart: their rounded sum would cost large logits their digits.
     """
-    checks.indices(labels, logits.shape[1], "labels")
+    check(logits, labels)
     z = logits if logits.dtype == torch.float64 else logits.float()
     top = z.amax(1, keepdim=True)
     log_sum = (z - top).exp().sum(1, keepdim=True).log()

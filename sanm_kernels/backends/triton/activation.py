@@ -1,0 +1,243 @@
+"""Section 1 of the method inside one program: energy, statistics, peak and trough of one sample.
+
+The energy map E (n = h·w cells) stands in a workspace of the program's own, so that bilinear
+upsampling can gather from it; `tl.debug_barrier` separates writing from reading.
+
+Peak and trough of the upsampled map U (H, W) are found without U. Its rows y fall into h + 1
+segments that share the cells they lie between; in a segment every column is
+fma(b − a, t, a) with a and b fixed and t growing with y, so it is monotone, and so is the
+quantisation. The extremes of U therefore lie on rows that end a segment; and a pixel (y, x) of
+a column reaches the extreme level, if at all, from some row of the segment on or up to some row, so
+that the first is the segment's first row or is found by bisection. All (segment, column) pairs
+search at once, and the smallest y·W + x found is the first pixel in row-major order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sanm_kernels.backends.triton import numeric
+
+
+@triton.jit
+def energy(
+    features,  # (C, h, w) of one sample, strides stride_c, stride_h, stride_w
+    e,  # workspace (h·w,) in ACC, written
+    C,
+    n,
+    w,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS_FIRST: tl.constexpr,  # cells are neighbours in memory, else channels are
+    CELLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ACC: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets within a sample need 64 bits
+):
+    """E[p] = Σ_c F[c, p]², summed in ACC."""
+    for first in range(0, n, CELLS):
+        p = first + tl.arange(0, CELLS)
+        y = p // w
+        x = p % w
+        if WIDE:
+            y = y.to(tl.int64)
+            x = x.to(tl.int64)
+        cells = y * stride_h + x * stride_w
+        if CHANNELS_FIRST:
+            total = tl.zeros((CHANNELS, CELLS), ACC)
+        else:
+            total = tl.zeros((CELLS, CHANNELS), ACC)
+        for start in range(0, C, CHANNELS):
+            c = start + tl.arange(0, CHANNELS)
+            if WIDE:
+                c = c.to(tl.int64)
+            if CHANNELS_FIRST:
+                offsets = c[:, None] * stride_c + cells[None, :]
+                inside = (c < C)[:, None] & (p < n)[None, :]
+            else:
+                offsets = cells[:, None] + c[None, :] * stride_c
+                inside = (p < n)[:, None] & (c < C)[None, :]
+            f = tl.load(features + offsets, mask=inside, other=0.0).to(ACC)
+            total += f * f
+        tl.store(e + p, tl.sum(total, 0 if CHANNELS_FIRST else 1), mask=p < n)
+
+
+@triton.jit
+def statistics(e, n, CELLS: tl.constexpr, ACC: tl.constexpr):
+    """Maximum, minimum, mean, standard deviation, entropy of e (n,); whether all are finite."""
+    high = -float("inf")
+    low = float("inf")
+    total = tl.zeros((), ACC)
+    strange = 0
+    for first in range(0, n, CELLS):
+        p = first + tl.arange(0, CELLS)
+        v = tl.load(e + p, mask=p < n, other=0.0)
+        high = tl.maximum(high, tl.max(tl.where(p < n, v, -float("inf")), 0))
+        low = tl.minimum(low, tl.min(tl.where(p < n, v, float("inf")), 0))
+        total += tl.sum(v, 0)
+        # float32 is what positions are found in
+        strange += tl.sum(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 0)
+    mean = numeric.divide(total, n.to(ACC))
+    square = tl.zeros((), ACC)
+    entropy = tl.zeros((), ACC)
+    for first in range(0, n, CELLS):
+        p = first + tl.arange(0, CELLS)
+        v = tl.load(e + p, mask=p < n, other=0.0)
+        square += tl.sum(tl.where(p < n, (v - mean) * (v - mean), 0.0), 0)
+        share = v / total
+        entropy -= tl.sum(tl.where(v == 0, 0.0, share * numeric.log(share).to(ACC)), 0)
+    std = numeric.root(numeric.divide(square, n.to(ACC)))
+    entropy = entropy / numeric.log(tl.maximum(n, 2).to(ACC)).to(ACC)
+    entropy = tl.where((n == 1) | (total == 0), 1.0, entropy).to(ACC)
+    nan = total != total
+    high = tl.where(nan, total, high)
+    low = tl.where(nan, total, low)
+    return high, low, mean, std, entropy, strange == 0
+
+
+@triton.jit
+def norm(e, n):
+    """max(‖e‖₂, 1e-12) in float32 in the prescribed order: eight interleaved partial sums of
+    rounded products, added in order, then the tail by fused multiply-add."""
+    lane = tl.arange(0, 8)
+    lanes = tl.zeros((8,), tl.float32)
+    whole = n - n % 8
+    for first in range(0, whole, 8):
+        v = tl.load(e + first + lane).to(tl.float32)
+        lanes += v * v
+    total = tl.sum(tl.where(lane == 0, lanes, 0.0), 0)  # one term: exact
+    for k in tl.static_range(1, 8):
+        total += tl.sum(tl.where(lane == k, lanes, 0.0), 0)
+    for k in range(whole, n):
+        v = tl.load(e + k).to(tl.float32)
+        total = numeric.fma(v, v, total)
+    return tl.maximum(numeric.root(total), 1e-12)
+
+
+@triton.jit
+def _place(pixel, n, N):
+    """Where a pixel of N lies among n cells, in float64."""
+    return (pixel.to(tl.float64) + 0.5) * (n.to(tl.float64) / N.to(tl.float64)) - 0.5
+
+
+@triton.jit
+def _fraction(pixel, n, N):
+    """How far between its two cells a pixel lies, float32; 0 beyond the outer cells."""
+    x = _place(pixel, n, N)
+    cell = tl.floor(x)
+    return tl.where((cell < 0) | (cell >= n - 1), 0.0, x - cell).to(tl.float32)
+
+
+@triton.jit
+def _rows(e, scale, row, x, h, w, W, finite):
+    """Horizontally interpolated values of cell rows `row` (S, 1) at columns x (1, X)."""
+    place = _place(x, w, W)
+    left = tl.minimum(tl.maximum(tl.floor(place), 0.0), (w - 1).to(tl.float64)).to(tl.int32)
+    right = tl.minimum(left + 1, w - 1)
+    ok = (x < tl.where(finite, W, 0)) & (row < h)  # not finite: a flat map
+    a = numeric.divide(tl.load(e + row * w + left, mask=ok, other=0.0).to(tl.float32), scale)
+    b = numeric.divide(tl.load(e + row * w + right, mask=ok, other=0.0).to(tl.float32), scale)
+    return numeric.fma(b - a, _fraction(x, w, W) + a * 0, a)
+
+
+@triton.jit
+def _value(a, b, y, h, H):
+    """U at rows y between the row values a and b."""
+    return numeric.fma(b - a, _fraction(y, h, H) + a * 0, a)
+
+
+@triton.jit
+def _level(u, low, span, QUANTIZE: tl.constexpr):
+    """What pixels are compared by: floor(255·(u − low)/span), or u itself."""
+    if QUANTIZE:
+        return tl.floor(numeric.divide(255.0 * (u - low), span + u * 0))
+    else:
+        return u
+
+
+@triton.jit
+def _first(a, b, y0, y1, x, h, W, H, wanted, low, span, BITS, QUANTIZE: tl.constexpr):
+    """Smallest y·W + x over pairs (segment, column) of pixels whose level is `wanted`.
+
+    a, b (S, X) the pairs' row values, y0 and y1 (S, 1) the segments' first and last rows.
+    """
+    begin = y0 + x * 0
+    end = y1 + x * 0
+    at_begin = _level(_value(a, b, begin, h, H), low, span, QUANTIZE) == wanted
+    at_end = _level(_value(a, b, end, h, H), low, span, QUANTIZE) == wanted
+    end = tl.where(at_begin, begin, end)
+    for _ in range(0, BITS):  # begin does not qualify (or is the answer), end does
+        middle = (begin + end) // 2
+        there = _level(_value(a, b, middle, h, H), low, span, QUANTIZE) == wanted
+        begin = tl.where(there, begin, middle)
+        end = tl.where(there, middle, end)
+    found = (at_begin | at_end) & (y0 <= y1) & (x < W)
+    none = 2147483647
+    return tl.min(tl.min(tl.where(found, end * W + x, none), 1), 0)
+
+
+@triton.jit
+def locate(
+    e,  # workspace (h·w,), the energy map
+    finite,  # a map that is not counts as flat
+    h,
+    w,
+    H,
+    W,
+    BITS,  # of H
+    QUANTIZE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Peak and trough as y·W + x."""
+    scale = 1.0
+    if QUANTIZE:
+        scale = tl.where(finite, norm(e, h * w), 1.0)
+    s = tl.arange(0, SEGMENTS)
+    # Segment s holds the rows between cells s − 1 and s; its first row by bisection: y0 is the
+    # number of rows whose cell is smaller.
+    y0 = s * 0
+    y1 = s * 0
+    for bit in range(0, BITS):
+        step = 1 << (BITS - 1 - bit)
+        try0 = y0 + step
+        y0 = tl.where((try0 <= H) & (tl.floor(_place(try0 - 1, h, H)) < s - 1), try0, y0)
+        try1 = y1 + step
+        y1 = tl.where((try1 <= H) & (tl.floor(_place(try1 - 1, h, H)) < s), try1, y1)
+    y1 = tl.where(s == h, H, y1) - 1  # the last segment takes all that is left
+    y1 = tl.where(s > h, -1, y1)[:, None]
+    y0 = tl.where(s == 0, 0, y0)[:, None]
+    above = tl.maximum(s - 1, 0)[:, None]
+    below = tl.minimum(s, h - 1)[:, None]
+
+    high = -float("inf")
+    low = float("inf")
+    for first in range(0, W, COLUMNS):
+        x = first + tl.arange(0, COLUMNS)[None, :]
+        a = _rows(e, scale, above, x, h, w, W, finite)
+        b = _rows(e, scale, below, x, h, w, W, finite)
+        there = (y0 <= y1) & (x < W)
+        u0 = _value(a, b, y0 + x * 0, h, H)
+        u1 = _value(a, b, y1 + x * 0, h, H)
+        top = tl.where(there, tl.maximum(u0, u1), -float("inf"))
+        bottom = tl.where(there, tl.minimum(u0, u1), float("inf"))
+        high = tl.maximum(high, tl.max(tl.max(top, 1), 0))
+        low = tl.minimum(low, tl.min(tl.min(bottom, 1), 0))
+    span = (high - low) + 1e-12
+    wanted_high = _level(high, low, span, QUANTIZE)
+    wanted_low = _level(low, low, span, QUANTIZE)
+    peak = 2147483647
+    trough = 2147483647
+    for first in range(0, W, COLUMNS):
+        x = first + tl.arange(0, COLUMNS)[None, :]
+        a = _rows(e, scale, above, x, h, w, W, finite)
+        b = _rows(e, scale, below, x, h, w, W, finite)
+        peak = tl.minimum(
+            peak, _first(a, b, y0, y1, x, h, W, H, wanted_high, low, span, BITS, QUANTIZE)
+        )
+        trough = tl.minimum(
+            trough, _first(a, b, y0, y1, x, h, W, H, wanted_low, low, span, BITS, QUANTIZE)
+        )
+    return peak, trough

@@ -1,0 +1,292 @@
+"""``python -m sanm_kernels.backends.triton.aot``: compile every kernel without a GPU.
+
+Calls of every operator are recorded on tensors without memory (device ``meta``), each with every
+row of the configuration table, and what they would launch is compiled for the architectures asked
+for. Prints registers, shared memory and spills of each kernel, as a table or as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from sanm_kernels.backends.triton import OPERATORS, launch
+from sanm_kernels.reference.masked_forward import MEAN, PIXEL, UNIFORM, Settings
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PAPER = Settings(3, True, True, False, True, 0, [0.0], 1.0, 0.02, 0.07, 0.03, 0.8, 1.25)
+_OFFICIAL = _PAPER._replace(centered=False, quantize=True, clamp=False, fill=UNIFORM)
+PRESETS = {
+    "paper": _PAPER,
+    "official_cifar": _OFFICIAL._replace(area_scale=0.5),
+    "official_clothing1m": _OFFICIAL._replace(shared=False),
+    "mean": _PAPER._replace(fill=MEAN),
+    "pixel": _PAPER._replace(fill=PIXEL, views=1),
+}
+_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+
+
+def _describe(x: Any, specialize: bool) -> tuple[str, Any, bool]:
+    """Signature, constant (None if it is none) and divisibility by 16 of one argument."""
+    if x is None:
+        return "constexpr", x, False
+    if isinstance(x, Tensor):
+        return "*" + _NAMES[x.dtype], None, True
+    if isinstance(x, bool):
+        return "i1", None, False
+    if isinstance(x, int):
+        if specialize and x == 1:
+            return "constexpr", x, False
+        return ("i32" if -(2**31) <= x < 2**31 else "i64"), None, specialize and x % 16 == 0
+    if isinstance(x, float):
+        return "fp32", None, False
+    raise TypeError(f"argument of type {type(x).__name__}")
+
+
+def source(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> ASTSource:
+    """What a launch of `kernel` with these arguments would compile."""
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | meta
+    for position, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+            continue
+        specialize = not parameter.do_not_specialize
+        parts = value if isinstance(value, tuple) else (value,)
+        types = []
+        for i, part in enumerate(parts):
+            kind, constant, divisible = _describe(part, specialize)
+            if parameter.annotation_type and isinstance(part, int | float):
+                kind = parameter.annotation_type
+            path = (position, i) if isinstance(value, tuple) else (position,)
+            types.append(kind)
+            if kind == "constexpr":
+                constants[path] = constant if part is not None else None
+            if divisible:
+                attributes[path] = [["tt.divisibility", 16]]
+        signature[name] = tuple(types) if isinstance(value, tuple) else types[0]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_one(job: tuple[str, str, int, Any, Any, Any, dict[str, int]]) -> dict[str, Any]:
+    """Compile one kernel for one architecture and read its resources off the binary."""
+    module, name, arch, signature, constants, attributes, options = job
+    kernel = getattr(importlib.import_module(module), name)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={**options, "enable_fp_fusion": False},
+    )
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        text = subprocess.run(
+            [get_ptxas(arch).path, "-v", "--fmad=false", "--gpu-name", target[1], file,
+             "-o", Path(folder, "kernel.cubin")],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    return {
+        "kernel": name,
+        "arch": arch,
+        "registers": int(re.findall(r"Used (\d+) registers", text)[0]),
+        "shared": compiled.metadata.shared,
+        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", text))),
+        "num_warps": options["num_warps"],
+        # sums and products that ptxas might contract, were it not for its --fmad=false
+        "unrounded": len(re.findall(r"\b(?:add|sub|mul|mad)\.(?:ftz\.)?f(?:32|64)\b", ptx)),
+    }
+
+
+def calls() -> dict[str, Any]:
+    """Calls of every operator, by name, on tensors without memory; each takes a dtype.
+
+    One per shape bucket of the table and branch of a kernel: small and large maps, both memory
+    formats, every fill, few and many classes.
+    """
+    ops = {name: importlib.import_module(f"{__package__}.{name}") for name in OPERATORS}
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
+        kind = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=kind)
+
+    def image_op(config: Settings, batch: int, c: int, h: int, k: int, size: int, last: bool,
+                 given: bool = False, hard: bool = False) -> Any:  # fmt: skip
+        def call(dtype: torch.dtype) -> None:
+            targets = empty(batch, dtype=torch.int64) if hard else empty(batch, k)
+            draws = empty(batch, 8, dtype=torch.float64) if given else None
+            ops["masked_forward"].forward(
+                empty(batch, c, h, h, dtype=dtype, last=last), targets, empty(batch), draws,
+                empty(dtype=torch.int64), empty(batch, dtype=torch.int64),
+                empty(batch, 3, size, size, dtype=dtype, last=last), None, None, size, size, k,
+                *config,
+            )  # fmt: skip
+
+        return call
+
+    result: dict[str, Any] = {}
+    for name, config in PRESETS.items():
+        for last in (False, True):
+            layout = "channels_last" if last else "contiguous"
+            result[f"masked_forward, {name}, 512×4×4, 32 px, {layout}"] = image_op(
+                config, 128, 512, 4, 10, 32, last
+            )
+    cifar = PRESETS["official_cifar"]
+    for last in (False, True):
+        layout = "channels_last" if last else "contiguous"
+        for batch in (32, 512):
+            result[f"masked_forward, {batch}×2048×7×7, 224 px, {layout}"] = image_op(
+                cifar, batch, 2048, 7, 1000, 224, last
+            )
+    result["masked_forward, given draws, class indices"] = image_op(
+        cifar, 128, 512, 4, 10, 32, False, given=True, hard=True
+    )
+
+    def classifier(dtype: torch.dtype) -> None:
+        f, weight, bias = empty(64, 512, 7, 7, dtype=dtype), empty(100, 512), empty(100)
+        out = ops["masked_forward"].forward(
+            f, empty(64, 100), empty(64), None, empty(dtype=torch.int64), None, None, weight, bias,
+            224, 224, 100, *PRESETS["paper"],
+        )  # fmt: skip
+        new_targets, _, logits, _, pooled, visible = out[4:]
+        backward = ops["masked_backward"]
+        backward.classifier_backward(empty(64, 100), empty(), f, weight, logits, new_targets[0],
+                                     pooled, visible)  # fmt: skip
+        backward.modulate_backward(empty(2, 64, 100), empty(64, 100), empty(2, 64), True)
+        for mean in (False, True):
+            boxes = empty(2, 64, 4, dtype=torch.int32)
+            backward.masked_views_backward(empty(128, 3, 32, 32, dtype=dtype), boxes, mean)
+
+    result["masked_forward, classifier, and all backwards"] = classifier
+
+    def sample_loss(classes: int) -> Any:
+        def call(dtype: torch.dtype) -> None:
+            z, labels = empty(768, classes, dtype=dtype), empty(768, dtype=torch.int64)
+            loss, normalizer = ops["sample_loss"].forward(z, labels)
+            ops["sample_loss"].backward(loss, z, labels, normalizer)
+
+        return call
+
+    result["activation_stats"] = lambda dtype: ops["masked_forward"].activation_stats(
+        empty(64, 512, 7, 7, dtype=dtype), 224, 224, True
+    )
+    for classes in (10, 1000):
+        result[f"sample_loss, {classes} classes"] = sample_loss(classes)
+    return result
+
+
+def jobs(
+    architectures: Sequence[int], dtypes: Sequence[torch.dtype], only: str = ""
+) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """What to compile, without repeats: a row of the report so far, and compile_one's argument."""
+    seen: set[str] = set()
+    result = []
+    for name, call in calls().items():
+        if only not in name:
+            continue
+        for dtype in dtypes:
+            with launch.recording() as recorded:
+                call(dtype)
+            for kernel, arguments, meta in recorded:
+                options = {k: meta[k] for k in ("num_warps", "num_stages") if k in meta}
+                what = source(
+                    kernel, arguments, {k: v for k, v in meta.items() if k not in options}
+                )
+                key = repr((kernel.__name__, what.signature, what.constants, what.attrs, options))
+                if key in seen:
+                    continue
+                seen.add(key)
+                label = {"call": name, "dtype": str(dtype).removeprefix("torch.")}
+                for arch in architectures:
+                    job = (kernel.__module__, kernel.__name__, arch, what.signature,
+                           what.constants, what.attrs, options)  # fmt: skip
+                    result.append((label, job))
+    return result
+
+
+def report(
+    architectures: Sequence[int] = ARCHITECTURES,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    only: str = "",
+    processes: int | None = None,
+) -> list[dict[str, Any]]:
+    """Compile everything, in several processes; one row per variant and architecture."""
+    todo = jobs(architectures, dtypes, only)
+    with concurrent.futures.ProcessPoolExecutor(processes) as pool:
+        compiled = pool.map(compile_one, [job for _, job in todo], chunksize=4)
+        return [label | row for (label, _), row in zip(todo, compiled, strict=True)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sanm_kernels.backends.triton.aot",
+                                     description=__doc__)  # fmt: skip
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="calls whose name holds this")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    rows = report(options.arch, only=options.only)
+    print(json.dumps(rows, indent=1) if options.json else table(rows))
+    return int(any(row["spills"] for row in rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: per kernel and dtype the range over its variants, for each architecture."""
+    groups: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    for row in rows:
+        group = groups.setdefault((row["kernel"], row["dtype"]), {})
+        group.setdefault(row["arch"], []).append(row)
+    architectures = sorted({row["arch"] for row in rows})
+    lines = [
+        "| kernel | dtype | variants | "
+        + " | ".join(f"sm_{a}: registers, shared bytes, spilled bytes" for a in architectures)
+        + " |",
+        "| --- | --- | --- |" + " --- |" * len(architectures),
+    ]
+    for (kernel, dtype), by_arch in sorted(groups.items()):
+        cells = []
+        for a in architectures:
+            ranges = []
+            for what in ("registers", "shared", "spills"):
+                values = [row[what] for row in by_arch[a]]
+                low, high = min(values), max(values)
+                ranges.append(f"{low}" if low == high else f"{low}–{high}")
+            cells.append(", ".join(ranges))
+        count = len(by_arch[architectures[0]])
+        lines.append(f"| {kernel} | {dtype} | {count} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""How a Triton kernel is registered, configured and launched: for all of them the same way."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from sanm_kernels.backends.triton import tune
+from sanm_kernels.ops.base import library, without_autocast
+
+#: Whether kernels run on the CPU, through Triton's interpreter (TRITON_INTERPRET=1).
+INTERPRETED: bool = knobs.runtime.interpret
+#: Device types that the kernels run on in this process.
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+_recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+
+
+def implements(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a launcher as the Triton kernel of operator `op`.
+
+    It runs on the device of its first tensor and, as every Triton launch, on that device's current
+    stream. Autocast does not reach into it.
+    """
+
+    def register(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        plain = without_autocast(launcher)
+
+        @functools.wraps(launcher)
+        def run(*arguments: Any) -> Any:
+            first = next(
+                t
+                for a in arguments
+                for t in (a if isinstance(a, list) else [a])
+                if isinstance(t, Tensor) and t.device.type != "cpu"
+            )
+            with torch.cuda.device(first.device):
+                return plain(*arguments)
+
+        library.impl(f"{op}.triton", run, "CUDA")
+        if INTERPRETED:
+            library.impl(f"{op}.triton", plain, "CPU")
+        return launcher
+
+    return register
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
+    """Launch `kernel` on `grid` programs; an empty grid launches nothing.
+
+    `meta`: constexpr arguments, num_warps and num_stages. A product and a sum are never contracted
+    into one rounding unless a kernel says so (`numeric.fma`): results equal the other backends' to
+    the last bit.
+    """
+    if math.prod(grid) == 0:
+        return
+    if _recorded is not None:
+        _recorded.append((kernel, arguments, meta))
+        return
+    kernel[grid](*arguments, **meta, enable_fp_fusion=False)
+
+
+def launch_tuned(name: str, bucket: int, x: Tensor, go: Callable[[dict[str, int]], None]) -> None:
+    """Launch through `go(config)` with the configuration of kernel `name` for size `bucket`.
+
+    `name` and `bucket` as in `tune.TABLE`; `x` is a tensor on the device. `go` may be called
+    several times with several configurations, so it must write outputs only.
+    """
+    if _recorded is not None:
+        for _, config in tune.rows(name, 0):
+            go(config)
+        return
+    go(tune.choose(name, bucket, x, go))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Collect launches (kernel, arguments, meta) instead of running them."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n, and at least 1."""
+    return triton.next_power_of_2(max(n, 1))
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of an accumulation dtype, for a constexpr."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether offsets into any of the tensors need 64 bits."""
+    return any(
+        x is not None
+        and sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) >= 2**31 - 2**24
+        for x in tensors
+    )

@@ -1,0 +1,426 @@
+"""masked_forward and activation_stats (sections 1 to 5 of the method), one program per sample.
+
+A program sums E over the channels of its sample (the only reading of the feature map), finds peak
+and trough (`activation`), draws ratio and boxes, modulates the targets and paints the views
+(`painting`): one launch. Where there are few samples with large feature maps or images, each is
+spread over several programs: a first launch sums E over slices of the channels, and in the second
+every program finds the boxes anew from those partial sums and paints its share of the image.
+
+One-pass mode: z = Σ_p v_p·F_p / Σ v needs the box, so the map is read again, from the cache as far
+as it fits; logits are one matrix product and the loss a few operations of torch on (B, K).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sanm_kernels.backends.triton import activation, numeric, painting
+from sanm_kernels.backends.triton.launch import (
+    implements,
+    launch,
+    launch_tuned,
+    power_of_2,
+    triton_dtype,
+    wide,
+)
+from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, specs
+from sanm_kernels.reference.masked_forward import (
+    CONSTANT,
+    MEAN,
+    PIXEL,
+    UNIFORM,
+    Settings,
+    check,
+    is_channels_last,
+)
+from sanm_kernels.reference.precision import accumulate_dtype
+
+#: Programs that keep a large chip busy; with fewer samples than that they are split.
+BUSY = 264
+#: Elements of a sample's image or map below which splitting is not worth a second launch.
+SPLIT = 1 << 16
+
+_SIZES = ["B", "C", "h", "w", "H", "W", "K", "Cin", "SLICES", "BITS"]
+
+
+@triton.jit(do_not_specialize=["C", "h", "w", "channels"])
+def energy_kernel(
+    features,  # (B, C, h, w)
+    partial,  # (B, SLICES, h·w) in ACC, written
+    C, h, w, channels, stride_b, stride_c, stride_h, stride_w,
+    CHANNELS_FIRST: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Program (b, s): Σ F² over the channels of slice s."""
+    b, s, slices = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    start = s * channels
+    f = features + b.to(tl.int64) * stride_b + start.to(tl.int64) * stride_c
+    e = partial + (b.to(tl.int64) * slices + s) * (h * w)
+    count = tl.minimum(channels, C - start)
+    activation.energy(f, e, count, h * w, w, stride_c, stride_h, stride_w,
+                      CHANNELS_FIRST, CELLS, CHANNELS, ACC, WIDE)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "draw_count", "stats_stride", "rows_each"])
+def masked_forward_kernel(
+    features,  # (B, C, h, w), or with SLICES > 0 partial energies (B, SLICES, h·w)
+    workspace,  # (B·programs, h·w) in ACC: each program's energy map
+    targets,  # (B, K) floats or (B,) int64, or None
+    clean_prob,  # (B,) float32
+    draws,  # (B, draw_count) float64 or None
+    seed,  # () int64 or None
+    sample_index,  # (B,) int64 or None
+    images,  # (B, Cin, H, W) or None
+    fills,  # float64: (1 or Cin,) of CONSTANT, workspace (B·programs, Cin) of MEAN, else None
+    stats,  # (5, B) in ACC
+    positions,  # (2, B, 2) int32
+    ratio,  # (S, B) float32
+    boxes,  # (V, B, 4) int32
+    all_boxes,  # workspace (B·programs, V, 4) int32: each program's boxes
+    new_targets,  # (S, B, K)
+    views,  # (V·B, Cin, H, W), contiguous or channels_last
+    B, C, h, w, H, W, K, Cin, SLICES, BITS, draw_count, fill_stride, rows_each,
+    f_b, f_c, f_h, f_w, t_b, t_k, q_b, i_b, x_b, x_c, x_h, x_w,
+    ratio_low: tl.float64, ratio_high: tl.float64, ratio_gamma: tl.float64,
+    aspect_low: tl.float64, aspect_high: tl.float64, area_scale: tl.float64,
+    VIEWS: tl.constexpr, SHARED: tl.constexpr, CENTERED: tl.constexpr, QUANTIZE: tl.constexpr,
+    CLAMP: tl.constexpr, FILL: tl.constexpr, SPLIT_MAP: tl.constexpr, SOFT: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr,
+    ACC: tl.constexpr, TARGET_ACC: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
+    SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
+    IMAGE_ROWS: tl.constexpr, IMAGE_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Program (b, part): everything of sample b; its rows of the image."""
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    own = b * tl.num_programs(1) + part
+    n = h * w
+    e = workspace + own * n
+    if SPLIT_MAP:
+        for first in range(0, n, CELLS):
+            p = first + tl.arange(0, CELLS)
+            total = tl.zeros((CELLS,), ACC)
+            for s in range(0, SLICES):
+                total += tl.load(features + (b * SLICES + s) * n + p, mask=p < n, other=0.0)
+            tl.store(e + p, total, mask=p < n)
+    else:
+        activation.energy(features + b * f_b, e, C, n, w, f_c, f_h, f_w,
+                          CHANNELS_FIRST, CELLS, CHANNELS, ACC, WIDE)  # fmt: skip
+    tl.debug_barrier()  # E is written and will be read by other threads
+    high, low, mean, std, entropy, finite = activation.statistics(e, n, CELLS, ACC)
+    peak, trough = activation.locate(e, finite, h, w, H, W, BITS, QUANTIZE, SEGMENTS, COLUMNS)
+    if part == 0:
+        tl.store(stats + b, high)
+        tl.store(stats + B + b, low)
+        tl.store(stats + 2 * B + b, mean)
+        tl.store(stats + 3 * B + b, std)
+        tl.store(stats + 4 * B + b, entropy)
+        tl.store(positions + b * 2, peak // W)
+        tl.store(positions + b * 2 + 1, peak % W)
+        tl.store(positions + (B + b) * 2, trough // W)
+        tl.store(positions + (B + b) * 2 + 1, trough % W)
+
+    if targets is not None:  # else activation_stats
+        COUNT: tl.constexpr = 2 if VIEWS == 3 else 1
+        q = tl.load(clean_prob + b * q_b)
+        index = b
+        if sample_index is not None:
+            index = tl.load(sample_index + b * i_b)
+        key = index * 0
+        if seed is not None:
+            key = tl.load(seed)
+        given = draws
+        if draws is not None:
+            given = draws + b * draw_count
+        number = tl.zeros((), tl.int32)
+        mine = all_boxes + own * (4 * COUNT)
+        for view in tl.static_range(COUNT):
+            own_draw = 0 if SHARED else view
+            r, height, width = painting.size(
+                painting.draw(given, number + 2 * own_draw, index, key),
+                painting.draw(given, number + 2 * own_draw + 1, index, key),
+                q, H, W, ratio_low, ratio_high, ratio_gamma, aspect_low, aspect_high, area_scale,
+            )  # fmt: skip
+            position = peak
+            if (VIEWS == 2) or (view == 1):
+                position = trough
+            y = painting.corner(position // W, height, H, CENTERED)
+            x = painting.corner(position % W, width, W, CENTERED)
+            tl.store(mine + 4 * view, y)
+            tl.store(mine + 4 * view + 1, x)
+            tl.store(mine + 4 * view + 2, y + height)
+            tl.store(mine + 4 * view + 3, x + width)
+            if part == 0:
+                box = boxes + (view * B + b) * 4
+                tl.store(box, y)
+                tl.store(box + 1, x)
+                tl.store(box + 2, y + height)
+                tl.store(box + 3, x + width)
+                if (view == 0) or (not SHARED):
+                    tl.store(ratio + own_draw * B + b, r)
+                    painting.modulate(targets + b * t_b, new_targets + (own_draw * B + b) * K,
+                                      r, K, t_k, SOFT, CLAMP, CLASSES, TARGET_ACC)  # fmt: skip
+        if images is not None:
+            image = images + b * x_b
+            fill = fills
+            if FILL == 2:
+                fill = fills + own * Cin
+                painting.means(image, fill, Cin, H, W, x_c, x_h, x_w, IMAGE_ROWS, IMAGE_COLUMNS,
+                               WIDE)  # fmt: skip
+            if FILL == 1:
+                fill = given
+            tl.debug_barrier()  # boxes and means are written
+            sets: tl.constexpr = 1 if SHARED else COUNT
+            rows = H if CHANNELS_LAST else Cin * H
+            first = part * rows_each
+            last = tl.minimum(first + rows_each, rows)
+            volume = (H * W).to(tl.int64) * Cin
+            painting.paint(
+                image, views + b * volume, B * volume, mine, 4, fill, fill_stride,
+                number + 2 * sets, index, key, first, last, Cin, H, W, x_c, x_h, x_w,
+                VIEWS, FILL, CHANNELS_LAST, DENSE, IMAGE_ROWS, IMAGE_COLUMNS,
+                WIDE,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["C", "h", "w", "H", "W"])
+def pool_kernel(
+    features,  # (B, C, h, w)
+    boxes,  # (≥ B, 4) int32: the first view's
+    pooled,  # (B, C) in ACC, written
+    visible,  # (B, h·w) in ACC, written
+    C, h, w, H, W, f_b, f_c, f_h, f_w,
+    CELLS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Program b: v, the share of each cell's area outside the box, and z = Σ v·F / Σ v."""
+    b = tl.program_id(0).to(tl.int64)
+    n = h * w
+    box = boxes + b * 4
+    step_y = (H.to(tl.float64) / h.to(tl.float64)).to(ACC)
+    step_x = (W.to(tl.float64) / w.to(tl.float64)).to(ACC)
+    y0 = tl.load(box).to(ACC)
+    x0 = tl.load(box + 1).to(ACC)
+    y1 = tl.load(box + 2).to(ACC)
+    x1 = tl.load(box + 3).to(ACC)
+    total = tl.zeros((), ACC)
+    for first in range(0, n, CELLS):
+        p = first + tl.arange(0, CELLS)
+        y = (p // w).to(ACC) * step_y
+        x = (p % w).to(ACC) * step_x
+        rows = tl.maximum(tl.minimum(y1, y + step_y) - tl.maximum(y0, y), 0.0) / step_y
+        columns = tl.maximum(tl.minimum(x1, x + step_x) - tl.maximum(x0, x), 0.0) / step_x
+        v = tl.where(p < n, tl.maximum(1.0 - rows * columns, 0.0), 0.0)
+        tl.store(visible + b * n + p, v, mask=p < n)
+        total += tl.sum(v, 0)
+    tl.debug_barrier()
+    for first in range(0, n, CELLS):
+        p = first + tl.arange(0, CELLS)
+        v = tl.load(visible + b * n + p, mask=p < n, other=0.0)
+        share = tl.where(total > 0, numeric.divide(v, tl.where(total > 0, total, 1.0) + v * 0), 0.0)
+        tl.debug_barrier()
+        tl.store(visible + b * n + p, share, mask=p < n)
+    tl.debug_barrier()
+    for start in range(0, C, CHANNELS):
+        c = start + tl.arange(0, CHANNELS)
+        far = c
+        if WIDE:
+            far = c.to(tl.int64)
+        z = tl.zeros((CHANNELS,), ACC)
+        for first in range(0, n, CELLS):
+            p = first + tl.arange(0, CELLS)
+            cells = (p // w) * f_h + (p % w) * f_w
+            inside = (c < C)[:, None] & (p < n)[None, :]
+            offsets = far[:, None] * f_c + cells[None, :]
+            f = tl.load(features + b * f_b + offsets, mask=inside, other=0.0).to(ACC)
+            share = tl.load(visible + b * n + p, mask=p < n, other=0.0)
+            z += tl.sum(f * share[None, :], 1)
+        tl.store(pooled + b * C + c, z, mask=c < C)
+
+
+@functools.lru_cache(64)
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Fill values as a tensor; copied to the device once, not at each call."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _samples(
+    features: Tensor,
+    height: int,
+    width: int,
+    settings: Settings,
+    stats: Tensor,
+    positions: Tensor,
+    given: dict[str, Any],
+    out: dict[str, Tensor],
+) -> None:
+    """Launches energy_kernel (where samples are split) and masked_forward_kernel."""
+    batch, channels, h, w = features.shape
+    acc = accumulate_dtype(features)
+    cells, device = h * w, features.device
+    images, targets = given.get("images"), given.get("targets")
+    image_channels = 1 if images is None else images.shape[1]
+    image_size = 0 if images is None else images[:1].numel()
+    parts = 1
+    if 0 < batch < BUSY and max(channels * cells, image_size) >= SPLIT:
+        parts = min(-(-BUSY // batch), 16)
+    channels_first = features.stride(1) >= features.stride(3)
+    channels_last = images is not None and is_channels_last(images)
+    draws, sample_index = given.get("draws"), given.get("sample_index")
+    if draws is not None:
+        draws = draws.contiguous()
+    fills, fill_stride = None, 0
+    if images is not None and settings.fill == CONSTANT:
+        fills = _constants(tuple(settings.fill_value), device)
+        fill_stride = int(len(settings.fill_value) > 1)
+    elif images is not None and settings.fill == MEAN:
+        fills, fill_stride = torch.empty(batch * parts, image_channels, dtype=torch.float64,
+                                         device=device), 1  # fmt: skip
+    workspace = torch.empty(batch * parts, cells, dtype=acc, device=device)
+    rows = height if channels_last else image_channels * height
+    dense = images is not None and (
+        images[:1].is_contiguous()
+        or (channels_last and images[:1].is_contiguous(memory_format=torch.channels_last))
+    )
+    soft = targets is not None and targets.is_floating_point()
+    classes = given.get("num_classes", 2)
+    target_acc = accumulate_dtype(targets) if targets is not None and soft else torch.float32
+    clean_prob = given.get("clean_prob")
+    segments = power_of_2(h + 1)
+    source, strides, slices = features, features.stride(), 0
+    name = "masked_forward"
+
+    def go(config: dict[str, int]) -> None:
+        nonlocal source, slices
+        tile, warps = config["TILE"], config["num_warps"]
+        cell_block = min(power_of_2(cells), 1024 if channels_first else 64)
+        tiles = {
+            "CHANNELS_FIRST": channels_first,
+            "CELLS": cell_block,
+            "CHANNELS": max(min(power_of_2(channels), tile // cell_block), 1),
+            "ACC": triton_dtype(acc),
+            "WIDE": wide(features[:1], None if images is None else images[:1]),
+            "num_warps": warps,
+        }
+        if parts > 1:
+            each = -(-channels // parts)
+            slices = -(-channels // each)
+            source = torch.empty(batch, slices, cells, dtype=acc, device=device)
+            launch(energy_kernel, (batch, slices), features, source, channels, h, w, each,
+                   *strides, **tiles)  # fmt: skip
+        # Random numbers and float64 sums take many registers an element.
+        share = {PIXEL: 8, MEAN: 4, UNIFORM: 4}.get(settings.fill, 2)
+        pixels = tile // share
+        columns = min(power_of_2(width * image_channels if channels_last else width), 256, pixels)
+        launch(
+            masked_forward_kernel, (batch, parts), source, workspace, targets, clean_prob,
+            draws, given.get("seed"), sample_index, images, fills, stats, positions,
+            out.get("ratio"), out.get("boxes"), out.get("all_boxes"), out.get("new_targets"),
+            out.get("views"), batch, channels, h, w, height, width, classes, image_channels,
+            slices, height.bit_length(), 0 if draws is None else draws.shape[1],
+            fill_stride, -(-rows // parts), *strides,
+            *(0, 0) if targets is None else (targets.stride(0), targets.stride(-1)),
+            0 if clean_prob is None else clean_prob.stride(0),
+            0 if sample_index is None else sample_index.stride(0),
+            *(0, 0, 0, 0) if images is None else images.stride(),
+            settings.ratio_low, settings.ratio_high, settings.ratio_gamma, settings.aspect_low,
+            settings.aspect_high, settings.area_scale,
+            VIEWS=settings.views, SHARED=settings.shared, CENTERED=settings.centered,
+            QUANTIZE=settings.quantize, CLAMP=settings.clamp,
+            FILL=settings.fill if images is not None else CONSTANT, SPLIT_MAP=parts > 1,
+            SOFT=soft, CHANNELS_LAST=channels_last, DENSE=dense,
+            TARGET_ACC=triton_dtype(target_acc), SEGMENTS=segments,
+            COLUMNS=max(min(power_of_2(width), 128 * warps // segments), 1),
+            CLASSES=min(power_of_2(classes), 1024),
+            IMAGE_ROWS=max(min(pixels // columns, power_of_2(rows)), 1), IMAGE_COLUMNS=columns,
+            **tiles,
+        )  # fmt: skip
+
+    launch_tuned(name, channels * cells, features, go)
+
+
+_NOTHING = Settings(3, True, True, False, True, CONSTANT, [0.0], 1.0, 0.0, 0.0, 0.0, 1.0, 1.0)
+
+
+@implements("activation_stats")
+def activation_stats(
+    features: Tensor, height: int, width: int, quantize: bool
+) -> tuple[Tensor, Tensor]:
+    """features (B, C, h, w) → statistics (5, B) and peak and trough (2, B, 2) int32."""
+    batch = features.shape[0]
+    stats = features.new_empty(5, batch, dtype=accumulate_dtype(features))
+    positions = features.new_empty(2, batch, 2, dtype=torch.int32)
+    settings = _NOTHING._replace(quantize=quantize)
+    _samples(features, height, width, settings, stats, positions, {}, {})
+    return stats, positions
+
+
+@implements("masked_forward_out")
+def forward_out(*arguments: Any) -> None:
+    """masked_forward into the buffers that are its last arguments."""
+    inputs, buffers = arguments[: -len(OUTPUTS)], arguments[-len(OUTPUTS) :]
+    given = dict(zip(INPUTS, inputs, strict=False))
+    out = dict(zip(OUTPUTS, buffers, strict=True))
+    settings = Settings(*inputs[len(INPUTS) :])
+    features = given["features"]
+    check(given["targets"], given["clean_prob"], given["draws"], given["num_classes"])
+    height, width = given["height"], given["width"]
+    parts_limit = 16
+    out["all_boxes"] = torch.empty(
+        features.shape[0] * parts_limit, settings.view_count, 4, dtype=torch.int32,
+        device=features.device,
+    )  # fmt: skip
+    _samples(features, height, width, settings, out["stats"], out["positions"], given, out)
+    if given["weight"] is not None:
+        _classify(features, given, out, height, width)
+
+
+def _classify(
+    features: Tensor, given: dict[str, Any], out: dict[str, Tensor], height: int, width: int
+) -> None:
+    """The one-pass mode from the boxes on: pooled, visible, logits, loss."""
+    batch, channels, h, w = features.shape
+    acc = accumulate_dtype(features)
+    cells = min(power_of_2(h * w), 256)
+
+    def go(config: dict[str, int]) -> None:
+        launch(
+            pool_kernel, (batch,), features, out["boxes"], out["pooled"], out["visible"],
+            channels, h, w, height, width, *features.stride(), CELLS=cells,
+            CHANNELS=max(min(power_of_2(channels), config["TILE"] // cells), 1),
+            ACC=triton_dtype(acc), WIDE=wide(features[:1]), num_warps=config["num_warps"],
+        )  # fmt: skip
+
+    launch_tuned("masked_forward", channels * h * w, features, go)
+    weight, bias = given["weight"].to(acc), given["bias"]
+    if bias is None:
+        torch.mm(out["pooled"], weight.T, out=out["logits"])
+    else:
+        torch.addmm(bias.to(acc), out["pooled"], weight.T, out=out["logits"])
+    t = out["new_targets"][0].to(acc)
+    rows = (t * torch.log_softmax(out["logits"], 1)).sum(1)
+    out["loss"].copy_(-rows.sum() / max(batch, 1))
+
+
+@implements("masked_forward")
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """All of masked_forward; arguments and results as in `ops/masked_forward.py`."""
+    given = dict(zip(INPUTS, arguments, strict=False))
+    features, settings = given["features"], Settings(*arguments[len(INPUTS) :])
+    buffers = tuple(
+        spec.empty(features.device)
+        for spec in specs(
+            features,
+            given["targets"],
+            given["images"],
+            given["weight"],
+            given["num_classes"],
+            settings,
+        )
+    )
+    forward_out(*arguments, *buffers)
+    return buffers

@@ -1,0 +1,84 @@
+"""Arithmetic in Triton kernels that rounds as prescribed, compiled and interpreted alike.
+
+Triton's `/` on float32 is an approximation, its `tl.fma` is not fused in the interpreter, and its
+compiler contracts a·b + c unless told not to (`launch.launch` tells it). What follows is one
+correctly rounded operation each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+_FUSED = tl.constexpr(not knobs.runtime.interpret)
+
+
+@triton.jit
+def scalar(x, DTYPE: tl.constexpr):
+    """A run-time argument annotated tl.float64 as a tensor (); the interpreter hands on a float."""
+    return tl.full((), x, DTYPE)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b rounded once, float32 or float64."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def root(a):
+    """√a rounded once, float32 or float64."""
+    if a.dtype == tl.float64:
+        return tl.sqrt(a)
+    else:
+        return tl.sqrt_rn(a)
+
+
+@triton.jit
+def log(a):
+    """ln a in float64: tl.log on float32 loses the digits near 1. For few elements."""
+    return tl.log(a.to(tl.float64))
+
+
+@triton.jit
+def fma(a, b, c):
+    """float32 a·b + c rounded once.
+
+    Interpreted: the float64 product is exact, the float64 sum is rounded to odd (its last bit set
+    where it is inexact), and rounding that to float32 can't go wrong a second time.
+    """
+    if _FUSED:
+        return tl.fma(a, b, c)
+    else:
+        p = a.to(tl.float64) * b.to(tl.float64)
+        z = c.to(tl.float64)
+        s = p + z
+        t = s - p
+        error = (p - (s - t)) + (z - t)  # Knuth's two-sum: s + error = p + c exactly
+        bits = s.to(tl.int64, bitcast=True)
+        even = (error != 0) & ((bits & 1) == 0)
+        step = tl.where((error > 0) == (s > 0), 1, -1).to(tl.int64)
+        odd = tl.where(even, bits + step, bits)
+        return odd.to(tl.float64, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def round_even(x):
+    """The nearest integer to a float64 0 ≤ x < 2⁵², halves to even."""
+    return (x + 4503599627370496.0) - 4503599627370496.0
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x as DTYPE, rounded to nearest, halves to even: the interpreter cuts bfloat16 off."""
+    if (tl.bfloat16 == DTYPE) and (not _FUSED):
+        x = x.to(tl.float32)
+        bits = x.to(tl.int32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(x == x, up, bits).to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        return x.to(DTYPE)

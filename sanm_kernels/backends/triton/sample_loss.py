@@ -1,0 +1,135 @@
+"""sample_loss (section 6): l_i = −log softmax(z_i)[y_i] = log Σ e^(z − max) − (z_y − max).
+
+A program takes a tile of rows and sweeps twice over their classes: for the maximum, and for the
+sum. Maximum and log-sum stay apart, or large logits would lose their digits. Backward is one sweep:
+dz_k = (p_k − [k = y])·g with p from the two.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sanm_kernels.backends.triton import numeric
+from sanm_kernels.backends.triton.launch import (
+    implements,
+    launch,
+    launch_tuned,
+    power_of_2,
+    triton_dtype,
+)
+from sanm_kernels.reference.precision import accumulate_dtype
+from sanm_kernels.reference.sample_loss import check
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def sample_loss_kernel(
+    logits,  # (B, K)
+    labels,  # (B,) int64
+    loss,  # (B,) in ACC, written
+    normalizer,  # (B, 2) in ACC, written: maximum, log-sum
+    B, K, z_b, z_k, y_b, ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program i: rows i·ROWS and on. A label outside [0, K) gives NaN."""
+    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    y = tl.load(labels + b * y_b, mask=b < B, other=0)
+    top = tl.full((ROWS,), -float("inf"), ACC)
+    nan = tl.zeros((ROWS,), ACC)
+    for first in range(0, K, CLASSES):
+        k = first + tl.arange(0, CLASSES)
+        inside = (b < B)[:, None] & (k < K)[None, :]
+        offsets = b[:, None] * z_b + k[None, :].to(tl.int64) * z_k
+        z = tl.load(logits + offsets, mask=inside, other=-float("inf")).to(ACC)
+        top = tl.maximum(top, tl.max(z, 1))
+        nan += tl.sum(tl.where(z == z, 0.0, 1.0).to(ACC), 1)  # tl.max passes NaN over
+    top = tl.where(nan > 0, float("nan"), top)
+    total = tl.zeros((ROWS,), ACC)
+    own = tl.full((ROWS,), 0.0, ACC)
+    for first in range(0, K, CLASSES):
+        k = first + tl.arange(0, CLASSES)
+        inside = (b < B)[:, None] & (k < K)[None, :]
+        offsets = b[:, None] * z_b + k[None, :].to(tl.int64) * z_k
+        z = tl.load(logits + offsets, mask=inside, other=-float("inf")).to(ACC) - top[:, None]
+        total += tl.sum(tl.where(inside, tl.exp(z), 0.0), 1)
+        own += tl.sum(tl.where(k[None, :] == y[:, None], z, 0.0), 1)
+    log_sum = numeric.log(total).to(ACC)
+    value = tl.where((y >= 0) & (y < K), log_sum - own, float("nan"))
+    tl.store(loss + b, value, mask=b < B)
+    tl.store(normalizer + 2 * b, top, mask=b < B)
+    tl.store(normalizer + 2 * b + 1, log_sum, mask=b < B)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def sample_loss_backward_kernel(
+    grad,  # (B,) in ACC
+    logits,  # (B, K)
+    labels,  # (B,) int64
+    normalizer,  # (B, 2) in ACC
+    result,  # (B, K), written
+    B, K, g_b, z_b, z_k, y_b, ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): a tile of rows and classes."""
+    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
+    inside = (b < B)[:, None] & (k < K)[None, :]
+    y = tl.load(labels + b * y_b, mask=b < B, other=0)
+    g = tl.load(grad + b * g_b, mask=b < B, other=0.0)
+    top = tl.load(normalizer + 2 * b, mask=b < B, other=0.0)
+    log_sum = tl.load(normalizer + 2 * b + 1, mask=b < B, other=0.0)
+    offsets = b[:, None] * z_b + k[None, :].to(tl.int64) * z_k
+    z = tl.load(logits + offsets, mask=inside, other=0.0).to(ACC)
+    p = tl.exp(z - top[:, None] - log_sum[:, None])
+    p = (p - tl.where(k[None, :] == y[:, None], 1.0, 0.0)) * g[:, None]
+    value = numeric.cast(p, result.dtype.element_ty)
+    tl.store(result + b[:, None] * K + k[None, :], value, mask=inside)
+
+
+def _tile(config: dict[str, int], rows: int, classes: int) -> dict[str, int]:
+    """Block sizes for `rows` rows of `classes` classes."""
+    block = min(power_of_2(classes), config["TILE"])
+    return {
+        "ROWS": max(min(config["TILE"] // block, power_of_2(rows)), 1),
+        "CLASSES": block,
+        "num_warps": config["num_warps"],
+    }
+
+
+@implements("sample_loss")
+def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (B, K), labels (B,) → losses (B,), normalizer (B, 2)."""
+    check(logits, labels)
+    batch, classes = logits.shape
+    acc = accumulate_dtype(logits)
+    loss = logits.new_empty(batch, dtype=acc)
+    normalizer = logits.new_empty((batch, 2), dtype=acc)
+
+    def go(config: dict[str, int]) -> None:
+        tile = _tile(config, batch, classes)
+        launch(
+            sample_loss_kernel, (-(-batch // tile["ROWS"]),), logits, labels, loss, normalizer,
+            batch, classes, *logits.stride(), labels.stride(0), ACC=triton_dtype(acc), **tile,
+        )  # fmt: skip
+
+    launch_tuned("rows", classes, logits, go)
+    return loss, normalizer
+
+
+@implements("sample_loss_backward")
+def backward(grad: Tensor, logits: Tensor, labels: Tensor, normalizer: Tensor) -> Tensor:
+    """grad (B,) → gradient of the logits (B, K), in their dtype."""
+    batch, classes = logits.shape
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    def go(config: dict[str, int]) -> None:
+        tile = _tile(config, batch, classes)
+        grid = (-(-batch // tile["ROWS"]), -(-classes // tile["CLASSES"]))
+        launch(
+            sample_loss_backward_kernel, grid, grad, logits, labels, normalizer.contiguous(),
+            result, batch, classes, grad.stride(0), *logits.stride(), labels.stride(0),
+            ACC=triton_dtype(normalizer.dtype), **tile,
+        )  # fmt: skip
+
+    launch_tuned("rows", classes, logits, go)
+    return result

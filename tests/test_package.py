@@ -172,3 +172,26 @@ def test_libraries_need_the_stable_interface_only(library: Path) -> None:
     foreign = [n for n in needed if not re.match(r"aoti_torch_|torch_|_ITM_|__gmon_start__$", n)]
     assert any(name.startswith("aoti_torch_") for name in needed)
     assert not foreign
+
+
+def test_a_forced_triton_says_why_it_cannot_run() -> None:
+    code = (
+        "import torch, sanm_kernels as sk\n"
+        "try: sk.sample_loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), "
+        "backend='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "backend 'triton' cannot run sample_loss: it runs on cuda tensors" in run.stdout
+    reason = subprocess.run(
+        [sys.executable, "-m", "sanm_kernels", "info"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    if not torch.cuda.is_available():
+        assert "triton      not available: " in reason

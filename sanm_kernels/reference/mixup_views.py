@@ -24,17 +24,22 @@ def memory_format(tensors: list[Tensor]) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def check(permutation: Tensor, total: int, rows: int) -> None:
+    """The values of mixup_views' permutation of `total` rows, where values are checked."""
+    partner = permutation[:rows]
+    checks.indices(partner, total, "permutation")
+    if checks.enabled(partner) and len(partner.unique()) != rows:
+        raise ValueError(f"permutation: expected its first {rows} entries to be distinct")
+
+
 def forward(views: list[Tensor], lam: Tensor, permutation: Tensor, rows: int) -> Tensor:
     """The first `rows` mixed rows (rows, …), in the views' dtype and memory format.
 
     views: (b_i, …) each, M rows together; lam () float64 on the CPU; permutation (≥ rows,) int64,
     its first `rows` entries distinct and in [0, M).
     """
-    total = sum(len(v) for v in views)
+    check(permutation, sum(len(v) for v in views), rows)
     partner = permutation[:rows]
-    checks.indices(partner, total, "permutation")
-    if checks.enabled(partner) and len(partner.unique()) != rows:
-        raise ValueError(f"permutation: expected its first {rows} entries to be distinct")
     stacked = torch.cat(views)
     x, y = _compute(stacked[:rows]), _compute(stacked[partner])
     share = lam.item()

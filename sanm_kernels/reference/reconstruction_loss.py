@@ -17,7 +17,7 @@ def _views(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> tupl
     return reconstruction.reshape(views, *images.shape).to(dtype), images.to(dtype)
 
 
-def _check(boxes: Tensor, H: int, W: int) -> None:
+def check(boxes: Tensor, H: int, W: int) -> None:
     """Every box (…, 4) = y0, x0, y1, x1 lies inside the image and does not end before it starts."""
     if checks.enabled(boxes):
         y0, x0, y1, x1 = boxes.unbind(-1)
@@ -50,7 +50,7 @@ def forward(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> Ten
     int64 y0, x0, y1, x1 half open: only the elements inside count, or None: all do.
     """
     if boxes is not None:
-        _check(boxes, images.shape[2], images.shape[3])
+        check(boxes, images.shape[2], images.shape[3])
     r, x = _views(reconstruction, images, boxes)
     mask, count = _hidden(boxes, r.shape)
     square = torch.where(mask.to(r.device), (r - x).square(), 0)

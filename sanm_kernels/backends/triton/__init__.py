@@ -12,7 +12,13 @@ import importlib.util
 import torch
 
 #: The modules of this package that hold operators; the others' are served by the next backend.
-OPERATORS = ("masked_backward", "masked_forward", "sample_loss")
+OPERATORS = (
+    "masked_backward",
+    "masked_forward",
+    "mixup_views",
+    "reconstruction_loss",
+    "sample_loss",
+)
 CAPABILITY = (8, 0)  # the first with bfloat16
 
 

@@ -105,7 +105,7 @@ def compile_one(job: tuple[str, str, int, Any, Any, Any, dict[str, int]]) -> dic
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={**options, "enable_fp_fusion": False},
+        options={**options, **launch.OPTIONS},
     )
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx)
@@ -199,9 +199,26 @@ def calls() -> dict[str, Any]:
 
         return call
 
+    def images(size: int, last: bool) -> Any:
+        def call(dtype: torch.dtype) -> None:
+            views = [empty(64, 3, size, size, dtype=dtype, last=last) for _ in range(12)]
+            lam, permutation = torch.tensor(0.7), empty(768, dtype=torch.int64)
+            mixed = ops["mixup_views"].forward(views, lam, permutation, 768)
+            ops["mixup_views"].backward(mixed, lam, permutation, [64] * 12)
+            rebuilt = empty(128, 3, size, size, dtype=dtype, last=last)
+            for boxes in (None, empty(2, 64, 4, dtype=torch.int64)):
+                ops["reconstruction_loss"].forward(rebuilt, views[0], boxes)
+                ops["reconstruction_loss"].backward(empty(), rebuilt, views[0], boxes)
+
+        return call
+
     result["activation_stats"] = lambda dtype: ops["masked_forward"].activation_stats(
         empty(64, 512, 7, 7, dtype=dtype), 224, 224, True
     )
+    for size in (32, 224):
+        for last in (False, True):
+            layout = "channels_last" if last else "contiguous"
+            result[f"mixup_views and reconstruction_loss, {size} px, {layout}"] = images(size, last)
     for classes in (10, 1000):
         result[f"sample_loss, {classes} classes"] = sample_loss(classes)
     return result

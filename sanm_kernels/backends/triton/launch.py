@@ -19,8 +19,9 @@ from sanm_kernels.ops.base import library, without_autocast
 
 #: Whether kernels run on the CPU, through Triton's interpreter (TRITON_INTERPRET=1).
 INTERPRETED: bool = knobs.runtime.interpret
-#: Device types that the kernels run on in this process.
-DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+#: How every kernel is compiled. Products and sums are not contracted; left to itself ptxas spills a
+#: few registers to fit more programs.
+OPTIONS = {"enable_fp_fusion": False, "maxnreg": 128}
 
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
 
@@ -66,7 +67,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
     if _recorded is not None:
         _recorded.append((kernel, arguments, meta))
         return
-    kernel[grid](*arguments, **meta, enable_fp_fusion=False)
+    kernel[grid](*arguments, **meta, **OPTIONS)
 
 
 def launch_tuned(name: str, bucket: int, x: Tensor, go: Callable[[dict[str, int]], None]) -> None:

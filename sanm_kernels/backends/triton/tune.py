@@ -36,8 +36,8 @@ TABLE: dict[str, dict[int, list[tuple[float, Config]]]] = {
     # softmax rows: a bucket counts classes
     "rows": {
         80: [
-            (64, {"TILE": 1024, "num_warps": 4}),
-            (math.inf, {"TILE": 4096, "num_warps": 8}),
+            (64, {"TILE": 512, "num_warps": 4}),
+            (math.inf, {"TILE": 2048, "num_warps": 8}),
         ]
     },
     # element-wise over images: a bucket counts a sample's elements
@@ -47,8 +47,6 @@ TABLE: dict[str, dict[int, list[tuple[float, Config]]]] = {
             (math.inf, {"TILE": 4096, "num_warps": 8}),
         ]
     },
-    # one-dimensional float64 passes over all samples
-    "samples": {80: [(math.inf, {"TILE": 1024, "num_warps": 4})]},
 }
 
 

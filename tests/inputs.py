@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ EXACT = (
 TRITON_DEVICE = None
 if importlib.util.find_spec("triton") is not None:
     TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: Backends that run on the CPU here, Triton's interpreter among them: for operators on small rows.
+CPU_BACKENDS = (*BACKENDS, "triton") if TRITON_DEVICE == "cpu" else BACKENDS
+#: Environment of a process in which Triton compiles instead of interpreting.
+COMPILING = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 LAYOUTS = ("contiguous", "channels_last", "offset", "strided", "transposed")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inputs import COMPILING
 
 import sanm_kernels
 from sanm_kernels import backends
@@ -181,14 +182,13 @@ def test_a_forced_triton_says_why_it_cannot_run() -> None:
         "backend='triton')\n"
         "except RuntimeError as error: print(error)\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env=COMPILING, capture_output=True, text=True, check=True
     )
     assert "backend 'triton' cannot run sample_loss: it runs on cuda tensors" in run.stdout
     reason = subprocess.run(
         [sys.executable, "-m", "sanm_kernels", "info"],
-        env=environment,
+        env=COMPILING,
         capture_output=True,
         text=True,
         check=True,

@@ -98,7 +98,8 @@ def specs(
     )
 
 
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
+    """OUTPUTS, not filled, of a call of masked_forward with these arguments."""
     given = dict(zip(INPUTS, arguments, strict=False))
     features, settings = given["features"], Settings(*arguments[len(INPUTS) :])
     return tuple(
@@ -192,7 +193,7 @@ define(
     "masked_forward",
     _SCHEMA_INPUTS + ") -> (" + ", ".join(f"Tensor {name}_" for name in OUTPUTS) + ")",
     reference.forward,
-    fake=_fake,
+    fake=empty_outputs,
     setup_context=_setup_context,
     backward=_backward,
 )

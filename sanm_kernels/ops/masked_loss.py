@@ -12,7 +12,8 @@ from sanm_kernels.reference import masked_loss as reference
 from sanm_kernels.reference.precision import accumulate_dtype
 
 
-def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def empty_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """The operator's outputs, not filled."""
     n, K = logits.shape
     dtype = accumulate_dtype(logits)
     shapes: list[tuple[Any, ...]] = [(), (), (), (), (), (n,), (n, 2), (K,)]
@@ -43,7 +44,7 @@ define(
     f"({INPUTS}{SETTINGS}) -> (Tensor total, Tensor labeled, Tensor unlabeled, "
     "Tensor prior_penalty, Tensor confidence, Tensor per_sample, Tensor normalizer, Tensor p_mean)",
     reference.forward,
-    fake=_fake,
+    fake=empty_outputs,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -15,6 +15,27 @@ from sanm_kernels.reference.modulation import modulate
 from sanm_kernels.reference.precision import accumulate_dtype
 
 
+def check(
+    logits: Tensor,
+    targets: Tensor,
+    ratio: Tensor | None,
+    permutation: Tensor | None,
+    prior: Tensor | None,
+    ignore_index: int,
+) -> None:
+    """Values of the arguments, where values are checked (`checks.enabled`)."""
+    n, K = logits.shape
+    if not targets.is_floating_point():
+        checks.indices(targets, K, "targets", ignore_index)
+    if ratio is not None:
+        checks.unit_interval(ratio, "ratio")
+    if permutation is not None:
+        rows = targets.shape[:-1].numel() if targets.is_floating_point() else len(targets)
+        checks.indices(permutation[:n], rows, "mix permutation")
+    if prior is not None:
+        checks.unit_interval(prior, "prior")
+
+
 def _rows(
     logits: Tensor,
     targets: Tensor,
@@ -77,21 +98,10 @@ def forward(
     logits (n, K); targets (…, K) floats or (M,) int64; ratio (M,); permutation (≥ n,) int64;
     prior (K,) in A, None for uniform; scalars (4,) float64 on the CPU: λ, λ_u, ρ, ν.
     """
+    check(logits, targets, ratio, permutation, prior, ignore_index)
     n, K = logits.shape
     dtype = accumulate_dtype(logits)
     lam, unlabeled_weight, prior_weight, confidence_weight = scalars.tolist()
-    if not targets.is_floating_point():
-        checks.indices(targets, K, "targets", ignore_index)
-    if ratio is not None:
-        checks.unit_interval(ratio, "ratio")
-    if permutation is not None:
-        checks.indices(
-            permutation[:n],
-            targets.shape[:-1].numel() if targets.is_floating_point() else len(targets),
-            "mix permutation",
-        )
-    if prior is not None:
-        checks.unit_interval(prior, "prior")
 
     t, valid = _rows(logits, targets, ratio, permutation, lam, clamp, ignore_index)
     z = logits.to(dtype)

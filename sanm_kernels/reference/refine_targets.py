@@ -9,6 +9,14 @@ from sanm_kernels.reference import checks
 from sanm_kernels.reference.precision import accumulate_dtype
 
 
+def check(logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None) -> None:
+    """Values of the arguments, where values are checked (`checks.enabled`)."""
+    if labels is not None and not labels.is_floating_point():
+        checks.indices(labels, logits[0].shape[1], "labels")
+    if clean_prob is not None:
+        checks.unit_interval(clean_prob, "clean_prob")
+
+
 def forward(
     logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: Tensor
 ) -> Tensor:
@@ -17,11 +25,8 @@ def forward(
     logits: (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither;
     temperature (1,) float64 on the CPU.
     """
+    check(logits, labels, clean_prob)
     K = logits[0].shape[1]
-    if labels is not None and not labels.is_floating_point():
-        checks.indices(labels, K, "labels")
-    if clean_prob is not None:
-        checks.unit_interval(clean_prob, "clean_prob")
     dtype = accumulate_dtype(logits[0])
     p = torch.stack([torch.softmax(z.to(dtype), 1) for z in logits]).sum(0) / len(logits)
     if labels is not None and clean_prob is not None:

@@ -15,8 +15,10 @@ import torch
 OPERATORS = (
     "masked_backward",
     "masked_forward",
+    "masked_loss",
     "mixup_views",
     "reconstruction_loss",
+    "refine_targets",
     "sample_loss",
 )
 CAPABILITY = (8, 0)  # the first with bfloat16

@@ -199,6 +199,34 @@ def calls() -> dict[str, Any]:
 
         return call
 
+    def masked_loss(classes: int, hard: bool, ratio: bool, mixed: bool) -> Any:
+        def call(dtype: torch.dtype) -> None:
+            op, n = ops["masked_loss"], 768
+            logits, prior = empty(n, classes, dtype=dtype), empty(classes)
+            given = (
+                empty(n, dtype=torch.int64) if hard else empty(n, classes),
+                empty(n) if ratio else None,
+                empty(n, dtype=torch.int64) if mixed else None,
+                prior if mixed else None,
+                torch.tensor([0.7, 25.0, 1.0, 1.0], dtype=torch.float64),
+            )
+            settings = (n // 2, True, -100, True)
+            *_, per_sample, normalizer, p_mean = op.forward(logits, *given, *settings)
+            for grads in ((empty(), *[None] * 5), (*[empty()] * 5, per_sample)):
+                op.backward(*grads, logits, *given, normalizer, p_mean, *settings)
+
+        return call
+
+    def refine_targets(classes: int, labels: Tensor | None) -> Any:
+        def call(dtype: torch.dtype) -> None:
+            views = [empty(64, classes, dtype=dtype) for _ in range(4)]
+            quality = None if labels is None else empty(64)
+            ops["refine_targets"].forward(
+                views, labels, quality, torch.tensor([0.5], dtype=torch.float64)
+            )
+
+        return call
+
     def images(size: int, last: bool) -> Any:
         def call(dtype: torch.dtype) -> None:
             views = [empty(64, 3, size, size, dtype=dtype, last=last) for _ in range(12)]
@@ -221,6 +249,17 @@ def calls() -> dict[str, Any]:
             result[f"mixup_views and reconstruction_loss, {size} px, {layout}"] = images(size, last)
     for classes in (10, 1000):
         result[f"sample_loss, {classes} classes"] = sample_loss(classes)
+        for kind, labels in (
+            ("guessed", None),
+            ("refined, indices", empty(64, dtype=torch.int64)),
+            ("refined, soft", empty(64, classes)),
+        ):
+            result[f"refine_targets, {classes} classes, {kind}"] = refine_targets(classes, labels)
+        for hard, ratio, mixed in ((True, False, False), (False, True, True), (False, False, True)):
+            kind = "indices" if hard else "modulated and mixed" if ratio else "mixed"
+            result[f"masked_loss, {classes} classes, {kind}"] = masked_loss(
+                classes, hard, ratio, mixed
+            )
     return result
 
 

@@ -23,6 +23,9 @@ INTERPRETED: bool = knobs.runtime.interpret
 #: few registers to fit more programs.
 OPTIONS = {"enable_fp_fusion": False, "maxnreg": 128}
 
+#: Rows that a program holds at most: what it knows of a row stands in several threads' registers.
+MOST_ROWS = 32
+
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
 
 
@@ -97,6 +100,16 @@ def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n, and at least 1."""
     return triton.next_power_of_2(max(n, 1))
+
+
+def row_tile(config: dict[str, int], rows: int, classes: int) -> dict[str, int]:
+    """Block sizes, by a row of `tune.TABLE`, for `rows` rows of `classes` classes."""
+    block = min(power_of_2(classes), config["TILE"])
+    return {
+        "ROWS": max(min(config["TILE"] // block, power_of_2(rows), MOST_ROWS), 1),
+        "CLASSES": block,
+        "num_warps": config["num_warps"],
+    }
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sanm_kernels.backends.triton import numeric
+from sanm_kernels.backends.triton import numeric, painting
 from sanm_kernels.backends.triton.launch import (
     implements,
     launch,
@@ -39,15 +39,7 @@ def modulate_backward_kernel(
 ):  # fmt: skip
     """Program b: row b."""
     b = tl.program_id(0).to(tl.int64)
-    best = -float("inf")
-    top = K
-    for first in range(0, K, CLASSES):
-        k = first + tl.arange(0, CLASSES)
-        t = tl.load(targets + b * t_b + k * t_k, mask=k < K, other=-float("inf")).to(ACC)
-        high = tl.max(t, 0)
-        where = tl.min(tl.where((t == high) & (k < K), k, K), 0)
-        top = tl.where(high > best, where, top)
-        best = tl.maximum(best, high)
+    best, top = painting.first_argmax(targets + b * t_b, K, t_k, CLASSES, ACC)
     extra = tl.zeros((), ACC)  # what j* gets on top of its own gradients
     for s in range(0, S):
         row = grad + s * g_s + b * g_b

@@ -29,7 +29,7 @@ from sanm_kernels.backends.triton.launch import (
     triton_dtype,
     wide,
 )
-from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, specs
+from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, empty_outputs
 from sanm_kernels.reference.masked_forward import (
     CONSTANT,
     MEAN,
@@ -281,6 +281,7 @@ def _samples(
         fills, fill_stride = torch.empty(batch * parts, image_channels, dtype=torch.float64,
                                          device=device), 1  # fmt: skip
     workspace = torch.empty(batch * parts, cells, dtype=acc, device=device)
+    all_boxes = torch.empty(batch * parts, settings.view_count, 4, dtype=torch.int32, device=device)
     rows = height if channels_last else image_channels * height
     dense = images is not None and (
         images[:1].is_contiguous()
@@ -291,11 +292,9 @@ def _samples(
     target_acc = accumulate_dtype(targets) if targets is not None and soft else torch.float32
     clean_prob = given.get("clean_prob")
     segments = power_of_2(h + 1)
-    source, strides, slices = features, features.stride(), 0
-    name = "masked_forward"
 
     def go(config: dict[str, int]) -> None:
-        nonlocal source, slices
+        source, slices = features, 0
         tile, warps = config["TILE"], config["num_warps"]
         cell_block = min(power_of_2(cells), 1024 if channels_first else 64)
         tiles = {
@@ -311,7 +310,7 @@ def _samples(
             slices = -(-channels // each)
             source = torch.empty(batch, slices, cells, dtype=acc, device=device)
             launch(energy_kernel, (batch, slices), features, source, channels, h, w, each,
-                   *strides, **tiles)  # fmt: skip
+                   *features.stride(), **tiles)  # fmt: skip
         # Random numbers and float64 sums take many registers an element.
         share = {PIXEL: 8, MEAN: 4, UNIFORM: 4}.get(settings.fill, 2)
         pixels = tile // share
@@ -319,10 +318,10 @@ def _samples(
         launch(
             masked_forward_kernel, (batch, parts), source, workspace, targets, clean_prob,
             draws, given.get("seed"), sample_index, images, fills, stats, positions,
-            out.get("ratio"), out.get("boxes"), out.get("all_boxes"), out.get("new_targets"),
+            out.get("ratio"), out.get("boxes"), all_boxes, out.get("new_targets"),
             out.get("views"), batch, channels, h, w, height, width, classes, image_channels,
             slices, height.bit_length(), 0 if draws is None else draws.shape[1],
-            fill_stride, -(-rows // parts), *strides,
+            fill_stride, -(-rows // parts), *features.stride(),
             *(0, 0) if targets is None else (targets.stride(0), targets.stride(-1)),
             0 if clean_prob is None else clean_prob.stride(0),
             0 if sample_index is None else sample_index.stride(0),
@@ -340,7 +339,7 @@ def _samples(
             **tiles,
         )  # fmt: skip
 
-    launch_tuned(name, channels * cells, features, go)
+    launch_tuned("masked_forward", channels * cells, features, go)
 
 
 _NOTHING = Settings(3, True, True, False, True, CONSTANT, [0.0], 1.0, 0.0, 0.0, 0.0, 1.0, 1.0)
@@ -369,11 +368,6 @@ def forward_out(*arguments: Any) -> None:
     features = given["features"]
     check(given["targets"], given["clean_prob"], given["draws"], given["num_classes"])
     height, width = given["height"], given["width"]
-    parts_limit = 16
-    out["all_boxes"] = torch.empty(
-        features.shape[0] * parts_limit, settings.view_count, 4, dtype=torch.int32,
-        device=features.device,
-    )  # fmt: skip
     _samples(features, height, width, settings, out["stats"], out["positions"], given, out)
     if given["weight"] is not None:
         _classify(features, given, out, height, width)
@@ -409,18 +403,6 @@ def _classify(
 @implements("masked_forward")
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """All of masked_forward; arguments and results as in `ops/masked_forward.py`."""
-    given = dict(zip(INPUTS, arguments, strict=False))
-    features, settings = given["features"], Settings(*arguments[len(INPUTS) :])
-    buffers = tuple(
-        spec.empty(features.device)
-        for spec in specs(
-            features,
-            given["targets"],
-            given["images"],
-            given["weight"],
-            given["num_classes"],
-            settings,
-        )
-    )
+    buffers = empty_outputs(*arguments)
     forward_out(*arguments, *buffers)
     return buffers

@@ -53,6 +53,21 @@ def corner(position, side, limit, CENTERED: tl.constexpr):
 
 
 @triton.jit
+def first_argmax(row, K, stride, CLASSES: tl.constexpr, ACC: tl.constexpr):
+    """The largest of the K elements of a row, in ACC, and its first index."""
+    best = tl.full((), -float("inf"), ACC)
+    top = K
+    for first in range(0, K, CLASSES):
+        k = first + tl.arange(0, CLASSES)
+        t = tl.load(row + k * stride, mask=k < K, other=-float("inf")).to(ACC)
+        high = tl.max(t, 0)
+        where = tl.min(tl.where((t == high) & (k < K), k, K), 0)
+        top = tl.where(high > best, where, top)
+        best = tl.maximum(best, high)
+    return best, top
+
+
+@triton.jit
 def modulate(
     targets,  # row of K floats, stride stride_k, or one int64
     new,  # row of K, written
@@ -61,15 +76,7 @@ def modulate(
 ):  # fmt: skip
     """t'[j*] = t[j*] − d, t'[k] = t[k] + d/(K − 1), j* first argmax, d = r or min(r, t[j*])."""
     if SOFT:
-        best = tl.full((), -float("inf"), ACC)
-        top = K
-        for first in range(0, K, CLASSES):
-            k = first + tl.arange(0, CLASSES)
-            t = tl.load(targets + k * stride_k, mask=k < K, other=-float("inf")).to(ACC)
-            high = tl.max(t, 0)
-            where = tl.min(tl.where((t == high) & (k < K), k, K), 0)
-            top = tl.where(high > best, where, top)
-            best = tl.maximum(best, high)
+        best, top = first_argmax(targets, K, stride_k, CLASSES, ACC)
     else:
         top = tl.load(targets)
         best = tl.full((), 1.0, ACC)

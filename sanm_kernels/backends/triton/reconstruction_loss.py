@@ -49,6 +49,13 @@ def _inside(boxes, sample, r, j, y, x, rows, length):
 
 
 @triton.jit
+def _difference(a, b, inside, ACC: tl.constexpr):
+    """*a − *b in ACC; 0 where not inside."""
+    d = tl.load(a, mask=inside, other=0.0).to(ACC)
+    return d - tl.load(b, mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
 def _count(boxes, v, B, C, H, W, BLOCK: tl.constexpr):
     """Elements of view v that count: all, or the boxes' areas times C; at least 1, float64."""
     if boxes is None:
@@ -86,8 +93,7 @@ def squares_kernel(
             inside = _inside(boxes, sample, r, j, y, x, last, length)
             a = reconstruction + sample * r_b + c * r_c + y * r_h + x * r_w
             b = images + (sample % B) * x_b + c * x_c + y * x_h + x * x_w
-            d = tl.load(a, mask=inside, other=0.0).to(ACC)
-            d -= tl.load(b, mask=inside, other=0.0).to(ACC)
+            d = _difference(a, b, inside, ACC)
             total += d * d
     tl.store(partial + sample * tl.num_programs(1) + part, tl.sum(tl.sum(total, 1), 0))
 
@@ -134,8 +140,7 @@ def reconstruction_backward_kernel(
             inside = _inside(boxes, sample, r, j, y, x, last, length)
             a = reconstruction + sample * r_b + c * r_c + y * r_h + x * r_w
             b = images + (sample % B) * x_b + c * x_c + y * x_h + x * x_w
-            d = tl.load(a, mask=inside, other=0.0).to(ACC)
-            d -= tl.load(b, mask=inside, other=0.0).to(ACC)
+            d = _difference(a, b, inside, ACC)
             d = tl.where(inside, scale * d, 0.0)
             out = result + sample * d_b + c * d_c + y * d_h + x * d_w
             value = numeric.cast(d, result.dtype.element_ty)

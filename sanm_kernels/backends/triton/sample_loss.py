@@ -17,7 +17,7 @@ from sanm_kernels.backends.triton.launch import (
     implements,
     launch,
     launch_tuned,
-    power_of_2,
+    row_tile,
     triton_dtype,
 )
 from sanm_kernels.reference.precision import accumulate_dtype
@@ -86,16 +86,6 @@ def sample_loss_backward_kernel(
     tl.store(result + b[:, None] * K + k[None, :], value, mask=inside)
 
 
-def _tile(config: dict[str, int], rows: int, classes: int) -> dict[str, int]:
-    """Block sizes for `rows` rows of `classes` classes."""
-    block = min(power_of_2(classes), config["TILE"])
-    return {
-        "ROWS": max(min(config["TILE"] // block, power_of_2(rows)), 1),
-        "CLASSES": block,
-        "num_warps": config["num_warps"],
-    }
-
-
 @implements("sample_loss")
 def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """logits (B, K), labels (B,) → losses (B,), normalizer (B, 2)."""
@@ -106,7 +96,7 @@ def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     normalizer = logits.new_empty((batch, 2), dtype=acc)
 
     def go(config: dict[str, int]) -> None:
-        tile = _tile(config, batch, classes)
+        tile = row_tile(config, batch, classes)
         launch(
             sample_loss_kernel, (-(-batch // tile["ROWS"]),), logits, labels, loss, normalizer,
             batch, classes, *logits.stride(), labels.stride(0), ACC=triton_dtype(acc), **tile,
@@ -123,7 +113,7 @@ def backward(grad: Tensor, logits: Tensor, labels: Tensor, normalizer: Tensor) -
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
 
     def go(config: dict[str, int]) -> None:
-        tile = _tile(config, batch, classes)
+        tile = row_tile(config, batch, classes)
         grid = (-(-batch // tile["ROWS"]), -(-classes // tile["CLASSES"]))
         launch(
             sample_loss_backward_kernel, grid, grad, logits, labels, normalizer.contiguous(),

@@ -40,6 +40,13 @@ TABLE: dict[str, dict[int, list[tuple[float, Config]]]] = {
             (math.inf, {"TILE": 2048, "num_warps": 8}),
         ]
     },
+    # softmax rows with two rows of targets each and their modulation, which take many registers
+    "masked_loss": {
+        80: [
+            (64, {"TILE": 512, "num_warps": 4}),
+            (math.inf, {"TILE": 1024, "num_warps": 8}),
+        ]
+    },
     # element-wise over images: a bucket counts a sample's elements
     "pixels": {
         80: [

@@ -1,0 +1,517 @@
+"""masked_loss (section 5): cross-entropy and squared error of rows against targets modulated and
+mixed on the fly, prior and confidence penalty; and its gradient in the logits.
+
+Forward is two launches. In the first a program takes tiles of rows, one after the other, and sweeps
+three times over their classes: for the maximum, for Σ e^(z − max), and for the losses and p, which
+it adds to its own column sums. In the second a program adds the column sums of a block of classes
+in order, p̄ and its part of the prior's penalty; the program that comes last adds those parts in
+order and writes the total. Backward is one launch, since p̄ and the rows' maxima and log-sums are
+known: with c_i the weight of row i's own loss and h_ik = dL/dp_ik of everything but cross-entropy,
+    dL/dz_ik = p_ik (h_ik − Σ_j p_ij h_ij) + [i labelled] c_i (p_ik Σ_j t_ij − t_ik),
+    h_ik = [i unlabelled] c_i (2/K)(p_ik − t_ik) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_ik / n.
+
+λ, λ_u and the other scheduled numbers are run-time arguments: a ramp compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sanm_kernels.backends.triton import numeric
+from sanm_kernels.backends.triton.launch import (
+    implements,
+    launch,
+    launch_tuned,
+    row_tile,
+    triton_dtype,
+)
+from sanm_kernels.ops.masked_loss import empty_outputs
+from sanm_kernels.reference.masked_loss import check
+
+#: Most programs of the forward kernel (each has column sums to be added later) and of backward.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 128, 1056
+#: Classes and column sums that a finishing program adds at a time.
+FINISH_CLASSES, FINISH_PARTS = 64, 32
+
+_SIZES = ["n", "K", "M", "num_labeled", "ignore_index", "each", "s_1", "s_2", "t_0", "t_1"]
+
+
+@triton.jit
+def _start(i, s_1, s_2, t_0, t_1, t_2):
+    """Offset of target row i of (s_0, s_1, s_2, K), which lies at strides (t_0, t_1, t_2)."""
+    outer = i // s_2
+    return outer // s_1 * t_0 + outer % s_1 * t_1 + i % s_2 * t_2
+
+
+@triton.jit
+def _modulation(
+    rows,  # (ROWS,) pointers to rows of K floats, or to an int64 each
+    ratio,  # (M,) in ACC or None
+    i,  # (ROWS,) int64: the rows' numbers
+    exists,  # (ROWS,)
+    K, t_k,
+    SOFT: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Per row: the first largest class j*, what its target becomes, what every other one gains."""
+    top = tl.full((ROWS,), -1, tl.int64)
+    best = tl.full((ROWS,), 1.0, ACC)
+    drop = tl.zeros((ROWS,), ACC)
+    if not SOFT:
+        top = tl.load(rows, mask=exists, other=0)
+    elif ratio is not None:
+        best = tl.full((ROWS,), -float("inf"), ACC)
+        for first in range(0, K, CLASSES):
+            k = first + tl.arange(0, CLASSES)[None, :]
+            inside = exists[:, None] & (k < K)
+            t = tl.load(rows[:, None] + k.to(tl.int64) * t_k, mask=inside, other=-float("inf"))
+            t = t.to(ACC)
+            high = tl.max(t, 1)
+            where = tl.min(tl.where(inside & (t == high[:, None]), k, K), 1)
+            top = tl.where(high > best, where.to(tl.int64), top)
+            best = tl.maximum(best, high)
+    if ratio is not None:
+        drop = tl.load(ratio + i, mask=exists, other=0.0).to(ACC)
+        if CLAMP:
+            drop = tl.minimum(drop, best)
+    gain = numeric.divide(drop, tl.zeros((ROWS,), ACC) + tl.maximum(K - 1, 1).to(ACC))
+    return top, best - drop, gain
+
+
+@triton.jit
+def _modulated(
+    rows, exists, k, K, t_k, modulation,
+    MODULATED: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Targets (ROWS, CLASSES) of the rows and of classes k (1, CLASSES); 0 outside."""
+    top, peak, gain = modulation
+    inside = exists[:, None] & (k < K)
+    if SOFT:
+        t = tl.load(rows[:, None] + k.to(tl.int64) * t_k, mask=inside, other=0.0).to(ACC)
+        if MODULATED:
+            t = tl.where(k == top[:, None], peak[:, None], t + gain[:, None])
+    else:
+        t = tl.where(k == top[:, None], peak[:, None], gain[:, None])
+    return tl.where(inside, t, 0.0)
+
+
+@triton.jit
+def _partner(permutation, b, exists, M):
+    """Rows that rows b are mixed with, in [0, M), and whether π says so."""
+    if permutation is None:
+        return b, exists
+    else:
+        partner = tl.load(permutation + b, mask=exists, other=0)
+        known = (partner >= 0) & (partner < M)
+        return tl.where(known, partner, 0), known
+
+
+@triton.jit
+def _count_valid(targets, b, partner, exists, t_2, ignore_index, MIXED: tl.constexpr):
+    """Which rows of class indices count: neither their own label nor the partner's is ignored."""
+    valid = exists & (tl.load(targets + b * t_2, mask=exists, other=0) != ignore_index)
+    if MIXED:
+        valid &= tl.load(targets + partner * t_2, mask=exists, other=0) != ignore_index
+    return valid
+
+
+@triton.jit
+def _rows(
+    targets, ratio, permutation, start, last, K, M, ignore_index, s_1, s_2, t_0, t_1, t_2, t_k,
+    SOFT: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The tile of rows from `start`: numbers, existence, validity, poison; then pointers to their
+    targets and what modulation makes of them, and the same of their partners.
+
+    Poison is NaN for a row whose label or partner is out of range, which no kernel can report.
+    """
+    b = (start + tl.arange(0, ROWS)).to(tl.int64)
+    exists = b < last
+    partner, known = _partner(permutation, b, exists, M)
+    valid, sound = exists, known
+    own_rows = targets + _start(b, s_1, s_2, t_0, t_1, t_2)
+    own = _modulation(own_rows, ratio, b, exists, K, t_k, SOFT, CLAMP, ROWS, CLASSES, ACC)
+    other_rows, other = own_rows, own
+    if permutation is not None:
+        other_rows = targets + _start(partner, s_1, s_2, t_0, t_1, t_2)
+        other = _modulation(other_rows, ratio, partner, exists, K, t_k, SOFT, CLAMP, ROWS, CLASSES,
+                            ACC)  # fmt: skip
+    if not SOFT:
+        valid = _count_valid(targets, b, partner, exists, t_2, ignore_index,
+                             permutation is not None)  # fmt: skip
+        sound &= (own[0] >= 0) & (own[0] < K) & (other[0] >= 0) & (other[0] < K)
+    poison = tl.where(sound | (valid == 0), 0.0, float("nan")).to(ACC)
+    return b, exists, valid, poison, own_rows, own, other_rows, other
+
+
+@triton.jit
+def _targets(
+    own_rows, own, other_rows, other, exists, k, K, t_k, lam,
+    MODULATED: tl.constexpr, MIXED: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """t = λ·t'_b + (1 − λ)·t'_partner: (ROWS, CLASSES)."""
+    t = _modulated(own_rows, exists, k, K, t_k, own, MODULATED, SOFT, ACC)
+    if MIXED:
+        u = _modulated(other_rows, exists, k, K, t_k, other, MODULATED, SOFT, ACC)
+        share = numeric.scalar(lam, tl.float64)
+        t = share.to(ACC) * t + (1.0 - share).to(ACC) * u
+    return t
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def masked_loss_kernel(
+    logits,  # (n, K)
+    targets,  # (M, K) floats as (s_0, s_1, s_2, K), or (M,) int64
+    ratio,  # (M,) in ACC or None
+    permutation,  # (≥ n,) int64 or None
+    per_sample,  # (n,) in ACC, written
+    normalizer,  # (n, 2) in ACC, written: maximum, log-sum
+    columns,  # (programs, K) in ACC, written: Σ p over the program's rows
+    sums,  # (5, programs) float64, written: Σ of labelled and unlabelled losses, rows, Σ p·log p
+    arrived,  # () int32, written: 0, for the finishing programs
+    n, K, M, num_labeled, ignore_index, each, z_b, z_k, s_1, s_2, t_0, t_1, t_2, t_k,
+    lam: tl.float64, SOFT: tl.constexpr, CLAMP: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program i: rows i·each and on, `each` of them."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    if part == 0:
+        tl.store(arrived, 0)
+    begin = part * each
+    last = tl.minimum(begin + each, n)
+    labeled = tl.zeros((), tl.float64)
+    unlabeled = tl.zeros((), tl.float64)
+    labeled_count = tl.zeros((), tl.float64)
+    unlabeled_count = tl.zeros((), tl.float64)
+    confidence = tl.zeros((), tl.float64)
+    for start in range(begin, last, ROWS):
+        b, exists, valid, poison, own_rows, own, other_rows, other = _rows(
+            targets, ratio, permutation, start, last, K, M, ignore_index, s_1, s_2, t_0, t_1, t_2,
+            t_k, SOFT, CLAMP, ROWS, CLASSES, ACC,
+        )  # fmt: skip
+        top = tl.full((ROWS,), -float("inf"), ACC)
+        for first in range(0, K, CLASSES):
+            k = first + tl.arange(0, CLASSES)[None, :]
+            inside = exists[:, None] & (k < K)
+            offsets = b[:, None] * z_b + k.to(tl.int64) * z_k
+            z = tl.load(logits + offsets, mask=inside, other=-float("inf")).to(ACC)
+            top = tl.maximum(top, tl.max(z, 1))
+        total = tl.zeros((ROWS,), ACC)
+        for first in range(0, K, CLASSES):
+            k = first + tl.arange(0, CLASSES)[None, :]
+            inside = exists[:, None] & (k < K)
+            offsets = b[:, None] * z_b + k.to(tl.int64) * z_k
+            z = tl.load(logits + offsets, mask=inside, other=0.0).to(ACC)
+            total += tl.sum(tl.where(inside, tl.exp(z - top[:, None]), 0.0), 1)
+        log_sum = numeric.log(total).to(ACC)
+        scale = 1.0 / total
+        tl.store(normalizer + 2 * b, top, mask=exists)
+        tl.store(normalizer + 2 * b + 1, log_sum, mask=exists)
+        is_labeled = b < num_labeled
+        loss = tl.zeros((ROWS,), ACC)
+        entropy = tl.zeros((ROWS,), ACC)
+        for first in range(0, K, CLASSES):
+            k = first + tl.arange(0, CLASSES)[None, :]
+            inside = exists[:, None] & (k < K)
+            offsets = b[:, None] * z_b + k.to(tl.int64) * z_k
+            z = tl.load(logits + offsets, mask=inside, other=0.0).to(ACC)
+            centred = z - top[:, None]
+            log_p = centred - log_sum[:, None]
+            p = tl.exp(centred) * scale[:, None]
+            t = _targets(own_rows, own, other_rows, other, exists, k, K, t_k, lam,
+                         ratio is not None, permutation is not None, SOFT, ACC)  # fmt: skip
+            cross = tl.where(t == 0, 0.0, -t * log_p)  # 0·log 0 = 0
+            term = tl.where(is_labeled[:, None], cross, (p - t) * (p - t))
+            loss += tl.sum(tl.where(inside, term, 0.0), 1)
+            entropy += tl.sum(tl.where(inside & (p != 0), p * log_p, 0.0), 1)
+            column = tl.sum(tl.where(inside, p, 0.0), 0)
+            j = first + tl.arange(0, CLASSES)
+            tl.debug_barrier()  # the last tile's column sums are written
+            known = tl.where(start > begin, K, 0)
+            column += tl.load(columns + part.to(tl.int64) * K + j, mask=j < known, other=0.0)
+            tl.debug_barrier()
+            tl.store(columns + part.to(tl.int64) * K + j, column, mask=j < K)
+        loss = tl.where(is_labeled, loss, numeric.divide(loss, loss * 0 + K.to(ACC))) + poison
+        loss = tl.where(valid, loss, 0.0)
+        tl.store(per_sample + b, loss, mask=exists)
+        loss = loss.to(tl.float64)
+        labeled += tl.sum(tl.where(is_labeled, loss, 0.0), 0)
+        unlabeled += tl.sum(tl.where(is_labeled, 0.0, loss), 0)
+        labeled_count += tl.sum(tl.where(valid & is_labeled, 1.0, 0.0).to(tl.float64), 0)
+        unlabeled_count += tl.sum(tl.where(valid & (b >= num_labeled), 1.0, 0.0).to(tl.float64), 0)
+        confidence += tl.sum(entropy.to(tl.float64), 0)
+    tl.store(sums + part, labeled)
+    tl.store(sums + parts + part, unlabeled)
+    tl.store(sums + 2 * parts + part, labeled_count)
+    tl.store(sums + 3 * parts + part, unlabeled_count)
+    tl.store(sums + 4 * parts + part, confidence)
+
+
+@triton.jit
+def _added(values, count, BLOCK: tl.constexpr):
+    """Σ of `count` float64 values, in order of blocks."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(values + i, mask=i < count, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _weighted(weight, term):
+    """weight·term, and 0 for weight 0 even where the term is infinite."""
+    return tl.where(weight == 0, 0.0, weight * term)
+
+
+@triton.jit
+def _prior(prior, k, K, ACC: tl.constexpr):
+    """π of classes k: the given one, or 1/K."""
+    if prior is None:
+        return numeric.divide(tl.full(k.shape, 1.0, ACC), tl.zeros(k.shape, ACC) + K.to(ACC))
+    else:
+        return tl.load(prior + k, mask=k < K, other=0.0)
+
+
+@triton.jit(do_not_specialize=["n", "K", "parts"])
+def masked_loss_finish_kernel(
+    columns,  # (parts, K) in ACC
+    sums,  # (5, parts) float64
+    prior,  # (K,) in ACC or None
+    penalties,  # workspace (programs,) float64
+    arrived,  # () int32, 0: counts the programs that are through
+    results,  # five () in ACC, written: total, labelled, unlabelled, prior's penalty, confidence
+    p_mean,  # (K,) in ACC, written
+    n, K, parts, unlabeled_weight: tl.float64, prior_weight: tl.float64,
+    confidence_weight: tl.float64,
+    MEAN: tl.constexpr, PARTS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program i: p̄ of a block of classes; the last one through: the losses."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    k = program * CLASSES + tl.arange(0, CLASSES)
+    column = tl.zeros((PARTS, CLASSES), tl.float64)
+    for first in range(0, parts, PARTS):
+        i = first + tl.arange(0, PARTS)[:, None]
+        inside = (i < parts) & (k < K)[None, :]
+        value = tl.load(columns + i.to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
+        column += value.to(tl.float64)
+    mean = tl.sum(column, 0) / tl.maximum(n, 1).to(tl.float64)
+    tl.store(p_mean + k, mean.to(ACC), mask=k < K)
+    pi = _prior(prior, k, K, ACC).to(tl.float64)
+    term = pi * numeric.log(pi / mean)
+    term = tl.where((k < K) & (pi != 0), term, 0.0)
+    tl.store(penalties + program, tl.where(n == 0, 0.0, tl.sum(term, 0)))
+    tl.debug_barrier()  # before this program counts as through
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1:
+        labeled = _added(sums, parts, PARTS)
+        unlabeled = _added(sums + parts, parts, PARTS)
+        if MEAN:
+            labeled /= tl.maximum(_added(sums + 2 * parts, parts, PARTS), 1.0)
+            unlabeled /= tl.maximum(_added(sums + 3 * parts, parts, PARTS), 1.0)
+        confidence = _added(sums + 4 * parts, parts, PARTS) / tl.maximum(n, 1).to(tl.float64)
+        penalty = _added(penalties, programs, PARTS)
+        total = labeled + _weighted(numeric.scalar(unlabeled_weight, tl.float64), unlabeled)
+        total += _weighted(numeric.scalar(prior_weight, tl.float64), penalty)
+        total += _weighted(numeric.scalar(confidence_weight, tl.float64), confidence)
+        tl.store(results[0], total.to(ACC))
+        tl.store(results[1], labeled.to(ACC))
+        tl.store(results[2], unlabeled.to(ACC))
+        tl.store(results[3], penalty.to(ACC))
+        tl.store(results[4], confidence.to(ACC))
+
+
+@triton.jit
+def _upstream(grad_total, grad, weight, ACC: tl.constexpr):
+    """What arrives at one part of the loss: its own gradient, and the total's times its weight."""
+    value = tl.zeros((), ACC)
+    if grad is not None:
+        value += tl.load(grad)
+    if grad_total is not None:
+        value += _weighted(numeric.scalar(weight, tl.float64).to(ACC), tl.load(grad_total))
+    return value
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def masked_loss_backward_kernel(
+    grad_total, grad_labeled, grad_unlabeled, grad_prior, grad_confidence,  # () in ACC or None
+    grad_per_sample,  # (n,) in ACC or None
+    logits,  # (n, K)
+    targets,  # (M, K) floats as (s_0, s_1, s_2, K), or (M,) int64
+    ratio,  # (M,) in ACC or None
+    permutation,  # (≥ n,) int64 or None
+    prior,  # (K,) in ACC or None
+    normalizer,  # (n, 2) in ACC
+    p_mean,  # (K,) in ACC
+    result,  # (n, K), written
+    n, K, M, num_labeled, ignore_index, each, g_b, z_b, z_k, s_1, s_2, t_0, t_1, t_2, t_k,
+    lam: tl.float64, unlabeled_weight: tl.float64, prior_weight: tl.float64,
+    confidence_weight: tl.float64, MEAN: tl.constexpr, SOFT: tl.constexpr, CLAMP: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program i: rows i·each and on, `each` of them."""
+    labeled_slope = _upstream(grad_total, grad_labeled, 1.0, ACC)
+    unlabeled_slope = _upstream(grad_total, grad_unlabeled, unlabeled_weight, ACC)
+    rows = tl.maximum(n, 1).to(ACC)
+    prior_slope = _upstream(grad_total, grad_prior, prior_weight, ACC)
+    entropy_slope = numeric.divide(
+        _upstream(grad_total, grad_confidence, confidence_weight, ACC), rows
+    )
+    if MEAN:
+        labeled_count = tl.minimum(num_labeled, n)
+        unlabeled_count = n - labeled_count
+        if not SOFT:
+            seen = tl.zeros((COUNT,), tl.int32)
+            seen_labeled = tl.zeros((COUNT,), tl.int32)
+            for first in range(0, n, COUNT):
+                b = (first + tl.arange(0, COUNT)).to(tl.int64)
+                partner, _ = _partner(permutation, b, b < n, M)
+                valid = _count_valid(targets, b, partner, b < n, t_2, ignore_index,
+                                     permutation is not None)  # fmt: skip
+                seen += tl.where(valid, 1, 0)
+                seen_labeled += tl.where(valid & (b < num_labeled), 1, 0)
+            labeled_count = tl.sum(seen_labeled, 0)
+            unlabeled_count = tl.sum(seen, 0) - labeled_count
+        labeled_slope = numeric.divide(labeled_slope, tl.maximum(labeled_count, 1).to(ACC))
+        unlabeled_slope = numeric.divide(unlabeled_slope, tl.maximum(unlabeled_count, 1).to(ACC))
+    begin = tl.program_id(0) * each
+    last = tl.minimum(begin + each, n)
+    for start in range(begin, last, ROWS):
+        b, exists, valid, poison, own_rows, own, other_rows, other = _rows(
+            targets, ratio, permutation, start, last, K, M, ignore_index, s_1, s_2, t_0, t_1, t_2,
+            t_k, SOFT, CLAMP, ROWS, CLASSES, ACC,
+        )  # fmt: skip
+        is_labeled = b < num_labeled
+        c = tl.where(is_labeled, labeled_slope, unlabeled_slope) + poison
+        if grad_per_sample is not None:
+            c += tl.load(grad_per_sample + b * g_b, mask=exists, other=0.0)
+        c = tl.where(valid, c, 0.0)
+        cross = tl.where(is_labeled, c, 0.0)[:, None]
+        square = tl.where(is_labeled, 0.0, c * (2.0 / K.to(ACC)))[:, None]
+        top = tl.load(normalizer + 2 * b, mask=exists, other=0.0)[:, None]
+        log_sum = tl.load(normalizer + 2 * b + 1, mask=exists, other=0.0)[:, None]
+        inner = tl.zeros((ROWS,), ACC)
+        mass = tl.zeros((ROWS,), ACC)
+        for sweep in tl.static_range(2):
+            for first in range(0, K, CLASSES):
+                k = first + tl.arange(0, CLASSES)[None, :]
+                inside = exists[:, None] & (k < K)
+                offsets = b[:, None] * z_b + k.to(tl.int64) * z_k
+                z = tl.load(logits + offsets, mask=inside, other=0.0).to(ACC)
+                log_p = z - top - log_sum
+                p = tl.where(inside, tl.exp(log_p), 0.0)
+                t = _targets(own_rows, own, other_rows, other, exists, k, K, t_k, lam,
+                             ratio is not None, permutation is not None, SOFT, ACC)  # fmt: skip
+                mean = tl.load(p_mean + k, mask=k < K, other=1.0)
+                # a class of which no row has any probability gets no gradient: its p can't move
+                slope = -_prior(prior, k, K, ACC) / (tl.where(mean == 0, 1.0, mean) * rows)
+                h = prior_slope * tl.where(mean == 0, 0.0, slope)
+                h += tl.where(p == 0, 0.0, entropy_slope * log_p)
+                h += tl.where(is_labeled[:, None], 0.0, square * (p - t))
+                if sweep == 0:
+                    inner += tl.sum(p * h, 1)
+                    mass += tl.sum(t, 1)
+                else:
+                    grad = p * (h - inner[:, None])
+                    grad += tl.where(is_labeled[:, None], cross * (p * mass[:, None] - t), 0.0)
+                    out = result + b[:, None] * K + k
+                    tl.store(out, numeric.cast(grad, result.dtype.element_ty), mask=inside)
+
+
+def _rows_each(rows: int, tile_rows: int, most: int) -> tuple[int, int]:
+    """How many programs for so many rows, and how many rows each: whole tiles."""
+    tiles = -(-rows // tile_rows)
+    each = -(-tiles // most) if tiles else 1
+    return -(-tiles // each), each * tile_rows
+
+
+def _strides(logits: Tensor, targets: Tensor) -> tuple[int, ...]:
+    """z_b, z_k, s_1, s_2, t_0, t_1, t_2, t_k: targets have one to three leading dimensions."""
+    if not targets.is_floating_point():
+        return (*logits.stride(), 1, max(len(targets), 1), 0, 0, targets.stride(0), 1)
+    missing = 4 - targets.dim()
+    _, s_1, s_2 = [1] * missing + [max(s, 1) for s in targets.shape[:-1]]
+    return (*logits.stride(), s_1, s_2, *[0] * missing, *targets.stride())
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+@implements("masked_loss")
+def forward(
+    logits: Tensor,
+    targets: Tensor,
+    ratio: Tensor | None,
+    permutation: Tensor | None,
+    prior: Tensor | None,
+    scalars: Tensor,
+    num_labeled: int,
+    clamp: bool,
+    ignore_index: int,
+    mean: bool,
+) -> tuple[Tensor, ...]:
+    """Arguments and results as in `reference/masked_loss.py`."""
+    check(logits, targets, ratio, permutation, prior, ignore_index)
+    n, K = logits.shape
+    lam, *weights = scalars.tolist()
+    soft = targets.is_floating_point()
+    M = targets.shape[:-1].numel() if soft else len(targets)
+    outputs = empty_outputs(logits)
+    *results, per_sample, normalizer, p_mean = outputs
+    blocks = -(-K // FINISH_CLASSES)
+    penalties = logits.new_empty(blocks, dtype=torch.float64)
+    arrived = logits.new_empty((), dtype=torch.int32)
+    acc = triton_dtype(p_mean.dtype)
+
+    def go(config: dict[str, int]) -> None:
+        tile = row_tile(config, n, K)
+        programs, each = _rows_each(n, tile["ROWS"], FORWARD_PROGRAMS)
+        # with no row one program still runs, to write zeros; its column sums are not read
+        columns = torch.empty(programs, K, dtype=p_mean.dtype, device=logits.device)
+        sums = torch.empty(5, max(programs, 1), dtype=torch.float64, device=logits.device)
+        launch(
+            masked_loss_kernel, (max(programs, 1),), logits, targets, _dense(ratio),
+            _dense(permutation), per_sample, normalizer, columns, sums, arrived, n, K, M,
+            num_labeled, ignore_index, each, *_strides(logits, targets), lam, SOFT=soft,
+            CLAMP=clamp, ACC=acc, **tile,
+        )  # fmt: skip
+        launch(
+            masked_loss_finish_kernel, (blocks,), columns, sums, _dense(prior), penalties, arrived,
+            tuple(results), p_mean, n, K, programs, *weights, MEAN=mean, PARTS=FINISH_PARTS,
+            CLASSES=FINISH_CLASSES, ACC=acc, num_warps=4,
+        )  # fmt: skip
+
+    launch_tuned("masked_loss", K, logits, go)
+    return outputs
+
+
+@implements("masked_loss_backward")
+def backward(*arguments: Any) -> Tensor:
+    """Arguments and result as in `reference/masked_loss.py`."""
+    *grads, grad_per_sample, logits, targets, ratio, permutation, prior, scalars = arguments[:12]
+    normalizer, p_mean, num_labeled, clamp, ignore_index, mean = arguments[12:]
+    n, K = logits.shape
+    lam, *weights = scalars.tolist()
+    soft = targets.is_floating_point()
+    M = targets.shape[:-1].numel() if soft else len(targets)
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    def go(config: dict[str, int]) -> None:
+        tile = row_tile(config, n, K)
+        programs, each = _rows_each(n, tile["ROWS"], BACKWARD_PROGRAMS)
+        launch(
+            masked_loss_backward_kernel, (programs,), *grads, grad_per_sample, logits, targets,
+            _dense(ratio), _dense(permutation), _dense(prior), normalizer.contiguous(),
+            p_mean.contiguous(), result, n, K, M, num_labeled, ignore_index, each,
+            0 if grad_per_sample is None else grad_per_sample.stride(0),
+            *_strides(logits, targets), lam, *weights, MEAN=mean, SOFT=soft, CLAMP=clamp,
+            COUNT=1024, ACC=triton_dtype(p_mean.dtype), **tile,
+        )  # fmt: skip
+
+    launch_tuned("masked_loss", K, logits, go)
+    return result

@@ -11,8 +11,9 @@ import importlib.util
 
 import torch
 
-#: The modules of this package that hold operators; the others' are served by the next backend.
+#: The modules of this package that hold operators.
 OPERATORS = (
+    "fit_label_quality",
     "masked_backward",
     "masked_forward",
     "masked_loss",

@@ -227,6 +227,15 @@ def calls() -> dict[str, Any]:
 
         return call
 
+    def quality(epochs: int, normalize: bool) -> Any:
+        def call(dtype: torch.dtype) -> None:
+            history = empty(epochs - 1, 50_000, dtype=dtype) if epochs > 1 else None
+            ops["fit_label_quality"].forward(
+                empty(50_000, dtype=dtype), history, [0.1, 0.5, 0.9], 10, 1e-2, 5e-4, normalize
+            )
+
+        return call
+
     def images(size: int, last: bool) -> Any:
         def call(dtype: torch.dtype) -> None:
             views = [empty(64, 3, size, size, dtype=dtype, last=last) for _ in range(12)]
@@ -247,6 +256,9 @@ def calls() -> dict[str, Any]:
         for last in (False, True):
             layout = "channels_last" if last else "contiguous"
             result[f"mixup_views and reconstruction_loss, {size} px, {layout}"] = images(size, last)
+    for epochs, normalize in ((1, False), (5, True)):
+        kind = "normalised" if normalize else "as they are"
+        result[f"fit_label_quality, {epochs} epochs, {kind}"] = quality(epochs, normalize)
     for classes in (10, 1000):
         result[f"sample_loss, {classes} classes"] = sample_loss(classes)
         for kind, labels in (

@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format info wheel clean
+.PHONY: help setup test demo lint format info wheel gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -45,6 +45,10 @@ info: setup  ## versions, and which backend serves each operator
 wheel: setup  ## dist/sanm_kernels-*.whl, for every Python
 	rm -rf build/lib build/lib.*
 	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# Not in .venv: a machine with a GPU has its own torch and Triton, and may have no network.
+gpu:  ## with PYTHON's own packages: build, GPU tests, sanitizer, benchmarks
+	$(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info sanm_kernels/lib .mypy_cache .pytest_cache .ruff_cache

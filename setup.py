@@ -1,8 +1,9 @@
-"""Builds the compiled CPU libraries beside the pure-Python package.
+"""Builds the compiled libraries, for CPUs and for NVIDIA GPUs, beside the pure-Python package.
 
 The libraries use the LibTorch Stable ABI and no Python C API: plain shared objects, loaded with
 `torch.ops.load_library`, that serve every Python and every torch from the targeted release on.
-Where torch or a compiler is missing, the pure-Python package is built, says so, and records why.
+Where torch or a compiler is missing, the pure-Python package is built, says so, and records why;
+so is the package without the CUDA library where nvcc is missing. No GPU is needed or looked for.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ FLAGS = (
     "-fno-trapping-math -fopenmp-simd -Wno-psabi"
 )
 
+#: Architectures of the CUDA library: those of SANM_CUDA_ARCHS ("90", "80 90"), else all of these
+#: that nvcc knows. The last is also stored as PTX, for GPUs that are newer.
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+# -fmad=false is what -ffp-contract=off is for the host.
+NVCC_FLAGS = (
+    "-std=c++17 -O3 -fmad=false --threads 2 -Xfatbin -compress-all -Xptxas -v "
+    "-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,-Wno-psabi"
+)
+
 
 def find_torch() -> Path | None:
     """The torch to compile against; nothing of it is imported, only headers and a name are used.
@@ -79,6 +89,55 @@ def why_not_compiled() -> str | None:
     return None
 
 
+@functools.cache
+def find_nvcc() -> Path | None:
+    """nvcc on the PATH, in CUDA_HOME or CUDA_PATH, where CUDA is usually put, or in pip's packages.
+
+    pip's are nvidia-cuda-nvcc of CUDA 13 and nvidia-cuda-nvcc-cu12.
+    """
+    on_path = shutil.which("nvcc")
+    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    roots.append(Path("/usr/local/cuda"))
+    for site in [*sys.path, sysconfig.get_path("purelib")]:
+        roots += [Path(site, "nvidia/cu13"), Path(site, "nvidia/cuda_nvcc")]
+    found = [Path(on_path)] if on_path else []
+    found += [root / "bin/nvcc" for root in roots if os.access(root / "bin/nvcc", os.X_OK)]
+    return found[0] if found else None
+
+
+@functools.cache
+def why_no_cuda() -> str | None:
+    """None if the CUDA library can be built here, else the reason."""
+    reason = why_not_compiled()
+    if reason is None and find_nvcc() is None:
+        reason = "nvcc was not found on the PATH, in CUDA_HOME or in pip's packages"
+    elif reason is None:
+        for header in ("cuda_runtime.h", "nv/target"):  # of two more packages of pip's
+            folders = cuda_folders("include")
+            if folders and not any((folder / header).is_file() for folder in folders):
+                reason = f"pip's nvcc lacks {header} (nvidia-cuda-runtime, nvidia-cuda-cccl)"
+    return reason
+
+
+def cuda_folders(kind: str) -> list[Path]:
+    """What pip's nvcc does not look into by itself: "include" or "lib" of pip's runtime."""
+    root = find_nvcc().parent.parent
+    folders = (root / kind, root.parent / "cuda_runtime" / kind)
+    return [p for p in folders if root.parent.name == "nvidia" and p.is_dir()]
+
+
+def gencode() -> str:
+    """nvcc's options for the architectures."""
+    known = subprocess.run(
+        [find_nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    archs = os.environ.get("SANM_CUDA_ARCHS", "").split()
+    archs = archs or [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
+    code = {arch: f"sm_{arch}" for arch in archs}
+    code[archs[-1]] = f"[sm_{archs[-1]},compute_{archs[-1]}]"
+    return " ".join(f"-gencode arch=compute_{arch},code={code[arch]}" for arch in archs)
+
+
 class Build(build):
     """Runs build_ext always, also where it only has to say why there is nothing to compile."""
 
@@ -106,6 +165,12 @@ class BuildLibraries(build_ext):
             note.write_text(reason + "\n")
             return
         note.unlink(missing_ok=True)
+        cuda_note = self.destination / "cuda_not_compiled.txt"
+        cuda_note.unlink(missing_ok=True)
+        if why_no_cuda() is not None:
+            print(f"sanm_kernels: building without CUDA kernels: {why_no_cuda()}")
+            (self.destination / "cuda.so").unlink(missing_ok=True)
+            cuda_note.write_text(why_no_cuda() + "\n")
         work = ROOT / "build/libraries"  # one folder for all builds, so that each reuses the last
         work.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text(self.ninja_file())
@@ -115,7 +180,8 @@ class BuildLibraries(build_ext):
         """The libraries, or the note that says why there are none."""
         if why_not_compiled() is not None:
             return [str(self.destination / "not_compiled.txt")]
-        return [str(self.destination / f"cpu_{isa}.so") for isa in ISAS]
+        cuda = "cuda.so" if why_no_cuda() is None else "cuda_not_compiled.txt"
+        return [str(self.destination / name) for name in (*(f"cpu_{isa}.so" for isa in ISAS), cuda)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -144,7 +210,35 @@ class BuildLibraries(build_ext):
                 objects.append(f"{isa}/{source.stem}.o")
                 lines += [f"build {objects[-1]}: compile {source}", f"  isa = {flags}"]
             lines.append(f"build {self.destination / f'cpu_{isa}.so'}: link {' '.join(objects)}")
+        if why_no_cuda() is None:
+            lines += self.cuda_lines(base)
         return "\n".join(lines) + "\n"
+
+    def cuda_lines(self, torch: Path) -> list[str]:
+        """The ninja file's part about cuda.so; benchmarks/ptxas.py reads the files $out.log."""
+        includes = " ".join(f"-isystem {p}" for p in [torch / "include", *cuda_folders("include")])
+        folders = " ".join(f"-L{path}" for path in [torch / "lib", *cuda_folders("lib")])
+        lines = [
+            f"nvcc = {find_nvcc()} -ccbin {shlex.split(CXX)[0]}",
+            f"nvcc_flags = {NVCC_FLAGS} {gencode()} -DTORCH_TARGET_VERSION={TARGET} "
+            f"-I{ROOT / 'csrc'} {includes}",
+            "rule compile_cuda",
+            "  command = $nvcc $nvcc_flags -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 "
+            "|| { cat $out.log; exit 1; }; grep -A 3 warning $out.log || true",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            # cudart is inside, none of its symbols visible; the CUDA parts of torch are not named.
+            "rule link_cuda",
+            f"  command = $nvcc -shared -cudart static $in -o $out {folders} "
+            "-Xlinker --exclude-libs,ALL -Xlinker --no-as-needed -ltorch_cpu -Xlinker --as-needed",
+            "  description = link $out",
+        ]
+        objects = []
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            objects.append(f"cuda/{source.stem}.o")
+            lines.append(f"build {objects[-1]}: compile_cuda {source}")
+        return [*lines, f"build {self.destination / 'cuda.so'}: link_cuda {' '.join(objects)}"]
 
 
 class LibraryWheel(bdist_wheel):

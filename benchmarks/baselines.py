@@ -28,6 +28,10 @@ def masked_forward_opencv(
     """
     import cv2
 
+    device = images.device  # OpenCV works in the CPU's memory: the transfers are part of the time
+    features, targets, clean_prob, images, draws = (
+        x.cpu() for x in (features, targets, clean_prob, images, draws)
+    )
     maps = F.normalize((features**2).sum(1).flatten(1)).view(-1, *features.shape[2:]).numpy()
     channels, H, W = images.shape[1:]
     images_max, images_min, new_targets = images.clone(), images.clone(), targets.clone()
@@ -51,7 +55,7 @@ def masked_forward_opencv(
         top = targets[i].argmax()
         new_targets[i] += float(ratio / np.float32(targets.shape[1] - 1))
         new_targets[i, top] = targets[i, top] - float(ratio)
-    return new_targets, images_max, images_min
+    return new_targets.to(device), images_max.to(device), images_min.to(device)
 
 
 def masked_forward_torch(
@@ -69,7 +73,8 @@ def masked_forward_torch(
     area = ratio * (H * W) * 0.5
     height = (area * aspect).sqrt().round().long().clamp(1, H)[:, None, None]
     width = (area / aspect).sqrt().round().long().clamp(1, W)[:, None, None]
-    rows, columns = torch.arange(H)[:, None], torch.arange(W)
+    rows = torch.arange(H, device=images.device)[:, None]
+    columns = torch.arange(W, device=images.device)
 
     def view(flat: Tensor, fill: Tensor) -> Tensor:
         y = torch.minimum(flat[:, None, None] // W, H - height)
@@ -103,7 +108,7 @@ def masked_loss_torch(
     p = torch.softmax(logits, 1)
     labeled = -(F.log_softmax(logits[: n // 2], 1) * rows[: n // 2]).sum(1).mean()
     unlabeled = (p[n // 2 :] - rows[n // 2 :]).square().mean()
-    prior = torch.full((K,), 1 / K)
+    prior = torch.full((K,), 1 / K, device=logits.device)
     return labeled + weight * unlabeled + (prior * torch.log(prior / p.mean(0))).sum()
 
 
@@ -140,10 +145,10 @@ def fit_label_quality_sklearn(losses: Tensor) -> Tensor:
     """losses (N,) → clean probability (N,) by scikit-learn's mixture, in float64."""
     from sklearn.mixture import GaussianMixture
 
-    x = losses.double().numpy()
+    x = losses.double().cpu().numpy()
     x = ((x - x.min()) / (x.max() - x.min()))[:, None]
     mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ten iterations are the method's, converged or not
         posterior = mixture.fit(x).predict_proba(x)
-    return torch.from_numpy(posterior[:, mixture.means_.argmin()])
+    return torch.from_numpy(posterior[:, mixture.means_.argmin()]).to(losses.device)

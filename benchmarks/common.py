@@ -63,11 +63,12 @@ class Case:
     agree: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = close
     axis: tuple[str, int] | None = None
 
-    def sets(self, cache: int = CACHE) -> list[Any]:
+    def sets(self, cache: int = CACHE, device: str = "cpu") -> list[Any]:
         """So many sets of inputs that none is in a cache when its turn comes again."""
         torch.manual_seed(0)
         count = -(-cache // (self.read + self.written))
-        return [self.make() for _ in range(min(max(2, count), MAX_SETS))]
+        with torch.device(device):
+            return [self.make() for _ in range(min(max(2, count), MAX_SETS))]
 
     def checked(self, inputs: Any) -> tuple[dict[str, Implementation], dict[str, str]]:
         """What may be timed, since it agrees with ours; and why the rest can't be run here."""
@@ -82,6 +83,10 @@ class Case:
                 unable[name] = str(error)
             except AssertionError as error:
                 raise AssertionError(f"{self.op}, {self.shape}, {name}: {error}") from error
+            except RuntimeError as error:
+                if name != COMPILED:
+                    raise
+                unable[name] = str(error).strip().partition("\n")[0]  # what the compiler said
         return able, unable
 
 
@@ -102,30 +107,76 @@ def value_and_grad(loss: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
-def measure(case: Case, seconds: float, rounds: int = 7, cache: int = CACHE) -> dict[str, Any]:
+def wall_clock(name: str, function: Callable[[], object]) -> float:
+    """Seconds that a call takes on the CPU."""
+    start = time.perf_counter()
+    result = function()
+    elapsed = time.perf_counter() - start
+    del result  # freed outside the measured time
+    return elapsed
+
+
+class DeviceClock:
+    """Seconds that a call takes on the GPU, between two events.
+
+    The device is kept busy while the host issues the call, so that the host's own time, noted in
+    `host`, does not show; it does where the host waits for the device or needs over `LONGEST`.
+    """
+
+    LONGEST = 1e-2
+    CYCLES = 2e9  # per second, at least: the idling may be too long, but not too short
+
+    def __init__(self, flush: bool) -> None:
+        """`flush`: overwrite the level-2 cache before each call, where buffer sets are too few."""
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        size = torch.cuda.get_device_properties(0).L2_cache_size
+        self.buffer = torch.empty(2 * size * flush, dtype=torch.int8, device="cuda")
+        self.host: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, function: Callable[[], object]) -> float:
+        known = self.host.setdefault(name, [])
+        expected = min(statistics.median(known), self.LONGEST) if known else self.LONGEST
+        torch.cuda.synchronize()
+        self.buffer.zero_()
+        torch.cuda._sleep(int(self.CYCLES * (1.5 * expected + 2e-5)))
+        begin = time.perf_counter()
+        self.start.record()
+        result = function()
+        self.end.record()
+        known.append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        del result
+        return 1e-3 * self.start.elapsed_time(self.end)
+
+
+def measure(
+    case: Case, seconds: float, rounds: int = 7, cache: int = CACHE, device: str = "cpu"
+) -> dict[str, Any]:
     """Check the case, then time all of it in turns; a record as it goes into the JSON file.
 
     In each of at least `rounds` rounds every implementation runs, the faster ones up to 16 times,
     each call on the next buffer set. A ratio is the median over the rounds of the ratio of the
     medians within a round: what slows the machine for a while slows both sides of it.
     """
-    sets = case.sets(cache)
+    sets = case.sets(cache, device)
     able, unable = case.checked(sets[0])
-    copies = limit.copies(case.read, case.written, len(sets))
+    copies = limit.copies(case.read, case.written, len(sets), device)
     calls = {name: (lambda i, f=f: f(sets[i])) for name, f in able.items()} | copies
     turn = 0
+    clock: Any = wall_clock
+    if device != "cpu":
+        held = len(sets) * (case.read + case.written)
+        clock = DeviceClock(held < 2 * torch.cuda.get_device_properties(0).L2_cache_size)
 
     def once(name: str) -> float:
         nonlocal turn
         turn = (turn + 1) % len(sets)
-        start = time.perf_counter()
-        result = calls[name](turn)
-        elapsed = time.perf_counter() - start
-        del result  # freed outside the measured time
-        return elapsed
+        return clock(name, lambda i=turn: calls[name](i))
 
     names = list(calls)
-    first = {name: min(once(name) for _ in range(3)) for name in names}
+    first = {name: once(name) for name in names}
+    for name in names:  # again, without what a first call does; not where that takes too long
+        first[name] = min([first[name]] + [once(name) for _ in range(2 * (first[name] < seconds))])
     repeats = {name: min(round(max(first.values()) / first[name]), 16) for name in names}
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
@@ -146,10 +197,13 @@ def measure(case: Case, seconds: float, rounds: int = 7, cache: int = CACHE) -> 
             "gb_per_s": (case.read + case.written) / statistics.median(medians[name]) / 1e9,
             "over_ours": over(name, OURS),
             "over_limit": over(name, best),
-            "allocated": peak(lambda f=able[name]: f(sets[0])) if name in able else None,
+            "allocated": peak(lambda f=able[name]: f(sets[0]), device) if name in able else None,
         }
         for name in calls
     }
+    if device != "cpu":  # what the host needs to issue a call: the time of small ones in a row
+        for name, result in results.items():
+            result["host_seconds"] = quartiles(clock.host[name])
     keys = ("op", "shape", "axis", "read", "written")
     return {key: getattr(case, key) for key in keys} | {
         "sets": len(sets), "rounds": len(times[OURS]), "limit": best, "not_run": unable,
@@ -162,8 +216,13 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def peak(function: Callable[[], object]) -> int:
+def peak(function: Callable[[], object], device: str = "cpu") -> int:
     """Bytes that torch had allocated at most during a call, its results included."""
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = function()

@@ -3,7 +3,7 @@
 The faster of two loops on torch's threads: a helper, compiled here by g++, that reads as many
 bytes as the operator must and writes as many, with non-temporal stores, which spare reading what is
 overwritten; and torch's `copy_` of half of all these bytes, which reads half and writes half.
-Without g++ or AVX only the latter is left.
+Without g++ or AVX only the latter is left. On a GPU it is a copy within the device's memory.
 """
 
 from __future__ import annotations
@@ -55,19 +55,21 @@ def _stream() -> Callable[..., None] | None:
     return function
 
 
-def copies(read: int, written: int, sets: int) -> dict[str, Callable[[int], object]]:
+def copies(
+    read: int, written: int, sets: int, device: str = "cpu"
+) -> dict[str, Callable[[int], object]]:
     """The loops by name; each takes the number of the buffers, of `sets`, that it works on."""
     lines = -(-read // 64), -(-written // 64)
 
     def buffers() -> torch.Tensor:  # (sets, bytes), each from the start of a cache line on
         size = 64 * max(lines)
-        flat = torch.ones(sets * size + 64, dtype=torch.uint8)
+        flat = torch.ones(sets * size + 64, dtype=torch.uint8, device=device)
         start = -flat.data_ptr() % 64
         return flat[start : start + sets * size].view(sets, size)
 
     source, target, half = buffers(), buffers(), (read + written) // 2
     loops = {"torch copy": lambda i: target[i, :half].copy_(source[i, :half])}
-    if stream := _stream():
+    if device == "cpu" and (stream := _stream()):
         threads = torch.get_num_threads()
         loops["non-temporal copy"] = lambda i: stream(
             source[i].data_ptr(), lines[0], target[i].data_ptr(), lines[1], threads

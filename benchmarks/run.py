@@ -5,22 +5,54 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import COMPILED, OURS, SHAPES, cases, measure
+import torch
+
+from benchmarks.common import COMPILED, OURS, SHAPES, Case, cases, measure
 from sanm_kernels.__main__ import info
 
 HERE = Path(__file__).resolve().parent
 OPS = (*SHAPES, "growth")
 PACKAGES = ("numpy", "opencv-python-headless", "scikit-learn")
+
+
+def slug(*words: str) -> str:
+    """Words as part of a file's name."""
+    return re.sub(r"\W+", "-", " ".join(words)).strip("-").lower()
+
+
+def gpu() -> dict[str, Any] | None:
+    """The first GPU: name, driver, capability, memory, caches; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    driver = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        driver = answer[0] if answer else None
+    return {
+        "name": properties.name,
+        "count": torch.cuda.device_count(),
+        "driver": driver,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory": properties.total_memory,
+        "l2_cache": properties.L2_cache_size,
+        "multiprocessors": properties.multi_processor_count,
+    }
 
 
 def environment() -> dict[str, Any]:
@@ -45,6 +77,8 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": cpu[1].strip() if cpu else facts["processor"]["machine"],
         "processor": facts["processor"],
+        "gpu": gpu(),
+        "cuda": facts["cuda"]["version"],
         "load": os.getloadavg()[0],
         "versions": facts["versions"] | {name: version(name) for name in PACKAGES},
         "operators": facts["operators"],
@@ -68,9 +102,21 @@ def table(record: dict[str, Any]) -> str:
         row += f"{r['over_ours'][1]:9.2f} × ours" if name != OURS else " " * 16
         if r["allocated"] is not None:
             row += f"{r['allocated'] / 2**20:9.2f} MiB"
+        if "host_seconds" in r:
+            row += f"   host {text(r['host_seconds'][1])}"
         lines.append(row + ("  (the limit)" if name == record["limit"] else ""))
     lines += [f"  {name:18} not run: {why}" for name, why in record["not_run"].items()]
     return "\n".join(lines)
+
+
+def schedule(ops: Sequence[str], quick: bool, in_turns: bool) -> Iterator[Case]:
+    """The cases, one operator after the other, or the first of each, then the second of each, …"""
+    listed = [list(cases(op))[: 1 if quick else None] for op in ops]
+    if in_turns:
+        for row in itertools.zip_longest(*listed):
+            yield from (case for case in row if case is not None)
+    else:
+        yield from itertools.chain(*listed)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -89,29 +135,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--quick", action="store_true", help="a trial: the smallest shapes, few rounds, data "
         "partly in the caches; the figures mean little")  # fmt: skip
     add("--no-compile", action="store_true", help="leave out torch.compile")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--seconds", type=float, default=8.0, help="for each case (default: 8)")
+    add("--rounds", type=int, default=7, help="at least so many for each case (default: 7)")
+    add("--minutes", type=float, help="begin no case after so many, and go through the operators "
+        "in turns, so that each gets its first")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-COMMIT.json")
     options = parser.parse_args(arguments)
 
     facts = environment()
     device = f"{facts['device']}, {facts['processor']['threads']} threads"
-    name = re.sub(r"\W+", "-", f"{device} {facts['commit']}").lower()
-    out = options.out or HERE / "results" / f"{name}.json"
+    if options.device == "cuda":
+        if facts["gpu"] is None:
+            parser.error("--device cuda: torch sees no GPU here")
+        device = facts["device"] = facts["gpu"]["name"]
+    out = options.out or HERE / "results" / f"{slug(device, facts['commit'])}.json"
     print(f"{device}, load {facts['load']:.1f}; torch {facts['versions']['torch']}; "
           f"commit {facts['commit']}")  # fmt: skip
     gc.disable()  # no pauses
-    records = []
-    for op in options.ops:
-        for case in list(cases(op))[: 1 if options.quick else None]:
-            if options.no_compile:
-                case.run.pop(COMPILED, None)
-            effort = (0.5, 3, 2**25) if options.quick else (options.seconds,)
-            records.append(measure(case, *effort))
+    effort = (0.5, 3, 2**25) if options.quick else (options.seconds, options.rounds)
+    end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+    records, failed, left_out = [], [], []
+    for case in schedule(options.ops, options.quick, options.minutes is not None):
+        name = f"{case.op} {case.shape}"
+        if time.monotonic() > end:
+            left_out.append(name)
+            continue
+        if options.no_compile:
+            case.run.pop(COMPILED, None)
+        try:
+            records.append(measure(case, *effort, device=options.device))
+        except AssertionError as error:  # a result that is wrong is not timed
+            failed.append(str(error))
+            print(f"\n{name}: {error}", flush=True)
+        else:
             print(table(records[-1]), flush=True)
-            write(out, {"quick": options.quick, **facts, "cases": records})
-            gc.collect()
+        write(out, {"quick": options.quick, **facts, "failed": failed, "cases": records})
+        gc.collect()
+    if left_out:
+        print(f"\nNo time was left for: {'; '.join(left_out)}")
+        late = {"failed": failed, "left_out": left_out}
+        write(out, {"quick": options.quick, **facts, **late, "cases": records})
     print(f"\nwritten to {out}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -464,7 +464,7 @@ def _seed(generator: torch.Generator | int | Tensor | None, device: torch.device
     if isinstance(generator, int) and not isinstance(generator, bool):
         if not 0 <= generator < 2**63:
             raise ValueError(f"generator: expected a seed in [0, 2⁶³), got {generator}")
-        return torch.tensor(generator, dtype=torch.int64, device=device)
+        return torch.full((), generator, dtype=torch.int64, device=device)  # a fill, not a copy
     if generator is None:
         return torch.randint(0, 2**63 - 1, (), device=device)
     if isinstance(generator, torch.Generator):

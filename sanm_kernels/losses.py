@@ -41,11 +41,14 @@ class MaskedLoss(NamedTuple):
 
 
 def _scalars(*values: float) -> Tensor:
-    """Run-time numbers as one CPU tensor: as float arguments they'd be compiled in as constants."""
+    """Run-time numbers as one CPU tensor: as float arguments they'd be compiled in as constants.
+
+    On the CPU whatever torch's default device is: kernels read it without waiting for a device.
+    """
     if torch.compiler.is_compiling():
-        one = torch.ones((), dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
         return torch.stack([one * value for value in values])
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _tensors(x: object, name: str, what: str) -> list[Tensor]:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+import cuda_host
 import pytest
 import torch
-
-if not torch.cuda.is_available():  # then Triton's kernels are tested in its interpreter
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 HERE = str(Path(__file__).resolve().parent)
 if HERE not in sys.path:
     sys.path.insert(0, HERE)
+
+if not torch.cuda.is_available():  # then Triton's kernels are tested in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if cuda_host.why_not() is None:  # and the CUDA kernels compiled for the host
+        os.environ.setdefault("SANM_KERNELS_CUDA_EMULATION", str(cuda_host.path()))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the emulated CUDA kernels if a test that is going to run names them."""
+    emulated = os.environ.get("SANM_KERNELS_CUDA_EMULATION") == str(cuda_host.path())
+    if not emulated or session.config.option.collectonly:
+        return
+    if any("cuda" in item.nodeid for item in session.items):
+        try:
+            cuda_host.library()
+        except subprocess.CalledProcessError:  # the compiler has said why
+            print("the emulated CUDA kernels do not compile: their tests are going to fail")
 
 
 @pytest.fixture(autouse=True)

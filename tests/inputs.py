@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from sanm_kernels import MaskConfig
+from sanm_kernels import MaskConfig, backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: One configuration per branch of masked_forward.
@@ -40,8 +40,16 @@ EXACT = (
 TRITON_DEVICE = None
 if importlib.util.find_spec("triton") is not None:
     TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-#: Backends that run on the CPU here, Triton's interpreter among them: for operators on small rows.
-CPU_BACKENDS = (*BACKENDS, "triton") if TRITON_DEVICE == "cpu" else BACKENDS
+#: Where the CUDA kernels run here: a GPU, or the "cpu" that emulates them; None with neither.
+CUDA_DEVICE, CUDA_REASON = "cpu", None  # tests/conftest.py builds and names the emulation
+if not os.environ.get("SANM_KERNELS_CUDA_EMULATION"):
+    CUDA_REASON = backends.load("cuda")
+    CUDA_DEVICE = "cuda" if CUDA_REASON is None else None
+#: GPU backend → where its kernels run here.
+GPU_DEVICES = {"triton": TRITON_DEVICE, "cuda": CUDA_DEVICE}
+#: Backends that run on the CPU here, interpreted and emulated ones among them: for operators on
+#: small rows.
+CPU_BACKENDS = (*BACKENDS, *(name for name, device in GPU_DEVICES.items() if device == "cpu"))
 #: Environment of a process in which Triton compiles instead of interpreting.
 COMPILING = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 LAYOUTS = ("contiguous", "channels_last", "offset", "strided", "transposed")

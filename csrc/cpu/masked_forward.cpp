@@ -1,34 +1,18 @@
 // masked_forward: energy → statistics → peak and trough → ratio and box → (one-pass mode) pooling of
 // what the box leaves visible, sample by sample while the map is in the cache; then the modulated
 // targets, the masked views, and in the one-pass mode logits and loss.
-//
-// B samples, features (B, C, h, w), images (B, Cin, H, W), V views, S draw sets; shapes of all
-// arguments and results: sanm_kernels/ops/masked_forward.py.
 #include "cpu/activation.h"
 #include "cpu/energy.h"
 #include "cpu/image.h"
-#include "cpu/matrix.h"
 #include "cpu/painter.h"
 #include "cpu/softmax.h"
 #include "cpu/values.h"
+#include "masked_forward.h"
 #include "math/modulation.h"
+#include "matrix.h"
 
 namespace sanm {
 namespace {
-
-using OptTensor = std::optional<Tensor>;
-
-struct Inputs {
-  Tensor features, targets, clean_prob;
-  OptTensor draws, seed, sample_index, images, weight, bias;
-  int64_t H, W, K;
-  Settings settings;
-  std::vector<double> fill_value;
-};
-
-struct Outputs {
-  Tensor stats, positions, ratio, boxes, targets, views, logits, loss, pooled, visible;
-};
 
 // v / Σv (h, w): v is the share of a cell that the box leaves visible; zeros where none is.
 template <typename A>
@@ -259,52 +243,11 @@ void run(const Inputs& in, const Outputs& out) {
   });
 }
 
-Outputs allocate(const Inputs& in) {
-  const int64_t B = in.features.size(0), V = in.settings.view_count(), S = in.settings.draw_sets();
-  const ScalarType acc = acc_type(in.features), type = in.features.scalar_type();
-  const bool soft = in.targets.scalar_type() != ScalarType::Long;
-  Tensor views = new_tensor({0}, type);
-  if (in.images) {
-    const Tensor& x = *in.images;
-    const std::vector<int64_t> size = {V * B, x.size(1), x.size(2), x.size(3)};
-    views = new_image(size, x.scalar_type(), is_channels_last(x));
-  }
-  const bool one_pass = in.weight.has_value();
-  return {new_tensor({5, B}, acc),
-          new_tensor({2, B, 2}, ScalarType::Int),
-          new_tensor({S, B}, ScalarType::Float),
-          new_tensor({V, B, 4}, ScalarType::Int),
-          new_tensor({S, B, in.K}, soft ? in.targets.scalar_type() : ScalarType::Float),
-          views,
-          one_pass ? new_tensor({B, in.K}, acc) : new_tensor({0}, acc),
-          one_pass ? new_tensor({}, acc) : new_tensor({0}, acc),
-          one_pass ? new_tensor({B, in.features.size(1)}, acc) : new_tensor({0}, acc),
-          one_pass ? new_tensor({B, in.features.size(2), in.features.size(3)}, acc)
-                   : new_tensor({0}, acc)};
-}
-
-// The operators' arguments, in the schema's order.
-#define SANM_PARAMETERS                                                                           \
-  Tensor features, Tensor targets, Tensor clean_prob, OptTensor draws, OptTensor seed,            \
-      OptTensor sample_index, OptTensor images, OptTensor weight, OptTensor bias, int64_t H,      \
-      int64_t W, int64_t K, int64_t views, bool shared, bool centered, bool quantize, bool clamp, \
-      int64_t fill, std::vector<double> fill_value, double area_scale, double ratio_low,          \
-      double ratio_high, double ratio_gamma, double aspect_low, double aspect_high
-#define SANM_INPUTS                                                                              \
-  Inputs {                                                                                       \
-    features, targets, clean_prob, draws, seed, sample_index, images, weight, bias, H, W, K,     \
-        Settings{views,      shared,    centered,   quantize,    clamp,      fill,               \
-                 area_scale, ratio_low, ratio_high, ratio_gamma, aspect_low, aspect_high},       \
-        fill_value                                                                               \
-  }
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-masked_forward(SANM_PARAMETERS) {
+MaskedForward masked_forward(SANM_PARAMETERS) {
   const Inputs in = SANM_INPUTS;
-  const Outputs o = allocate(in);
+  const Outputs o = allocate(in, new_image);
   run(in, o);
-  return {o.stats, o.positions, o.ratio, o.boxes, o.targets, o.views, o.logits, o.loss, o.pooled,
-          o.visible};
+  return as_tuple(o);
 }
 
 void masked_forward_out(SANM_PARAMETERS, Tensor stats, Tensor positions, Tensor ratio, Tensor boxes,

@@ -85,19 +85,11 @@ std::vector<int64_t> inverse(const Tensor& permutation, int64_t rows, int64_t to
   return result;
 }
 
-int64_t row_elements(const Tensor& x) {
-  int64_t E = 1;
-  for (int64_t d = 1; d < x.dim(); ++d) E *= x.size(d);
-  return E;
-}
-
 Tensor empty_like_rows(const Tensor& x, int64_t rows, bool channels_last) {
   std::vector<int64_t> size{rows};
   for (int64_t d = 1; d < x.dim(); ++d) size.push_back(x.size(d));
   return new_image(size, x.scalar_type(), channels_last);
 }
-
-bool any_channels_last(const Tensor& x) { return x.dim() == 4 && is_channels_last(x); }
 
 // views (b_i, …), M rows together, lam () double, permutation (≥ rows,) → (rows, …)
 Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Tensor& permutation_,
@@ -106,7 +98,7 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
   int64_t total = 0;
   for (const Tensor& view : views) {
     total += view.size(0);
-    if (view.numel() > 0) (any_channels_last(view) ? channels_last : contiguous) = true;
+    if (view.numel() > 0) (is_channels_last(view) ? channels_last : contiguous) = true;
   }
   channels_last = channels_last && !contiguous;
   const Tensor permutation = packed(permutation_);
@@ -135,7 +127,7 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
 std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
                                          const Tensor& permutation_,
                                          const std::vector<int64_t>& sizes) {
-  const bool channels_last = any_channels_last(grad_);
+  const bool channels_last = is_channels_last(grad_);
   const Tensor grad = channels_last ? grad_ : packed(grad_), permutation = packed(permutation_);
   const int64_t rows = grad.size(0), E = row_elements(grad);
   int64_t total = 0;

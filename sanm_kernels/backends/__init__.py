@@ -21,6 +21,8 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 if os.environ.get("TRITON_INTERPRET") == "1":  # then Triton's kernels run interpreted
     DEVICES["triton"] = ("cuda", "cpu")
+if os.environ.get("SANM_KERNELS_CUDA_EMULATION"):  # then the CUDA kernels run on the host
+    DEVICES["cuda"] = ("cpu",)
 
 _forced: list[str] = []  # innermost use_backend last
 

@@ -1,43 +1,74 @@
-"""Triton's mixup_views equals the reference to the last bit: on a GPU, or interpreted."""
+"""mixup_views of the GPU backends equals the reference to the last bit: on a GPU, or emulated."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DTYPES, LAYOUTS, TRITON_DEVICE, lay_out, upstreams
+from inputs import DTYPES, GPU_DEVICES, LAYOUTS, lay_out, upstreams
 
 import sanm_kernels as sk
+from sanm_kernels.backends import load
 
-pytestmark = pytest.mark.skipif(TRITON_DEVICE is None, reason="triton is not installed")
+
+@pytest.fixture(params=GPU_DEVICES)
+def backend(request) -> str:
+    if GPU_DEVICES[request.param] is None:
+        pytest.skip(load(request.param))
+    return request.param
 
 
 def run(backend, views, lam, permutation, rows, upstream):
-    device = TRITON_DEVICE if backend == "triton" else "cpu"
+    device = GPU_DEVICES.get(backend, "cpu")
+    views = [v.detach() for v in views]
     views = [(v if v.device.type == device else v.to(device)).requires_grad_() for v in views]
     mixed = sk.mixup_views(views, lam, permutation.to(device), rows=rows, backend=backend)
     grads = torch.autograd.grad(mixed, views, upstream.to(device))
     return mixed.detach().cpu(), [g.cpu() for g in grads]
 
 
+def assert_same(backend, *arguments):
+    a, ga = run(backend, *arguments)
+    b, gb = run("reference", *arguments)
+    for x, y in zip([a, *ga], [b, *gb], strict=True):
+        assert torch.equal(x, y) and x.stride() == y.stride()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 40, 33), (4,)])
-def test_rows_and_gradients(dtype, layout, shape):
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 40, 33), (4,), (8, 20, 28)])
+def test_rows_and_gradients(backend, dtype, layout, shape):
     sizes, rows = (3, 0, 2, 4), 6
     views = [lay_out(torch.randn(b, *shape).to(dtype), layout) for b in sizes]
     permutation = torch.randperm(9)
-    for name, upstream in upstreams((rows, *shape), dtype).items():
-        a, ga = run("triton", [v.detach() for v in views], 0.3, permutation, rows, upstream)
-        b, gb = run("reference", [v.detach() for v in views], 0.3, permutation, rows, upstream)
-        assert torch.equal(a, b) and a.stride() == b.stride(), name
-        for x, y in zip(ga, gb, strict=True):
-            assert torch.equal(x, y) and x.stride() == y.stride(), name
+    for upstream in upstreams((rows, *shape), dtype).values():
+        assert_same(backend, views, 0.3, permutation, rows, upstream)
 
 
-def test_no_rows():
+def test_no_rows(backend):
     views = [torch.randn(2, 3), torch.randn(1, 3)]
     for rows in (0, 3):
-        upstream = torch.ones(rows, 3)
-        a, ga = run("triton", [v.detach() for v in views], 0.9, torch.arange(3), rows, upstream)
-        b, gb = run("reference", [v.detach() for v in views], 0.9, torch.arange(3), rows, upstream)
-        assert torch.equal(a, b) and all(map(torch.equal, ga, gb))
+        assert_same(backend, views, 0.9, torch.arange(3), rows, torch.ones(rows, 3))
+    assert_same(backend, [torch.randn(2, 0)], 0.9, torch.arange(2), 2, torch.ones(2, 0))
+
+
+def test_strided_permutation(backend):
+    views = [torch.randn(2, 3), torch.randn(3, 3)]
+    permutation = torch.stack([torch.randperm(5), torch.zeros(5, dtype=torch.int64)], 1)[:, 0]
+    assert_same(backend, views, 0.3, permutation, 4, torch.randn(4, 3))
+
+
+def test_more_views_than_one_launch_takes(backend):
+    views = [torch.randn(1 + i % 2, 4) for i in range(70)]
+    rows = sum(map(len, views))
+    assert_same(backend, views, 0.3, torch.randperm(rows), rows, torch.randn(rows, 4))
+
+
+def test_partner_outside_the_stack_gives_nan():
+    """Where values are not checked: on a GPU, and in the emulation of the CUDA kernels."""
+    device = GPU_DEVICES["cuda"]
+    if device is None:
+        pytest.skip(load("cuda"))
+    views = [torch.ones(2, 4, device=device), torch.ones(1, 4, device=device)]
+    permutation = torch.tensor([3, 0, -1], device=device)
+    out = sk.mixup_views(views, 0.5, permutation, backend="cuda")
+    assert out.isnan().all(1).tolist() == [True, False, True]

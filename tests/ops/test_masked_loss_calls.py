@@ -105,3 +105,20 @@ def test_autocast(backend):
     assert torch.equal(out.total, direct.total)
     out.total.backward()
     assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+@backends
+def test_a_default_device_changes_nothing(backend):
+    """Run-time numbers stay on the CPU: on the default device they would be lost, or fetched."""
+    z, t, x = torch.randn(6, 4), torch.softmax(torch.randn(6, 4), 1), torch.randn(6, 2)
+    order = torch.randperm(6)
+
+    def run():
+        loss = sk.masked_loss(z, t, mix=(0.3, order), prior_weight=2.0, backend=backend)
+        mixed = sk.mixup_views([x], 0.3, order, backend=backend)
+        return (*loss, mixed, sk.refine_targets(z, temperature=0.4, backend=backend))
+
+    expected = run()
+    with torch.device("meta"):
+        results = run()
+    assert all(map(torch.equal, results, expected))

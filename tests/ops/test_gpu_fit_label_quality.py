@@ -1,4 +1,4 @@
-"""Triton's fit_label_quality against the reference: on a GPU, or interpreted on the CPU."""
+"""fit_label_quality of the GPU backends against the reference: on a GPU, or emulated."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from inputs import DTYPES, TRITON_DEVICE, lay_out
+from inputs import DTYPES, GPU_DEVICES, TRITON_DEVICE, lay_out
 from torch import Tensor
 
 import sanm_kernels as sk
 
-pytestmark = [
-    pytest.mark.skipif(TRITON_DEVICE is None, reason="triton is not installed"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of the interpreter
-]
+# NumPy's, of Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+needs_triton = pytest.mark.skipif(TRITON_DEVICE is None, reason="triton is not installed")
 KINDS = ("two modes", "skewed", "noise", "ties")
 EXACT = ("n_iter", "converged", "degenerate")
 DWINDLING = {"reg_covar": 0.1, "max_iter": 30, "tol": 0.0}  # EM that starves a component
@@ -40,21 +39,22 @@ def kernel():
     return importlib.import_module("sanm_kernels.backends.triton.fit_label_quality")
 
 
-def triton_fit(x: Tensor, history: Tensor | None = None, **options) -> sk.LabelQuality:
+def gpu_fit(backend: str, x: Tensor, history: Tensor | None = None, **options) -> sk.LabelQuality:
     """The result on the CPU; the arguments stay as they are."""
     before = [None if t is None else t.clone() for t in (x, history)]
-    x, history = (None if t is None else on_device(t) for t in (x, history))
-    fit = sk.fit_label_quality(x, history=history, backend="triton", **options)
+    device = GPU_DEVICES[backend]
+    x, history = (None if t is None else on_device(t, device) for t in (x, history))
+    fit = sk.fit_label_quality(x, history=history, backend=backend, **options)
     for t, was in zip((x, history), before, strict=True):
         assert t is None or torch.equal(t.cpu().nan_to_num(), was.nan_to_num())
     return sk.LabelQuality(*(t.cpu() for t in fit))
 
 
-def on_device(x: Tensor) -> Tensor:
+def on_device(x: Tensor, device: str) -> Tensor:
     """x on the device with its strides."""
-    if TRITON_DEVICE == "cpu":
+    if device == "cpu":
         return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=TRITON_DEVICE).copy_(x)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
 def assert_same_fit(got: sk.LabelQuality, expected: sk.LabelQuality, tolerance: float = 1e-9):
@@ -76,14 +76,14 @@ def reference_fit(x: Tensor, history: Tensor | None = None, **options) -> sk.Lab
 
 @pytest.mark.parametrize(
     "kind, n",
-    [(kind, n) for kind in KINDS for n in (2, 3, 17, 1000, 1024, 1025)]
+    [(kind, n) for kind in KINDS for n in (2, 3, 17, 1000, 1024, 1025, 2049)]
     + [("skewed", 20_000), ("noise", 20_000)],
 )
-def test_fits(kind, n):
+def test_fits(backend, kind, n):
     x = data(kind, n)
     expected = reference_fit(x)
     assert n < 17 or not expected.degenerate
-    fit = triton_fit(x)
+    fit = gpu_fit(backend, x)
     assert_same_fit(fit, expected)
     if sk.available_backends()["cpu"] is None:  # from 8192 samples on it fits a histogram
         fast = sk.fit_label_quality(x, backend="cpu")
@@ -91,12 +91,12 @@ def test_fits(kind, n):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_scikit_learn(kind):
+def test_equals_scikit_learn(backend, kind):
     mixture = pytest.importorskip("sklearn.mixture")
     x = data(kind, 1500)
     y = ((x - x.min()) / (x.max() - x.min()))[:, None].numpy()
     exact = mixture.GaussianMixture(2, max_iter=20, tol=1e-2, reg_covar=5e-4, random_state=3).fit(y)
-    fit = triton_fit(x, seed=3, max_iter=20)
+    fit = gpu_fit(backend, x, seed=3, max_iter=20)
     clean = exact.predict_proba(y)[:, exact.means_[:, 0].argmin()]
     assert np.abs(fit.clean_prob.numpy() - clean).max() < 1e-9
     assert fit.n_iter == exact.n_iter_ and exact.n_iter_ > 1
@@ -117,14 +117,14 @@ def test_equals_scikit_learn(kind):
     ),
     ids=str,
 )
-def test_options(options):
+def test_options(backend, options):
     x = data("skewed", 1500)
-    assert_same_fit(triton_fit(x, **options), reference_fit(x, **options))
+    assert_same_fit(gpu_fit(backend, x, **options), reference_fit(x, **options))
 
 
 @pytest.mark.parametrize("normalize", (True, False))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dtypes_and_layouts(dtype, normalize):
+def test_dtypes_and_layouts(backend, dtype, normalize):
     x = data("skewed", 1100).to(dtype)
     history = torch.stack([2.0 * x.roll(1), x.square(), torch.full_like(x, 0.75)])
     expected = reference_fit(x, normalize=normalize)
@@ -132,36 +132,37 @@ def test_dtypes_and_layouts(dtype, normalize):
     assert not expected.degenerate and not averaged.degenerate
     for layout, of_history in (("offset", "transposed"), ("strided", "offset")):
         y, past = lay_out(x, layout), lay_out(history, of_history)
-        assert_same_fit(triton_fit(y, normalize=normalize), expected)
-        assert_same_fit(triton_fit(y, past, normalize=normalize), averaged)
+        assert_same_fit(gpu_fit(backend, y, normalize=normalize), expected)
+        assert_same_fit(gpu_fit(backend, y, past, normalize=normalize), averaged)
 
 
 @pytest.mark.parametrize("normalize", (True, False))
-def test_history_is_averaged_over_five_epochs(normalize):
+def test_history_is_averaged_over_five_epochs(backend, normalize):
     x = data("two modes", 1300)
     history = torch.stack([2.0**e * x.roll(e) + 0.1 * e for e in range(6)])
     for epochs in (0, 1, 6):
-        fit = triton_fit(x, history[:epochs], normalize=normalize)
+        fit = gpu_fit(backend, x, history[:epochs], normalize=normalize)
         assert_same_fit(fit, reference_fit(x, history[:epochs], normalize=normalize))
 
 
+@needs_triton
 @pytest.mark.parametrize("n", (8, 63, 64, 65, 200))
 def test_more_blocks_than_a_block_holds(n, monkeypatch):
     monkeypatch.setitem(kernel().CONFIG, "BLOCK", 8)
     x = data("skewed", n)
     history = x.flip(0)[None].exp()
-    assert_same_fit(triton_fit(x), reference_fit(x))
-    assert_same_fit(triton_fit(x, history, seed=1), reference_fit(x, history, seed=1))
+    assert_same_fit(gpu_fit("triton", x), reference_fit(x))
+    assert_same_fit(gpu_fit("triton", x, history, seed=1), reference_fit(x, history, seed=1))
 
 
 @pytest.mark.parametrize("n", (2, 3, 4, 5, 8))
-def test_few_values_on_a_grid(n):
+def test_few_values_on_a_grid(backend, n):
     """Equal distances and repeated values: who wins ties decides the fit."""
     r = np.random.RandomState(n)
     for seed in range(10):
         x = torch.from_numpy(r.randint(0, 5, n) / 4.0)
         options = {"seed": seed, "reg_covar": 1e-3, "normalize": False}
-        assert_same_fit(triton_fit(x, **options), reference_fit(x, **options))
+        assert_same_fit(gpu_fit(backend, x, **options), reference_fit(x, **options))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
@@ -182,20 +183,20 @@ def test_few_values_on_a_grid(n):
     ),
     ids=lambda v: str(v) if isinstance(v, dict) else f"{len(v)}",
 )
-def test_degenerate_fits_call_every_label_clean(dtype, x, options):
+def test_degenerate_fits_call_every_label_clean(backend, dtype, x, options):
     x, options = x.to(dtype), dict(options)
     if "history" in options:
         options["history"] = x.repeat(options["history"], 1)
-    fit = triton_fit(x, **options)
+    fit = gpu_fit(backend, x, **options)
     assert fit.degenerate and not fit.converged and fit.n_iter == 0
     assert torch.equal(fit.clean_prob, torch.ones_like(fit.clean_prob))
     assert fit.weights.tolist() == [1, 0]
     assert_same_fit(fit, reference_fit(x, **options))
 
 
-def test_narrow_components_far_apart_are_no_degenerate_fit():
+def test_narrow_components_far_apart_are_no_degenerate_fit(backend):
     x = (torch.arange(9) % 3 == 0).double()
-    fit = triton_fit(x, reg_covar=1.1e-12)
+    fit = gpu_fit(backend, x, reg_covar=1.1e-12)
     assert not fit.degenerate and torch.equal(fit.clean_prob, 1 - x)
     assert_same_fit(fit, reference_fit(x, reg_covar=1.1e-12))
 
@@ -211,22 +212,23 @@ def test_narrow_components_far_apart_are_no_degenerate_fit():
     ),
     ids=str,
 )
-def test_extreme_values_never_give_nan(values, normalize):
+def test_extreme_values_never_give_nan(backend, values, normalize):
     x = torch.tensor(values, dtype=torch.float64)
     for history in (None, x.flip(0)[None]):
-        fit = triton_fit(x, history, normalize=normalize)
+        fit = gpu_fit(backend, x, history, normalize=normalize)
         assert not any(torch.isnan(t).any() for t in fit)
         assert ((fit.clean_prob >= 0) & (fit.clean_prob <= 1)).all()
 
 
 @pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
 @pytest.mark.parametrize("normalize", (True, False))
-def test_values_that_nobody_checks_accuse_no_label(value, normalize, monkeypatch):
+def test_values_that_nobody_checks_accuse_no_label(backend, value, normalize, monkeypatch):
     """A GPU's values are not looked at: one that is not finite makes the fit degenerate."""
-    monkeypatch.setattr(kernel().checks, "finite", lambda *_: None)
+    if backend == "triton":
+        monkeypatch.setattr(kernel().checks, "finite", lambda *_: None)
     x = data("two modes", 1500)
     x[1234] = value
-    fit = triton_fit(x, normalize=normalize)
+    fit = gpu_fit(backend, x, normalize=normalize)
     assert fit.degenerate and (fit.clean_prob == 1).all()
     assert not any(torch.isnan(t).any() for t in fit)
 
@@ -237,18 +239,25 @@ def test_values_that_are_not_finite_are_refused():
     bad = x.clone()
     bad[7] = torch.nan
     with pytest.raises(ValueError, match=r"^losses: .* got nan at index \[7\]"):
-        triton_fit(bad)
+        gpu_fit("triton", bad)
     with pytest.raises(ValueError, match=r"^history\[-4:\]: .* got nan at index \[0, 7\]"):
-        triton_fit(x, bad[None])
+        gpu_fit("triton", x, bad[None])
 
 
-def test_the_same_bits_twice():
+@pytest.mark.parametrize("descending", (False, True))
+def test_losses_in_order(backend, descending):
+    x = data("skewed", 4500).sort(descending=descending).values
+    assert_same_fit(gpu_fit(backend, x), reference_fit(x))
+
+
+def test_the_same_bits_twice(backend):
     x = data("skewed", 5000).float()
-    first, second = (triton_fit(x, x.square()[None]) for _ in range(2))
+    first, second = (gpu_fit(backend, x, x.square()[None]) for _ in range(2))
     assert not first.degenerate
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@needs_triton
 @pytest.mark.parametrize("max_iter", (1, 10))
 def test_a_fixed_number_of_launches_and_no_look_at_values(max_iter):
     """Tensors without memory have no values: a look at one raises."""
@@ -264,13 +273,13 @@ def test_a_fixed_number_of_launches_and_no_look_at_values(max_iter):
         assert [tuple(t.shape) for t in results] == [(50_000,), (2,), (2,), (2,), (), (), ()]
 
 
-@pytest.mark.skipif(TRITON_DEVICE != "cuda", reason="needs a GPU")
-def test_a_captured_graph_fits_new_losses():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_graph_fits_new_losses(backend):
     x = data("skewed", 5000).cuda()
-    sk.fit_label_quality(x, backend="triton")  # compiles
+    sk.fit_label_quality(x, backend=backend)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        fit = sk.fit_label_quality(x, backend="triton")
+        fit = sk.fit_label_quality(x, backend=backend)
     for kind in ("two modes", "noise", "skewed"):
         x.copy_(data(kind, 5000))
         graph.replay()

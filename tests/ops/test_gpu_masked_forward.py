@@ -1,4 +1,4 @@
-"""Triton's masked_forward against the reference: on a GPU, or interpreted on the CPU."""
+"""masked_forward of the GPU backends against the others: on a GPU, or emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from inputs import (
     DTYPES,
     EXACT,
+    GPU_DEVICES,
     LAYOUTS,
     MASK_CONFIGS,
-    TRITON_DEVICE,
     example,
     lay_out,
     random_case,
@@ -20,10 +20,9 @@ from tolerances import assert_accurate
 
 import sanm_kernels as sk
 
-pytestmark = pytest.mark.skipif(TRITON_DEVICE is None, reason="triton is not installed")
 
-
-def move(case: dict, device: str | None = TRITON_DEVICE) -> dict:
+def move(case: dict, backend: str) -> dict:
+    device = GPU_DEVICES[backend]
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
 
 
@@ -35,7 +34,7 @@ def exact_energy(case: dict, seed: int) -> dict:
 
 
 @pytest.mark.parametrize("block", range(7))
-def test_same_energy_gives_equal_results_to_the_last_bit(block):
+def test_same_energy_gives_equal_results_to_the_last_bit(backend, block):
     """Boxes, views and targets of 504 random calls equal the CPU kernels'."""
     name = list(MASK_CONFIGS)[block]
     for seed in range(72):
@@ -43,7 +42,7 @@ def test_same_energy_gives_equal_results_to_the_last_bit(block):
         dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
         case["images"] = case["images"].to(dtype)
         config = MASK_CONFIGS[name]
-        a = sk.masked_forward(**move(case), config=config, backend="triton")
+        a = sk.masked_forward(**move(case, backend), config=config, backend=backend)
         b = sk.masked_forward(**case, config=config, backend="cpu")
         for field in EXACT:
             got = getattr(a, field)
@@ -55,9 +54,9 @@ def test_same_energy_gives_equal_results_to_the_last_bit(block):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 40, 7, 6), (2, 5, 1, 1), (2, 700, 4, 4)])
-def test_statistics_against_float64(dtype, layout, shape):
+def test_statistics_against_float64(backend, dtype, layout, shape):
     f = lay_out(torch.randn(shape).to(dtype), layout)
-    got = sk.activation_stats(f.to(TRITON_DEVICE), (14, 11), backend="triton")
+    got = sk.activation_stats(f.to(GPU_DEVICES[backend]), (14, 11), backend=backend)
     exact = sk.activation_stats(f.double(), (14, 11), backend="reference")
     eager = sk.activation_stats(f, (14, 11), backend="reference")
     for name in ("max", "min", "mean", "std", "entropy"):
@@ -66,7 +65,7 @@ def test_statistics_against_float64(dtype, layout, shape):
         )
 
 
-def test_statistics_of_special_maps():
+def test_statistics_of_special_maps(backend):
     flat, zero, spike = torch.ones(3, 8, 4, 4).unbind(0)
     zero, spike = torch.zeros_like(zero), torch.zeros_like(spike)
     spike[:, 2, 1] = 3
@@ -79,9 +78,9 @@ def test_statistics_of_special_maps():
                 f.to(device),
                 (8, 8),
                 config=sk.MaskConfig().replace(quantize=quantize),
-                backend=backend,
+                backend=where,
             )
-            for device, backend in ((TRITON_DEVICE, "triton"), ("cpu", "reference"))
+            for device, where in ((GPU_DEVICES[backend], backend), ("cpu", "reference"))
         )
         assert torch.equal(a.peak.cpu(), b.peak) and torch.equal(a.trough.cpu(), b.trough)
         for name in ("max", "min", "mean", "std", "entropy"):
@@ -90,55 +89,79 @@ def test_statistics_of_special_maps():
             )
 
 
-@pytest.mark.parametrize("size", [(7, 7, 32, 32), (16, 16, 8, 8), (1, 1, 5, 9), (40, 3, 33, 70)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (7, 7, 32, 32),
+        (16, 16, 8, 8),
+        (1, 1, 5, 9),
+        (40, 3, 33, 70),
+        (40, 40, 9, 64),
+        (41, 43, 50, 7),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("quantize", [False, True])
-def test_positions_over_map_and_image_sizes(size, quantize):
+def test_positions_over_map_and_image_sizes(backend, size, quantize):
     h, w, height, width = size
-    f = torch.randn(4, 1, h, w)
+    f = (torch.randn(3, 5, h, w) * 8).round() / 8
     config = sk.MaskConfig().replace(quantize=quantize)
-    a = sk.activation_stats(f.to(TRITON_DEVICE), (height, width), config=config, backend="triton")
-    b = sk.activation_stats(f, (height, width), config=config, backend="cpu")
+    for x in (f, f.contiguous(memory_format=torch.channels_last)):
+        x = x.to(GPU_DEVICES[backend])
+        a = sk.activation_stats(x, (height, width), config=config, backend=backend)
+        b = sk.activation_stats(f, (height, width), config=config, backend="cpu")
+        assert torch.equal(a.peak.cpu(), b.peak) and torch.equal(a.trough.cpu(), b.trough)
+
+
+def test_a_map_too_large_for_shared_memory(backend):
+    f = torch.randn(2, 1, 150, 160)
+    a = sk.activation_stats(f.to(GPU_DEVICES[backend]), (20, 24), backend=backend)
+    b = sk.activation_stats(f, (20, 24), backend="cpu")
     assert torch.equal(a.peak.cpu(), b.peak) and torch.equal(a.trough.cpu(), b.trough)
+    torch.testing.assert_close(a.mean.cpu(), b.mean)
 
 
 @pytest.mark.parametrize("fill", ["constant", "uniform", "mean", "pixel"])
-def test_samples_spread_over_several_programs(fill, monkeypatch):
-    """Two launches, energy and painting in parts, give what one gives."""
-    from sanm_kernels.backends.triton import masked_forward
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 11, 4, 4, 16, 12), (1, 1600, 3, 4, 90, 70)], ids=str)
+def test_samples_spread_over_several_programs(backend, fill, channels_last, shape, monkeypatch):
+    """Energy and painting in parts give what one part gives."""
+    B, C, h, w, H, W = shape  # the larger one is spread as it is
+    if backend == "triton":
+        from sanm_kernels.backends.triton import masked_forward
 
-    monkeypatch.setattr(masked_forward, "SPLIT", 1)
-    monkeypatch.setattr(masked_forward, "BUSY", 9)
-    f, t, q, x = example(batch=2, channels=11)
+        monkeypatch.setattr(masked_forward, "SPLIT", 1)
+        monkeypatch.setattr(masked_forward, "BUSY", 9)
+    f, t, q, x = example(B, C, h, w, height=H, width=W)
     f = (f * 8).round() / 8
-    for last in (False, True):
-        if last:
-            f, x = (v.contiguous(memory_format=torch.channels_last) for v in (f, x))
-        config = sk.MaskConfig().replace(fill=fill)
-        case = {"features": f, "targets": t, "clean_prob": q, "images": x, "generator": 3}
-        a = sk.masked_forward(**move(case), config=config, backend="triton")
-        b = sk.masked_forward(**case, config=config, backend="cpu")
-        for field in EXACT:
-            assert same(getattr(a, field).cpu(), getattr(b, field)), field
+    if channels_last:
+        f, x = (v.contiguous(memory_format=torch.channels_last) for v in (f, x))
+    config = sk.MaskConfig().replace(fill=fill)
+    case = {"features": f, "targets": t, "clean_prob": q, "images": x, "generator": 3}
+    a = sk.masked_forward(**move(case, backend), config=config, backend=backend)
+    b = sk.masked_forward(**case, config=config, backend="cpu")
+    for field in EXACT:
+        assert same(getattr(a, field).cpu(), getattr(b, field)), field
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_and_empty_batches(layout):
+def test_layouts_and_empty_batches(backend, layout):
     f, t, q, x = example()
     f = (f * 8).round() / 8
     base = sk.masked_forward(f, t, q, images=x, generator=1, backend="cpu")
-    f, t, q, x = (lay_out(v, layout).to(TRITON_DEVICE) for v in (f, t, q, x))
+    f, t, q, x = (lay_out(v, layout).to(GPU_DEVICES[backend]) for v in (f, t, q, x))
     for given in (f, f[:1].expand(4, -1, -1, -1)):
-        result = sk.masked_forward(given, t, q, images=x, generator=1, backend="triton")
+        result = sk.masked_forward(given, t, q, images=x, generator=1, backend=backend)
         if given is f:
             assert torch.equal(result.images_masked.cpu(), base.images_masked)
             assert torch.equal(result.targets_max.cpu(), base.targets_max)
-    empty = sk.masked_forward(f[:0], t[:0], q[:0], images=x[:0], generator=1, backend="triton")
+    empty = sk.masked_forward(f[:0], t[:0], q[:0], images=x[:0], generator=1, backend=backend)
     assert empty.images_max.shape == (0, 3, 16, 12) and empty.box_max.shape == (0, 4)
 
 
 @pytest.mark.parametrize("K", [2, 10, 100, 1000, 1001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_modulated_targets_are_exact(K, dtype):
+def test_modulated_targets_are_exact(backend, K, dtype):
     f = torch.randn(3, 1, 2, 2)
     soft = torch.softmax(torch.randn(3, K) * 3, 1).to(dtype)
     hard = torch.randint(0, K, (3,))
@@ -147,30 +170,30 @@ def test_modulated_targets_are_exact(K, dtype):
             config = sk.MaskConfig().replace(drop=drop, ratio_high=0.9)
             case = {"features": f, "targets": targets, "clean_prob": torch.rand(3)}
             options = {"size": (8, 8), "num_classes": K, "generator": 2, "config": config}
-            a = sk.masked_forward(**move(case), **options, backend="triton")
+            a = sk.masked_forward(**move(case, backend), **options, backend=backend)
             b = sk.masked_forward(**case, **options, backend="reference")
             assert torch.equal(a.targets_max.cpu(), b.targets_max)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("fill", ["constant", "mean"])
-def test_gradients_in_targets_and_images(dtype, fill):
+def test_gradients_in_targets_and_images(backend, dtype, fill):
     f, t, q, x = example(dtype=dtype)
     f = (f * 8).round() / 8
     config = sk.MaskConfig().replace(fill=fill, ratio_high=0.9, shared_draws=False)
     shape = torch.Size((4, 3, 16, 12))
     for name, upstream in upstreams(shape, dtype).items():
         grads = []
-        for backend, kind in (
-            ("triton", dtype),
+        for where, kind in (
+            (backend, dtype),
             ("reference", torch.float64),
             ("reference", dtype),
         ):
-            device = TRITON_DEVICE if backend == "triton" else "cpu"
+            device = GPU_DEVICES.get(where, "cpu")
             images = x.to(device, kind).requires_grad_()
             targets = t.to(device).requires_grad_()
             out = sk.masked_forward(f.to(device), targets, q.to(device), images=images,
-                                    config=config, generator=3, backend=backend)  # fmt: skip
+                                    config=config, generator=3, backend=where)  # fmt: skip
             g = upstream.to(device, kind)
             gt = torch.linspace(-1, 2, 20).view(5, 4).T.to(device)
             total = (out.images_max * g).sum() + (out.images_min * g).sum()
@@ -184,26 +207,28 @@ def test_gradients_in_targets_and_images(dtype, fill):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_one_pass_classifier_and_its_gradients(dtype, channels_last, bias):
-    f, t, q, _ = example(h=5, w=3)
+@pytest.mark.parametrize("shape", [(4, 24, 5, 3), (1, 2048, 4, 4), (2, 300, 12, 12)], ids=str)
+def test_one_pass_classifier_and_its_gradients(backend, dtype, channels_last, bias, shape):
+    B, C, h, w = shape  # the larger ones are spread over several blocks, or read twice
+    f, t, q, _ = example(B, C, h, w)
     f = ((f * 4).round() / 4).to(dtype)
     if channels_last:
         f = f.contiguous(memory_format=torch.channels_last)
-    weight, b = torch.randn(5, 24), torch.randn(5) if bias else None
+    weight, b = torch.randn(5, C) / C**0.5, torch.randn(5) if bias else None
     runs = []
-    for backend, kind in (("triton", dtype), ("reference", torch.float64), ("reference", dtype)):
-        device = TRITON_DEVICE if backend == "triton" else "cpu"
+    for where, kind in ((backend, dtype), ("reference", torch.float64), ("reference", dtype)):
+        device = GPU_DEVICES.get(where, "cpu")
         w = weight.to(device, torch.float64 if kind == torch.float64 else torch.float32)
         inputs = [f.to(device, kind), w] + ([b.to(device, w.dtype)] if bias else [])
         inputs = [v.requires_grad_() for v in inputs]
         out = sk.masked_forward(
-            inputs[0], t.to(device), q.to(device), size=(20, 21), generator=1, backend=backend,
+            inputs[0], t.to(device), q.to(device), size=(20, 21), generator=1, backend=where,
             classifier=(inputs[1], inputs[2] if bias else None),
         )  # fmt: skip
-        g = torch.linspace(-1, 1, 20).view(5, 4).T.to(device)
+        g = torch.linspace(-1, 1, 5 * B).view(5, B).T.to(device)
         grads = torch.autograd.grad(out.loss * 2 + (out.logits * g).sum(), inputs)
         runs.append([v.detach().cpu() for v in (out.logits, out.loss, *grads)])
-        if backend == "triton":
+        if where == backend:
             assert grads[0].stride() == f.stride()
     for got, exact, eager in zip(*runs, strict=True):
         assert_accurate(got, exact, eager, roundings=16.0)

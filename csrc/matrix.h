@@ -3,7 +3,7 @@
 
 #include <array>
 
-#include "cpu/common.h"
+#include "stable.h"
 
 namespace sanm {
 

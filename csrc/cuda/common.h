@@ -1,0 +1,143 @@
+// What every CUDA kernel file needs: stable.h, device.h, allocation, the one place that launches.
+//
+// The files are compiled with -fmad=false: device formulas round exactly as csrc/math does on the
+// host, and a fused multiply-add is written fmaf. They include nothing of CUDA or torch but this.
+#pragma once
+
+#ifndef SANM_CUDA_HOST  // else tests/cuda_host/cuda_host.h is included first and stands for CUDA
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#endif
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "cuda/device.h"
+#include "stable.h"
+
+// Registers a file's kernels: SANM_CUDA_KERNELS(m) { m.impl("op.cuda", TORCH_BOX(&op)); }
+#ifdef SANM_CUDA_HOST
+#define SANM_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(sanm_kernels, CPU, m)
+#else
+#define SANM_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(sanm_kernels, CUDA, m)
+#endif
+
+namespace sanm {
+
+// An empty tensor on the device of `on`.
+inline Tensor new_tensor(const Tensor& on, const std::vector<int64_t>& size, ScalarType type,
+                         bool channels_last = false) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::empty(
+      size, type, std::nullopt, on.device(), std::nullopt,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // what is reported here is not reported again by the next call
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// ---- The device of a tensor.
+
+inline int attribute(const Tensor& on, cudaDeviceAttr which) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, std::max(0, on.get_device_index())),
+             "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int multiprocessors(const Tensor& on) {
+  return attribute(on, cudaDevAttrMultiProcessorCount);
+}
+// Bytes of dynamic shared memory that a block can have.
+inline int64_t shared_limit(const Tensor& on) {
+  return attribute(on, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+// Blocks that a cluster can have everywhere: 8, or 1 before sm_90.
+inline int cluster_limit(const Tensor& on) {
+  return attribute(on, cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1;
+}
+
+// Makes the device of `on` current while it lives; torch's stream on it.
+class OnDevice {
+ public:
+#ifdef SANM_CUDA_HOST
+  explicit OnDevice(const Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+#else
+  explicit OnDevice(const Tensor& on) : index_(on.get_device_index()), guard_(index_) {}
+
+  // Looked up when first needed: linking against a CPU-only torch must not need libtorch_cuda.
+  cudaStream_t stream() const {
+    using Function = int32_t (*)(int32_t, void**);
+    static const Function function = [] {
+      void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+      return reinterpret_cast<Function>(
+          dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    }();
+    void* stream = nullptr;
+    if (function == nullptr || function(index_, &stream) != 0)
+      throw std::runtime_error("torch gives no current CUDA stream");
+    return static_cast<cudaStream_t>(stream);
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// ---- Launches.
+
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Blocks for n items, so many per block, for a kernel that strides over the grid.
+inline int64_t blocks_for(int64_t n, int64_t per_block) {
+  return std::min<int64_t>(ceil_div(n, per_block), 0x7FFFFFFF);
+}
+
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
+
+struct Launch {
+  const char* name;  // said when it fails
+  const Tensor& on;  // decides the device and the stream
+  Grid grid;         // an empty one launches nothing
+  int64_t threads;   // of a block
+  int64_t shared = 0;   // bytes of dynamic shared memory, up to shared_limit(on)
+  int64_t cluster = 1;  // blocks of a cluster along x, up to cluster_limit(on); divides grid.x
+};
+
+// launch({"name", out, {blocks}, kThreads, bytes}, kernel<T>, arguments...)
+template <typename... Parameters, typename... Arguments>
+void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return;
+  if (l.grid.x > 0x7FFFFFFF || l.grid.y > 65535 || l.grid.z > 65535)
+    throw std::runtime_error(std::string("CUDA: ") + l.name + ": the grid is too large");
+  const OnDevice device(l.on);
+  if (l.shared > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(l.shared)),
+               l.name);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  const dim3 blocks(static_cast<unsigned>(l.grid.x), static_cast<unsigned>(l.grid.y),
+                    static_cast<unsigned>(l.grid.z));
+  const cudaLaunchConfig_t config{
+      blocks,          dim3(static_cast<unsigned>(l.threads)), static_cast<size_t>(l.shared),
+      device.stream(), &cluster,                               l.cluster > 1 ? 1u : 0u};
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), l.name);
+}
+
+// Whether 16-byte accesses can start at every multiple of `bytes` from p.
+inline bool aligned16(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && bytes % 16 == 0;
+}
+
+}  // namespace sanm

@@ -1,0 +1,233 @@
+// What kernels are made of: shared memory, warp, block and cluster operations, 16-byte accesses.
+//
+// Blocks are one-dimensional and hold a whole number of warps, all of which take part in every
+// collective function. Reductions add in an order that depends on the block's size alone. There
+// are no atomics on floating-point numbers: the same input gives the same bits.
+//
+// The same code is compiled by g++ against tests/cuda_host: therefore shared memory is dynamic and
+// comes from shared_memory() only, and device functions are the ones that cuda_host.h knows.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "stable.h"
+
+#define SANM_DEVICE __device__ __forceinline__
+#ifndef SANM_DEVICE_CHECK  // tests/cuda_host reports what fails; a GPU is trusted
+#define SANM_DEVICE_CHECK(condition, message)
+#endif
+
+namespace sanm {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullMask = 0xFFFFFFFFu;
+
+// ---- Conversions: 16-bit floats to float and back, rounded to nearest even. float → float and
+// double → double pass unchanged.
+
+template <typename T>
+SANM_DEVICE acc_t<T> widen(T x) { return static_cast<acc_t<T>>(x); }
+template <typename T>
+SANM_DEVICE T narrow(acc_t<T> x) { return static_cast<T>(x); }
+
+// ---- Shared memory: the block's dynamic part, 16-byte aligned, `shared` bytes of the Launch.
+
+template <typename T>
+SANM_DEVICE T* shared_memory(size_t byte_offset = 0) {
+#ifdef SANM_CUDA_HOST
+  return reinterpret_cast<T*>(cuda_host::shared_memory() + byte_offset);
+#else
+  extern __shared__ __align__(16) unsigned char sanm_shared[];
+  return reinterpret_cast<T*>(sanm_shared + byte_offset);
+#endif
+}
+
+// ---- Where a thread is. Grids may be larger than 2³¹ threads.
+
+SANM_DEVICE int lane() { return threadIdx.x % kWarp; }
+SANM_DEVICE int warp() { return threadIdx.x / kWarp; }
+SANM_DEVICE int warps() { return blockDim.x / kWarp; }
+// for (int64_t i = global_thread(); i < n; i += global_threads())
+SANM_DEVICE int64_t global_thread() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+SANM_DEVICE int64_t global_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// ---- Reductions. Every lane, or thread, gets the result.
+
+// A value and where it stands; of equal values the first counts.
+template <typename A>
+struct Peak {
+  A value;
+  int index;
+};
+
+struct Sum {
+  template <typename T>
+  SANM_DEVICE T operator()(T a, T b) const { return a + b; }
+};
+struct Max {
+  template <typename T>
+  SANM_DEVICE T operator()(T a, T b) const { return b > a ? b : a; }
+  template <typename A>
+  SANM_DEVICE Peak<A> operator()(Peak<A> a, Peak<A> b) const {
+    return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
+  }
+};
+struct Min {
+  template <typename T>
+  SANM_DEVICE T operator()(T a, T b) const { return b < a ? b : a; }
+  template <typename A>
+  SANM_DEVICE Peak<A> operator()(Peak<A> a, Peak<A> b) const {
+    return b.value < a.value || (b.value == a.value && b.index < a.index) ? b : a;
+  }
+};
+
+template <typename T>
+SANM_DEVICE T shuffle_xor(T x, int distance) { return __shfl_xor_sync(kFullMask, x, distance); }
+template <typename A>
+SANM_DEVICE Peak<A> shuffle_xor(Peak<A> x, int distance) {
+  return {shuffle_xor(x.value, distance), shuffle_xor(x.index, distance)};
+}
+
+// A butterfly: op is commutative, so that all lanes compute the same bits.
+template <typename T, typename Op>
+SANM_DEVICE T warp_reduce(T x, Op op) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) x = op(x, shuffle_xor(x, distance));
+  return x;
+}
+
+// scratch: kWarp entries of shared memory, free again when the function returns.
+template <typename T, typename Op>
+SANM_DEVICE T block_reduce(T x, Op op, T identity, T* scratch) {
+  x = warp_reduce(x, op);
+  if (lane() == 0) scratch[warp()] = x;
+  __syncthreads();
+  x = warp_reduce(lane() < warps() ? scratch[lane()] : identity, op);
+  __syncthreads();
+  return x;
+}
+
+template <typename A>
+SANM_DEVICE A block_sum(A x, A* scratch) { return block_reduce(x, Sum(), A{0}, scratch); }
+template <typename A>
+SANM_DEVICE A block_max(A x, A* scratch) {
+  return block_reduce(x, Max(), static_cast<A>(-INFINITY), scratch);
+}
+template <typename A>
+SANM_DEVICE A block_min(A x, A* scratch) {
+  return block_reduce(x, Min(), static_cast<A>(INFINITY), scratch);
+}
+template <typename A>
+SANM_DEVICE Peak<A> block_first_max(Peak<A> x, Peak<A>* scratch) {
+  return block_reduce(x, Max(), Peak<A>{static_cast<A>(-INFINITY), INT32_MAX}, scratch);
+}
+template <typename A>
+SANM_DEVICE Peak<A> block_first_min(Peak<A> x, Peak<A>* scratch) {
+  return block_reduce(x, Min(), Peak<A>{static_cast<A>(INFINITY), INT32_MAX}, scratch);
+}
+
+// ---- Vectors of 16 bytes (or N elements). Addresses are aligned to the vector's size.
+
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);
+
+template <typename T, int N = kVector<T>>
+struct alignas(N * sizeof(T)) Vector {
+  T v[N];
+  SANM_DEVICE T& operator[](int i) { return v[i]; }
+  SANM_DEVICE const T& operator[](int i) const { return v[i]; }
+};
+
+namespace detail {
+
+template <size_t bytes>
+struct Word;
+template <>
+struct Word<2> { using type = unsigned short; };
+template <>
+struct Word<4> { using type = unsigned; };
+template <>
+struct Word<8> { using type = uint2; };
+template <>
+struct Word<16> { using type = uint4; };
+
+template <typename V>
+using word_t = typename Word<sizeof(V)>::type;
+
+template <typename V>
+SANM_DEVICE V from_word(word_t<V> raw) {
+  V x;
+  memcpy(&x, &raw, sizeof(V));
+  return x;
+}
+
+}  // namespace detail
+
+// How a global access uses the caches: kept as usual; kStream, touched once (evicted first).
+enum Cache { kKeep, kStream };
+
+// Data that no thread of the launch writes (read through the read-only path).
+template <int N, Cache cache = kKeep, typename T>
+SANM_DEVICE Vector<T, N> load_global(const T* p) {
+  using V = Vector<T, N>;
+  using W = detail::word_t<V>;
+  SANM_DEVICE_CHECK(reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0, "a misaligned vector load");
+  const W* q = reinterpret_cast<const W*>(p);
+  return detail::from_word<V>(cache == kStream ? __ldcs(q) : __ldg(q));
+}
+
+template <Cache cache = kKeep, typename T, int N>
+SANM_DEVICE void store_global(T* p, const Vector<T, N>& x) {
+  using W = detail::word_t<Vector<T, N>>;
+  SANM_DEVICE_CHECK(reinterpret_cast<uintptr_t>(p) % sizeof(x) == 0, "a misaligned vector store");
+  W raw;
+  memcpy(&raw, &x, sizeof(raw));
+  if (cache == kStream)
+    __stcs(reinterpret_cast<W*>(p), raw);
+  else
+    *reinterpret_cast<W*>(p) = raw;
+}
+
+// Shared memory, also another block's (cluster_map).
+template <int N, typename T>
+SANM_DEVICE Vector<T, N> load_shared(const T* p) {
+  using V = Vector<T, N>;
+  SANM_DEVICE_CHECK(reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0, "a misaligned vector load");
+  return detail::from_word<V>(*reinterpret_cast<const detail::word_t<V>*>(p));
+}
+
+template <typename T, int N>
+SANM_DEVICE void store_shared(T* p, const Vector<T, N>& x) {
+  store_global(p, x);
+}
+
+// ---- Thread-block clusters (sm_90 and later). Elsewhere a cluster is one block; the host launches
+// clusters only where cluster_limit() says so. A block must not end, cluster_sync() before, while
+// others may still read its shared memory.
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+SANM_DEVICE int cluster_rank() { return 0; }
+SANM_DEVICE int cluster_size() { return 1; }
+SANM_DEVICE void cluster_sync() { __syncthreads(); }
+template <typename T>
+SANM_DEVICE T* cluster_map(T* shared, int) { return shared; }
+#else
+SANM_DEVICE int cluster_rank() { return __clusterRelativeBlockRank(); }
+SANM_DEVICE int cluster_size() { return __clusterSizeInBlocks(); }
+SANM_DEVICE void cluster_sync() {  // orders shared memory of all its blocks
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+// The same place in the shared memory of the cluster's block `rank`.
+template <typename T>
+SANM_DEVICE T* cluster_map(T* shared, int rank) {
+  return static_cast<T*>(__cluster_map_shared_rank(const_cast<std::remove_const_t<T>*>(shared),
+                                                   static_cast<unsigned>(rank)));
+}
+#endif
+
+}  // namespace sanm

@@ -1,0 +1,89 @@
+// Device-neutral parts of a kernel file: the stable-ABI tensors, their dtypes and memory formats.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace sanm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+
+// The type sums are taken in: float, or double for double input.
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline ScalarType acc_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Raises ValueError in Python: validate.public() looks for the mark.
+template <typename... Args>
+[[noreturn]] inline void value_error(const Args&... args) {
+  std::ostringstream message;
+  message << "[sanm_kernels:value] ";
+  (message << ... << args);
+  throw std::runtime_error(message.str());
+}
+
+// Calls body(T{}) with T the C++ type of a floating dtype.
+template <typename Body>
+inline void dispatch(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::Half: return body(Half{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    default: value_error("dtype: expected float16, bfloat16, float32 or float64");
+  }
+}
+
+inline Tensor packed(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+template <typename T>
+inline const T* in(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
+template <typename T>
+inline T* out(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
+
+// Elements of one row: the product of all sizes but the first.
+inline int64_t row_elements(const Tensor& x) {
+  int64_t E = 1;
+  for (int64_t d = 1; d < x.dim(); ++d) E *= x.size(d);
+  return E;
+}
+
+// 4-D and dense in NHWC order; a tensor that is dense in both orders counts as contiguous.
+inline bool is_channels_last(const Tensor& x) {
+  if (x.dim() != 4 || x.is_contiguous()) return false;
+  const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+  const int64_t expected[4] = {H * W * C, 1, W * C, C};
+  for (int k = 0; k < 4; ++k)
+    if (x.size(k) != 1 && x.stride(k) != expected[k]) return false;
+  return true;
+}
+
+// A tensor as the kernels read it; one that is in neither format is copied to contiguous.
+struct Image {
+  explicit Image(const Tensor& x)
+      : channels_last(is_channels_last(x)), tensor(channels_last ? x : packed(x)) {}
+  bool channels_last;
+  Tensor tensor;
+};
+
+}  // namespace sanm

@@ -1,0 +1,54 @@
+// Small kernels with mistakes put in on purpose, to show what the host harness sees of them.
+// Usage: kernels CASE; prints "right" or "wrong", or what the launch failed of.
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "cuda/device.h"
+
+using namespace sanm;
+
+constexpr int kThreads = 96, kBlocks = 6, kCluster = 2;
+
+enum Case { kCorrect, kNoBarrier, kNoClusterBarrier, kOffByOne, kDeadlock, kForeignLane };
+
+// out[i] = 1000·(i mirrored in the other block of its cluster) + the sum over its own block
+__global__ void mirror_kernel(int* out, Case c) {
+  int* values = shared_memory<int>();
+  int* scratch = values + kThreads;
+  const int t = threadIdx.x, i = static_cast<int>(global_thread());
+  values[c == kOffByOne ? t + 1 + kWarp : t] = i;
+  if (c != kNoBarrier) __syncthreads();
+  const int mine = values[kThreads - 1 - t];
+  if (c == kDeadlock && t == 7) return;
+  if (c == kForeignLane && t < 5) __syncwarp(~1u);
+  const int sum = block_reduce(mine, Sum(), 0, scratch);
+  if (c != kNoClusterBarrier) cluster_sync();
+  const int* other = cluster_map(values, cluster_size() - 1 - cluster_rank());
+  out[i] = 1000 * other[kThreads - 1 - t] + sum;
+  cluster_sync();
+}
+
+int main(int count, char** arguments) {
+  const char* names[] = {"correct",    "no_barrier", "no_cluster_barrier",
+                         "off_by_one", "deadlock",   "foreign_lane"};
+  int c = 0;
+  while (count > 1 && std::strcmp(names[c], arguments[1]) != 0) ++c;
+  std::vector<int> out(kBlocks * kThreads);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  const cudaLaunchConfig_t config{dim3(kBlocks), dim3(kThreads), (kThreads + kWarp) * sizeof(int),
+                                  nullptr,       &cluster,       1};
+  const cudaError_t error =
+      cudaLaunchKernelEx(&config, mirror_kernel, out.data(), static_cast<Case>(c));
+  if (error != cudaSuccess) return std::printf("%s\n", cudaGetErrorString(error)), 1;
+  bool right = true;
+  for (int i = 0; i < kBlocks * kThreads; ++i) {
+    const int block = i / kThreads, t = i % kThreads, other = block ^ 1;
+    const int sum = kThreads * block * kThreads + kThreads * (kThreads - 1) / 2;
+    right = right && out[i] == 1000 * (other * kThreads + kThreads - 1 - t) + sum;
+  }
+  std::printf(right ? "right\n" : "wrong\n");
+}

@@ -1,0 +1,146 @@
+"""The host harness sees what it is for, and sees nothing in the kernels of csrc/cuda.
+
+kernels.cu holds a kernel with a shared buffer, a reduction and a cluster, right and with mistakes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cuda_host
+
+pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCHEDULERS = [("fibers", "forward"), ("fibers", "reverse"), ("threads", "forward")]
+
+
+def run(
+    case: str, sanitize: str | None = None, scheduler: str = "fibers", order: str = "forward"
+) -> subprocess.CompletedProcess[str]:
+    program = cuda_host.program(sanitize)
+    return start(sanitize, [str(program), case], scheduler, order)
+
+
+def start(
+    sanitize: str | None, command: list[str], scheduler: str, order: str = "forward", **more: str
+) -> subprocess.CompletedProcess[str]:
+    if sanitize == "thread":  # its memory layout does not bear random addresses
+        if shutil.which("setarch") is None:
+            pytest.skip("no setarch")
+        command = ["setarch", "-R", *command]
+    chosen = {"SANM_CUDA_HOST_SCHEDULER": scheduler, "SANM_CUDA_HOST_ORDER": order}
+    return subprocess.run(
+        command,
+        env=os.environ | chosen | more,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.parametrize("scheduler, order", SCHEDULERS)
+def test_a_right_kernel_passes(scheduler, order):
+    done = run("correct", None, scheduler, order)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
+
+
+@pytest.mark.parametrize("sanitize, scheduler", [("address", "fibers"), ("thread", "threads")])
+def test_a_right_kernel_is_clean_when_sanitized(sanitize, scheduler):
+    done = run("correct", sanitize, scheduler)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
+    assert "ERROR" not in done.stderr and "ThreadSanitizer" not in done.stderr
+
+
+@pytest.mark.parametrize("case", ["no_barrier", "no_cluster_barrier"])
+def test_a_missing_barrier_shows(case):
+    results = {run(case, None, "fibers", order).stdout for order in ("forward", "reverse")}
+    assert "wrong\n" in results
+    done = run(case, "thread", "threads")
+    assert done.returncode != 0
+    assert "data race" in done.stderr and "mirror_kernel" in done.stderr
+
+
+def test_an_index_off_by_one_shows():
+    done = run("off_by_one", "address")
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr and "mirror_kernel" in done.stderr
+
+
+@pytest.mark.parametrize("scheduler, order", SCHEDULERS)
+def test_a_deadlock_is_reported(scheduler, order):
+    done = run("deadlock", None, scheduler, order)
+    assert done.returncode == 1
+    assert "deadlock" in done.stdout and "waiting in __syncthreads: 64 threads" in done.stdout
+    assert "ended: 1 threads" in done.stdout
+
+
+@pytest.mark.parametrize("scheduler, order", SCHEDULERS)
+def test_a_lane_outside_its_mask_is_reported(scheduler, order):
+    done = run("foreign_lane", None, scheduler, order)
+    assert (done.returncode, done.stdout) == (
+        1,
+        "__syncwarp by a lane that its mask does not name\n",
+    )
+
+
+#: File of tests → those to run under ThreadSanitizer (few and small: it takes a second each, but
+#: through every kernel) and AddressSanitizer, as pytest's -k has it.
+SANITIZED = {
+    "tests/ops/test_gpu_fit_label_quality.py": (
+        "cuda and test_fits and skewed and 2049",
+        "cuda and history and False",
+    ),
+    "tests/ops/test_gpu_masked_backward.py": (
+        "cuda and float32 and contiguous",
+        "cuda and (float32 or ties or missing or empty) and not (strided or transposed or offset)",
+    ),
+    "tests/ops/test_gpu_masked_forward.py": (
+        "cuda and (spread and (mean or pixel) or classifier and False-False-torch.float32)",
+        "cuda and not (same_energy or statistics or modulated or bfloat16 or float64)",
+    ),
+    "tests/ops/test_gpu_mixup_views.py": (
+        "cuda and (shape1-contiguous-torch.float32 or shape3-channels_last-torch.float16)",
+        "cuda and not transposed",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", SANITIZED)
+@pytest.mark.parametrize("sanitize, scheduler", [("thread", "threads"), ("address", "fibers")])
+def test_operators_are_clean_when_sanitized(sanitize, scheduler, file):
+    """The tests of an operator in a process whose kernels, and they alone, are instrumented.
+
+    The fibers run in reverse, as they do not elsewhere.
+    """
+    chosen = SANITIZED[file][sanitize == "address"]
+    library = cuda_host.library(sanitize)
+    runtime = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
+    found = subprocess.run(
+        [*cuda_host.CXX.split(), f"-print-file-name={runtime}"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.skip(f"the compiler has no {runtime}")
+    suppressions = cuda_host.HERE / "tsan.txt"
+    done = start(
+        sanitize,
+        [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", file,
+         "-k", chosen],
+        scheduler,
+        "reverse",
+        SANM_KERNELS_CUDA_EMULATION=str(library),
+        LD_PRELOAD=found,
+        ASAN_OPTIONS="detect_leaks=0",
+        TSAN_OPTIONS=f"suppressions={suppressions}:report_signal_unsafe=0",
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and " passed" in done.stdout, said[-5000:]
+    assert "ERROR: AddressSanitizer" not in said and "WARNING: ThreadSanitizer" not in said, said

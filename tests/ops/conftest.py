@@ -1,0 +1,16 @@
+"""The `backend` of tests that run wherever a GPU backend's kernels do: on a GPU, or emulated."""
+
+from __future__ import annotations
+
+import pytest
+from inputs import GPU_DEVICES
+
+from sanm_kernels.backends import load
+
+
+@pytest.fixture(params=GPU_DEVICES)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each GPU backend that can run here; a test that parametrizes `backend` itself has its own."""
+    if GPU_DEVICES[request.param] is None:
+        pytest.skip(load(request.param) or "not here")
+    return str(request.param)

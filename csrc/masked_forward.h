@@ -6,8 +6,6 @@
 
 namespace sanm {
 
-using OptTensor = std::optional<Tensor>;
-
 // B samples, features (B, C, h, w), images (B, Cin, H, W), V views, S draw sets.
 struct Inputs {
   Tensor features, targets, clean_prob;

@@ -20,6 +20,7 @@ namespace sanm {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
 using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
 
@@ -55,11 +56,17 @@ inline void dispatch(ScalarType type, const Body& body) {
 inline Tensor packed(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
+inline OptTensor packed(const OptTensor& x) {
+  return x ? OptTensor(packed(*x)) : std::nullopt;
+}
 
 template <typename T>
 inline const T* in(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
 template <typename T>
 inline T* out(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
+// null where there is none
+template <typename T>
+inline const T* in_or_null(const OptTensor& x) { return x ? in<T>(*x) : nullptr; }
 
 // Elements of one row: the product of all sizes but the first.
 inline int64_t row_elements(const Tensor& x) {

@@ -26,7 +26,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     emulated = os.environ.get("SANM_KERNELS_CUDA_EMULATION") == str(cuda_host.path())
     if not emulated or session.config.option.collectonly:
         return
-    if any("cuda" in item.nodeid for item in session.items):
+    if any("cuda" in item.nodeid or "test_gpu_" in item.nodeid for item in session.items):
         try:
             cuda_host.library()
         except subprocess.CalledProcessError:  # the compiler has said why

@@ -50,8 +50,9 @@ GPU_DEVICES = {"triton": TRITON_DEVICE, "cuda": CUDA_DEVICE}
 #: Backends that run on the CPU here, interpreted and emulated ones among them: for operators on
 #: small rows.
 CPU_BACKENDS = (*BACKENDS, *(name for name, device in GPU_DEVICES.items() if device == "cpu"))
-#: Environment of a process in which Triton compiles instead of interpreting.
-COMPILING = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+#: Environment of a process in which no backend is interpreted or emulated; there Triton compiles.
+EMULATION = ("TRITON_INTERPRET", "SANM_KERNELS_CUDA_EMULATION")
+COMPILING = {k: v for k, v in os.environ.items() if k not in EMULATION}
 LAYOUTS = ("contiguous", "channels_last", "offset", "strided", "transposed")
 
 

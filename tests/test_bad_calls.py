@@ -165,8 +165,6 @@ CALLS = {
                                        "out: cannot be given where images requires grad"),
     "unknown backend": (nothing, lambda a: forward(a, backend="gpu"), ValueError,
                         "backend: expected one of 'reference', 'cpu', 'triton', 'cuda'"),
-    "backend that cannot run": (nothing, lambda a: forward(a, backend="cuda"), RuntimeError,
-                                "backend 'cuda' cannot run masked_forward"),
     # masked_loss
     "one class": (put("logits", lambda x: x[:, :1]),
                   lambda a: sk.masked_loss(a["logits"], a["targets"][:, :1]), ValueError, "logits"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inputs import COMPILING
+from inputs import COMPILING, GPU_DEVICES
 
 import sanm_kernels
 from sanm_kernels import backends
@@ -20,7 +20,7 @@ from sanm_kernels.__main__ import info, text
 from sanm_kernels.backends import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = sorted(cpu.LIBRARIES.glob("cpu_*.so"))
+LIBRARIES = sorted(cpu.LIBRARIES.glob("*.so"))
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -175,17 +175,17 @@ def test_libraries_need_the_stable_interface_only(library: Path) -> None:
     assert not foreign
 
 
-def test_a_forced_triton_says_why_it_cannot_run() -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_forced_gpu_backend_says_why_it_cannot_run(backend: str) -> None:
     code = (
         "import torch, sanm_kernels as sk\n"
-        "try: sk.sample_loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), "
-        "backend='triton')\n"
+        f"try: sk.refine_targets(torch.zeros(1, 2), backend='{backend}')\n"
         "except RuntimeError as error: print(error)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], env=COMPILING, capture_output=True, text=True, check=True
     )
-    assert "backend 'triton' cannot run sample_loss: it runs on cuda tensors" in run.stdout
+    assert f"backend '{backend}' cannot run refine_targets: it runs on cuda tensors" in run.stdout
     reason = subprocess.run(
         [sys.executable, "-m", "sanm_kernels", "info"],
         env=COMPILING,
@@ -194,4 +194,21 @@ def test_a_forced_triton_says_why_it_cannot_run() -> None:
         check=True,
     ).stdout
     if not torch.cuda.is_available():
-        assert "triton      not available: " in reason
+        assert f"{backend:<12}not available: " in reason
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_backends_that_cannot_report_a_value_are_checked_for(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On devices other than the CPU only if asked; here the asking is what is on trial."""
+    if GPU_DEVICES[backend] is None:
+        pytest.skip(f"{backend} runs nowhere here")
+    device = GPU_DEVICES[backend]
+    monkeypatch.setenv("SANM_KERNELS_CHECK", "1")
+    z, quality = torch.zeros(2, 3, device=device), torch.tensor([0.5, 2.0], device=device)
+    labels = torch.tensor([0, 3], device=device)
+    with pytest.raises(ValueError, match=r"clean_prob: expected values in \[0, 1\], got 2\.0"):
+        sanm_kernels.refine_targets(z, labels=labels % 3, clean_prob=quality, backend=backend)
+    with pytest.raises(ValueError, match=r"labels: expected indices in \[0, 3\), got 3"):
+        sanm_kernels.refine_targets(z, labels=labels, clean_prob=quality / 4, backend=backend)

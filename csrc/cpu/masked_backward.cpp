@@ -7,8 +7,6 @@
 namespace sanm {
 namespace {
 
-using OptTensor = std::optional<Tensor>;
-
 // t' = t + constants, except where the whole t[j*] was dropped: there t'[j*] = 0 and every other
 // target holds t[j*]/(K − 1), so that dt[j*] = Σ_{k≠j*} dt'[k]/(K − 1).
 // grad (S, B, K), targets (B, K), ratio (S, B) → (B, K)

@@ -22,8 +22,6 @@
 namespace sanm {
 namespace {
 
-using OptTensor = std::optional<Tensor>;
-
 constexpr int64_t kBlockRows = 64;
 
 // scalars (4,): λ, λ_u, ρ, ν

@@ -7,10 +7,6 @@
 
 namespace sanm {
 
-inline std::optional<Tensor> packed(const std::optional<Tensor>& x) {
-  return x ? std::optional<Tensor>(packed(*x)) : std::nullopt;
-}
-
 // Where element i of a tensor of so many columns stands: "[i]", or "[row, column]".
 inline std::string place_of(int64_t i, int64_t columns) {
   const std::string last = std::to_string(i % std::max<int64_t>(columns, 1));

@@ -140,4 +140,21 @@ inline bool aligned16(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && bytes % 16 == 0;
 }
 
+// Whether the rows of x (…, K) can be read in vectors: dense rows that start at 16-byte multiples.
+inline bool vector_rows(const Tensor& x) {
+  bool vectors = x.stride(x.dim() - 1) == 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d)
+    vectors = vectors && aligned16(x.const_data_ptr(), x.stride(d) * x.element_size());
+  return vectors;
+}
+
+// Calls body(N) with the elements that one access takes, as a constant.
+template <typename T, typename Body>
+void with_access(bool vectors, const Body& body) {
+  if (vectors)
+    body(std::integral_constant<int, kVector<T>>());
+  else
+    body(std::integral_constant<int, 1>());
+}
+
 }  // namespace sanm

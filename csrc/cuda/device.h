@@ -32,6 +32,17 @@ SANM_DEVICE acc_t<T> widen(T x) { return static_cast<acc_t<T>>(x); }
 template <typename T>
 SANM_DEVICE T narrow(acc_t<T> x) { return static_cast<T>(x); }
 
+// Calls body(T{}) with T the C++ type of a floating dtype, as dispatch() does on the host.
+template <typename Body>
+SANM_DEVICE void device_dispatch(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::Half: return body(Half{});
+    default: return body(BFloat16{});
+  }
+}
+
 // ---- Shared memory: the block's dynamic part, 16-byte aligned, `shared` bytes of the Launch.
 
 template <typename T>

@@ -8,8 +8,6 @@
 namespace sanm {
 namespace {
 
-using OptTensor = std::optional<Tensor>;
-
 constexpr int kThreads = 256;
 // Accesses in flight per source; fewer where each brings many elements, which cost registers.
 template <int N>
@@ -44,15 +42,6 @@ void with_team(int64_t B, int64_t K, const Body& body) {
     body(std::true_type(), blocks_for(B, 1), kShared);
   else
     body(std::false_type(), blocks_for(B, kThreads / kWarp), int64_t{0});
-}
-
-// Calls body(N) with the elements that one access takes, as a constant.
-template <typename T, typename Body>
-void with_access(bool vectors, const Body& body) {
-  if (vectors)
-    body(std::integral_constant<int, kVector<T>>());
-  else
-    body(std::integral_constant<int, 1>());
 }
 
 // ---- Targets.
@@ -122,14 +111,8 @@ Tensor modulate_backward(const Tensor& grad, const Tensor& targets, const Tensor
   const Tensor result = new_tensor(targets, {B, K}, targets.scalar_type());
   dispatch(targets.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto rows_aligned = [](const Tensor& x) {
-      bool aligned = x.stride(x.dim() - 1) == 1;
-      for (int64_t d = 0; d + 1 < x.dim(); ++d)
-        aligned = aligned && aligned16(x.const_data_ptr(), x.stride(d) * sizeof(T));
-      return aligned;
-    };
-    const bool vectors = K * sizeof(T) % 16 == 0 && rows_aligned(grad) && rows_aligned(targets) &&
-                         rows_aligned(result);
+    const bool vectors = K * sizeof(T) % 16 == 0 && vector_rows(grad) && vector_rows(targets) &&
+                         vector_rows(result);
     with_access<T>(vectors, [&](auto access) {
       with_team(B, K, [&](auto block, int64_t blocks, int64_t shared) {
         launch({"modulate_backward", grad, {blocks}, kThreads, shared},

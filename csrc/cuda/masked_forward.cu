@@ -345,24 +345,18 @@ void launch_samples(const Tensor& features, const Problem& p, const FillValues& 
   });
 }
 
-template <typename T>
-const T* pointer(const OptTensor& x) { return x ? in<T>(*x) : nullptr; }
-
-OptTensor packed_if(const OptTensor& x) { return x ? OptTensor(packed(*x)) : std::nullopt; }
-
 // logits (B, K) = pooled (B, C)·Wᵀ + bias, and the mean cross-entropy against targets (B, K).
 void classify(const Inputs& in, const Outputs& o) {
   const ScalarType type = o.pooled.scalar_type();
   const Tensor weight = torch::stable::to(*in.weight, type);
   multiply(o.pooled, torch::stable::transpose(weight, 0, 1), o.logits);
-  const OptTensor bias =
-      in.bias ? OptTensor(packed(torch::stable::to(*in.bias, type))) : std::nullopt;
+  const OptTensor bias = in.bias ? packed(OptTensor(torch::stable::to(*in.bias, type))) : in.bias;
   const int64_t B = o.logits.size(0), K = o.logits.size(1);
   const Tensor rows = new_tensor(o.logits, {B}, type);
   dispatch(type, [&](auto zero) {
     using A = acc_t<decltype(zero)>;
     launch({"masked_forward: cross-entropy", o.logits, {B}, kThreads, kReduceBytes},
-           cross_entropy_kernel<A>, out<A>(o.logits), pointer<A>(bias),
+           cross_entropy_kernel<A>, out<A>(o.logits), in_or_null<A>(bias),
            o.targets.const_data_ptr(), o.targets.scalar_type(), K, out<A>(rows));
     launch({"masked_forward: loss", o.logits, {1}, kThreads, kReduceBytes}, mean_kernel<A>,
            sanm::in<A>(rows), B, out<A>(o.loss));
@@ -374,7 +368,7 @@ void run(const Inputs& in, const Outputs& o) {
   const Image images(in.images ? *in.images : in.features);
   Problem p = prepare(features, in.H, in.W, in.images ? in.images->size(1) : 0);
   const Tensor clean_prob = packed(in.clean_prob);
-  const OptTensor draws = packed_if(in.draws), index = packed_if(in.sample_index);
+  const OptTensor draws = packed(in.draws), index = packed(in.sample_index);
   FillValues values{};
   if (in.fill_value.size() > kFillValues)
     value_error("fill_value: expected one number or at most ", kFillValues,
@@ -389,10 +383,10 @@ void run(const Inputs& in, const Outputs& o) {
   p.t_b = in.targets.stride(0);
   p.t_k = p.soft ? in.targets.stride(1) : 0;
   p.clean_prob = sanm::in<float>(clean_prob);
-  p.draws = pointer<double>(draws);
+  p.draws = in_or_null<double>(draws);
   p.draw_count = draws ? draws->size(1) : 0;
-  p.seed = pointer<int64_t>(in.seed);
-  p.index = pointer<int64_t>(index);
+  p.seed = in_or_null<int64_t>(in.seed);
+  p.index = in_or_null<int64_t>(index);
   p.stats = o.stats.mutable_data_ptr();
   p.positions = out<int32_t>(o.positions);
   p.ratio = out<float>(o.ratio);

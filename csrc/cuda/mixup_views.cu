@@ -137,15 +137,6 @@ Share<acc_t<T>> share_of(const Tensor& lam) {
   return {static_cast<acc_t<T>>(own), static_cast<acc_t<T>>(1 - own)};
 }
 
-// Calls body(N) with the elements that one access takes, as a constant.
-template <typename T, typename Body>
-void with_access(bool vectors, const Body& body) {
-  if (vectors)
-    body(std::integral_constant<int, kVector<T>>());
-  else
-    body(std::integral_constant<int, 1>());
-}
-
 Tensor new_rows(const Tensor& x, int64_t rows, bool channels_last) {
   std::vector<int64_t> size{rows};
   for (int64_t d = 1; d < x.dim(); ++d) size.push_back(x.size(d));

@@ -22,17 +22,6 @@ struct Draws {
   }
 };
 
-// Calls body(T{}) with T the C++ type of a floating dtype.
-template <typename Body>
-SANM_DEVICE void device_dispatch(ScalarType type, const Body& body) {
-  switch (type) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Double: return body(double{});
-    case ScalarType::Half: return body(Half{});
-    default: return body(BFloat16{});
-  }
-}
-
 // A fill as the image's type: by way of float32, but for float64.
 template <typename T>
 SANM_DEVICE T fill_cast(double value) {

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sanm_kernels.ops.base import BACKENDS, operators
+from sanm_kernels.ops.base import BACKENDS, operators, value_checks
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,6 +23,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # then Triton's kernels run inter
     DEVICES["triton"] = ("cuda", "cpu")
 if os.environ.get("SANM_KERNELS_CUDA_EMULATION"):  # then the CUDA kernels run on the host
     DEVICES["cuda"] = ("cpu",)
+
+#: Backends whose kernels run on a device and cannot report a wrong value.
+SILENT = ("triton", "cuda")
 
 _forced: list[str] = []  # innermost use_backend last
 
@@ -113,9 +116,11 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
     a small kernel, is passed over, just as it would itself do after a longer look.
     """
     overload = select(op, device, backend)
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-    ):
+    if torch.compiler.is_compiling():
+        return overload(*arguments)
+    if overload._overloadname in SILENT and op in value_checks:
+        value_checks[op](*arguments)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return overload(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*arguments)

@@ -21,6 +21,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 library = torch.library.Library(NAMESPACE, "DEF")
 operators: dict[str, str] = {}  # name → schema, in order of definition
+value_checks: dict[str, Callable[..., None]] = {}  # name → what `define` was given as `check`
 
 
 class Overloads:
@@ -41,6 +42,7 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> None:
     """Define operator `name` with `schema` ("(Tensor a, …) -> Tensor") on every backend.
 
@@ -50,8 +52,12 @@ def define(
         setup_context, backward: as for `torch.library.register_autograd`, but `backward` is called
             as ``backward(ops, ctx, *grads)`` where ``ops.other_name`` is an operator of the backend
             that ran forward. An operator without `backward` refuses to be differentiated.
+        check: takes the schema's arguments and raises ValueError where their values are wrong and
+            are to be checked; called for backends whose kernels cannot report it.
     """
     operators[name] = schema
+    if check is not None:
+        value_checks[name] = check
     for backend in BACKENDS:
         overload = f"{name}.{backend}"
         qualified = f"{NAMESPACE}::{overload}"

@@ -36,4 +36,5 @@ define(
     "Tensor n_iter, Tensor converged, Tensor degenerate)",
     reference.forward,
     fake=_fake,
+    check=lambda losses, history, *settings: reference.check(losses, history),
 )

@@ -121,6 +121,11 @@ def _reference_out(*arguments: Any) -> None:
         buffer.copy_(result)
 
 
+def _check(features: Tensor, targets: Tensor, clean_prob: Tensor, *more: Any) -> None:
+    given = dict(zip(INPUTS[3:], more, strict=False))
+    reference.check(targets, clean_prob, given["draws"], given["num_classes"])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     given = dict(zip(INPUTS, inputs, strict=False))
@@ -196,6 +201,7 @@ define(
     fake=empty_outputs,
     setup_context=_setup_context,
     backward=_backward,
+    check=_check,
 )
 define(
     "masked_forward_out",
@@ -206,6 +212,7 @@ define(
     + ") -> ()",
     _reference_out,
     fake=lambda *arguments: None,
+    check=_check,
 )
 define(
     "modulate_backward",

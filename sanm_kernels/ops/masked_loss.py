@@ -20,6 +20,17 @@ def empty_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _check(
+    logits: Tensor,
+    targets: Tensor,
+    ratio: Tensor | None,
+    permutation: Tensor | None,
+    prior: Tensor | None,
+    *settings: Any,
+) -> None:
+    reference.check(logits, targets, ratio, permutation, prior, ignore_index=settings[3])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, num_labeled, clamp, ignore_index, mean = inputs
     ctx.set_materialize_grads(False)
@@ -47,6 +58,7 @@ define(
     fake=empty_outputs,
     setup_context=_setup_context,
     backward=_backward,
+    check=_check,
 )
 define(
     "masked_loss_backward",

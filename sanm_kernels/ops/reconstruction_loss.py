@@ -33,6 +33,7 @@ define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    check=lambda reconstruction, images, boxes: reference.check(boxes, *images.shape[2:]),
 )
 define(
     "reconstruction_loss_backward",

@@ -21,4 +21,7 @@ define(
     "(Tensor[] logits, Tensor? labels, Tensor? clean_prob, Tensor temperature) -> Tensor",
     reference.forward,
     fake=_fake,
+    check=lambda logits, labels, clean_prob, temperature: reference.check(
+        logits, labels, clean_prob
+    ),
 )

@@ -36,6 +36,7 @@ define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    check=reference.check,
 )
 define(
     "sample_loss_backward",

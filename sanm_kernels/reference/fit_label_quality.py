@@ -134,6 +134,13 @@ def select(condition: Tensor, a: Mixture, b: Mixture) -> Mixture:
     return Mixture(*(torch.where(condition, s, t) for s, t in zip(a, b, strict=True)))
 
 
+def check(losses: Tensor, history: Tensor | None) -> None:
+    """Values of the arguments, where values are checked (`checks.enabled`)."""
+    checks.finite(losses, "losses")
+    if history is not None:
+        checks.finite(history, "history[-4:]")  # the rows that the public function hands on
+
+
 def forward(
     losses: Tensor,
     history: Tensor | None,
@@ -147,9 +154,7 @@ def forward(
 
     losses (N,), history (E, N) or None, uniforms: three in [0, 1) for k-means++.
     """
-    checks.finite(losses, "losses")
-    if history is not None:
-        checks.finite(history, "history[-4:]")  # the rows that the public function hands on
+    check(losses, history)
     dtype = accumulate_dtype(losses)
     n = losses.shape[0]
     # No sample stands as one sample at 0: degenerate too.

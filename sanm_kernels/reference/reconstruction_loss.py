@@ -17,9 +17,9 @@ def _views(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> tupl
     return reconstruction.reshape(views, *images.shape).to(dtype), images.to(dtype)
 
 
-def check(boxes: Tensor, H: int, W: int) -> None:
+def check(boxes: Tensor | None, H: int, W: int) -> None:
     """Every box (…, 4) = y0, x0, y1, x1 lies inside the image and does not end before it starts."""
-    if checks.enabled(boxes):
+    if boxes is not None and checks.enabled(boxes):
         y0, x0, y1, x1 = boxes.unbind(-1)
         ok = (y0 >= 0) & (y0 <= y1) & (y1 <= H) & (x0 >= 0) & (x0 <= x1) & (x1 <= W)
         if not bool(ok.all()):
@@ -49,8 +49,7 @@ def forward(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> Ten
     reconstruction (V·B, C, H, W), views stacked in order; images (B, C, H, W); boxes (V, B, 4)
     int64 y0, x0, y1, x1 half open: only the elements inside count, or None: all do.
     """
-    if boxes is not None:
-        check(boxes, images.shape[2], images.shape[3])
+    check(boxes, *images.shape[2:])
     r, x = _views(reconstruction, images, boxes)
     mask, count = _hidden(boxes, r.shape)
     square = torch.where(mask.to(r.device), (r - x).square(), 0)

@@ -106,9 +106,21 @@ SANITIZED = {
         "cuda and (spread and (mean or pixel) or classifier and False-False-torch.float32)",
         "cuda and not (same_energy or statistics or modulated or bfloat16 or float64)",
     ),
+    "tests/ops/test_gpu_masked_loss.py": (
+        "cuda and torch.float32 and (mixed and 100- or registers and 2052)",
+        "cuda and not (20001 or many_labels or bfloat16 or float64)",
+    ),
     "tests/ops/test_gpu_mixup_views.py": (
         "cuda and (shape1-contiguous-torch.float32 or shape3-channels_last-torch.float16)",
         "cuda and not transposed",
+    ),
+    "tests/ops/test_gpu_reconstruction_loss.py": (
+        "cuda and contiguous and aligned and torch.float32",
+        "cuda and not transposed",
+    ),
+    "tests/ops/test_gpu_refine_targets.py": (
+        "cuda and torch.float32 and soft and contiguous",
+        "cuda and not (transposed or bfloat16 or float64)",
     ),
 }
 

@@ -10,13 +10,6 @@ import sanm_kernels as sk
 from sanm_kernels.backends import load
 
 
-@pytest.fixture(params=GPU_DEVICES)
-def backend(request) -> str:
-    if GPU_DEVICES[request.param] is None:
-        pytest.skip(load(request.param))
-    return request.param
-
-
 def run(backend, views, lam, permutation, rows, upstream):
     device = GPU_DEVICES.get(backend, "cpu")
     views = [v.detach() for v in views]

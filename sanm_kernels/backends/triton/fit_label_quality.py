@@ -27,7 +27,6 @@ from torch import Tensor
 
 from sanm_kernels.backends.triton import numeric
 from sanm_kernels.backends.triton.launch import implements, launch, triton_dtype
-from sanm_kernels.reference import checks
 from sanm_kernels.reference import fit_label_quality as reference
 from sanm_kernels.reference.precision import accumulate_dtype
 
@@ -55,16 +54,6 @@ _LOW = tl.constexpr(11)
 _HIGH = tl.constexpr(12)
 _FIRST = tl.constexpr(13)  # first centre, then two candidates for the second
 _STATE_SIZE = 16
-
-
-@triton.jit
-def _total(values, count, BLOCK: tl.constexpr):
-    """Σ of `count` float64 values, in order of blocks."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, count, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.load(values + i, mask=i < count, other=0.0)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -138,7 +127,7 @@ def _draw(x, squares, n, parts, centre, uniform, total, BLOCK: tl.constexpr):
     block = tl.minimum(block, parts - 1)
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.where(i < n, tl.load(x + i, mask=i < n, other=0.0) - centre, 0.0)
-    reached = _total(squares, block, BLOCK) + tl.cumsum(d * d, 0)
+    reached = numeric.total(squares, block, BLOCK) + tl.cumsum(d * d, 0)
     before = (reached < target) & (i < n)
     index = block.to(tl.int64) * BLOCK + tl.sum(before.to(tl.int32), 0)
     return tl.load(x + tl.minimum(index, n - 1))
@@ -167,8 +156,8 @@ def average_kernel(
     tl.store(partial + parts + part, tl.sum(tl.where(i < n, d * d, 0.0), 0))
     if _last_through(arrived, parts):
         squares = partial + parts
-        total = _total(squares, parts, BLOCK)
-        tl.store(state + _MEAN, _total(partial, parts, BLOCK) / n.to(tl.float64))
+        total = numeric.total(squares, parts, BLOCK)
+        tl.store(state + _MEAN, numeric.total(partial, parts, BLOCK) / n.to(tl.float64))
         tl.store(state + _FIRST, centre)
         u = numeric.scalar(uniform1, tl.float64)
         tl.store(state + _FIRST + 1, _draw(x, squares, n, parts, centre, u, total, BLOCK))
@@ -198,7 +187,7 @@ def _leading(ordered, sums, count, centre, BLOCK: tl.constexpr):
     block = count // BLOCK
     i = block * BLOCK + tl.arange(0, BLOCK)
     d = tl.load(ordered + i, mask=i < count, other=0.0) - centre
-    return _total(sums, block.to(tl.int32), BLOCK) + tl.sum(tl.where(i < count, d, 0.0), 0)
+    return numeric.total(sums, block.to(tl.int32), BLOCK) + tl.sum(tl.where(i < count, d, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -227,16 +216,16 @@ def start_kernel(
     tl.store(partial + 3 * parts + part, tl.sum(tl.where(i < n, s, 0.0), 0))
     if _last_through(arrived, parts):
         samples = n.to(tl.float64)
-        variance = _total(partial + 2 * parts, parts, BLOCK) / samples
+        variance = numeric.total(partial + 2 * parts, parts, BLOCK) / samples
         tl.store(state + _VARIANCE, variance)
         tl.store(state + _LOW, tl.load(ordered))
         tl.store(state + _HIGH, tl.load(ordered + (n - 1)))
-        better = _total(partial + parts, parts, BLOCK) < _total(partial, parts, BLOCK)
+        better = numeric.total(partial + parts, parts, BLOCK) < numeric.total(partial, parts, BLOCK)
         second = tl.where(better, other, one)
         low_wins = first <= second  # ties are the first centre's
         low, high = tl.minimum(first, second), tl.maximum(first, second)
         sums = partial + 3 * parts
-        whole = _total(sums, parts, BLOCK)
+        whole = numeric.total(sums, parts, BLOCK)
         left = tl.full((), _LLOYD_ITERATIONS, tl.int32)
         while left > 0:
             count = _split(ordered, n, low, high, low_wins, BLOCK)
@@ -267,9 +256,9 @@ def _level(weight, variance):
 @triton.jit
 def _update(partial, k: tl.constexpr, parts, mean, reg, state, BLOCK: tl.constexpr):
     """The M-step of component k but for its weight, from moments about `mean`; its mass."""
-    mass = _total(partial + k * parts, parts, BLOCK) + _MASS_OFFSET
-    shift = _total(partial + (2 + k) * parts, parts, BLOCK) / mass
-    second = _total(partial + (4 + k) * parts, parts, BLOCK) / mass
+    mass = numeric.total(partial + k * parts, parts, BLOCK) + _MASS_OFFSET
+    shift = numeric.total(partial + (2 + k) * parts, parts, BLOCK) / mass
+    second = numeric.total(partial + (4 + k) * parts, parts, BLOCK) / mass
     tl.store(state + _MEANS + k, mean + shift)
     tl.store(state + _VARIANCES + k, second - shift * shift + reg)
     return mass
@@ -318,7 +307,7 @@ def step_kernel(
             tl.store(state + _WEIGHTS, mass0 / (mass0 + mass1))
             tl.store(state + _WEIGHTS + 1, mass1 / (mass0 + mass1))
             if not START:
-                bound = _total(partial + 6 * parts, parts, BLOCK) / n.to(tl.float64)
+                bound = numeric.total(partial + 6 * parts, parts, BLOCK) / n.to(tl.float64)
                 change = tl.abs(bound - tl.load(state + _BOUND))
                 at_rest = change < numeric.scalar(tol, tl.float64)
                 tl.store(state + _BOUND, bound)
@@ -391,9 +380,6 @@ def forward(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as in `reference/fit_label_quality.py`."""
-    checks.finite(losses, "losses")
-    if history is not None:
-        checks.finite(history, "history[-4:]")
     n = losses.shape[0]
     epochs = losses[None] if history is None else torch.cat([history, losses[None]])
     if n == 0:  # stands as one sample at 0

@@ -31,7 +31,6 @@ from sanm_kernels.backends.triton.launch import (
     triton_dtype,
 )
 from sanm_kernels.ops.masked_loss import empty_outputs
-from sanm_kernels.reference.masked_loss import check
 
 #: Most programs of the forward kernel (each has column sums to be added later) and of backward.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 128, 1056
@@ -101,8 +100,10 @@ def masked_loss_kernel(
             centred = z - top[:, None]
             log_p = centred - log_sum[:, None]
             p = tl.exp(centred) * scale[:, None]
-            t = target_rows.mixed(own_rows, own, other_rows, other, exists, k, K, t_k, lam,
-                                  ratio is not None, permutation is not None, SOFT, ACC)  # fmt: skip
+            t = target_rows.mixed(
+                own_rows, own, other_rows, other, exists, k, K, t_k, lam, ratio is not None,
+                permutation is not None, SOFT, ACC,
+            )  # fmt: skip
             cross = tl.where(t == 0, 0.0, -t * log_p)  # 0·log 0 = 0
             term = tl.where(is_labeled[:, None], cross, (p - t) * (p - t))
             loss += tl.sum(tl.where(inside, term, 0.0), 1)
@@ -128,16 +129,6 @@ def masked_loss_kernel(
     tl.store(sums + 2 * parts + part, labeled_count)
     tl.store(sums + 3 * parts + part, unlabeled_count)
     tl.store(sums + 4 * parts + part, confidence)
-
-
-@triton.jit
-def _added(values, count, BLOCK: tl.constexpr):
-    """Σ of `count` float64 values, in order of blocks."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, count, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        total += tl.load(values + i, mask=i < count, other=0.0)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -185,13 +176,13 @@ def masked_loss_finish_kernel(
     tl.store(penalties + program, tl.where(n == 0, 0.0, tl.sum(term, 0)))
     tl.debug_barrier()  # before this program counts as through
     if tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1:
-        labeled = _added(sums, parts, PARTS)
-        unlabeled = _added(sums + parts, parts, PARTS)
+        labeled = numeric.total(sums, parts, PARTS)
+        unlabeled = numeric.total(sums + parts, parts, PARTS)
         if MEAN:
-            labeled /= tl.maximum(_added(sums + 2 * parts, parts, PARTS), 1.0)
-            unlabeled /= tl.maximum(_added(sums + 3 * parts, parts, PARTS), 1.0)
-        confidence = _added(sums + 4 * parts, parts, PARTS) / tl.maximum(n, 1).to(tl.float64)
-        penalty = _added(penalties, programs, PARTS)
+            labeled /= tl.maximum(numeric.total(sums + 2 * parts, parts, PARTS), 1.0)
+            unlabeled /= tl.maximum(numeric.total(sums + 3 * parts, parts, PARTS), 1.0)
+        confidence = numeric.total(sums + 4 * parts, parts, PARTS) / tl.maximum(n, 1).to(tl.float64)
+        penalty = numeric.total(penalties, programs, PARTS)
         total = labeled + _weighted(numeric.scalar(unlabeled_weight, tl.float64), unlabeled)
         total += _weighted(numeric.scalar(prior_weight, tl.float64), penalty)
         total += _weighted(numeric.scalar(confidence_weight, tl.float64), confidence)
@@ -281,8 +272,10 @@ def masked_loss_backward_kernel(
                 z = tl.load(logits + offsets, mask=inside, other=0.0).to(ACC)
                 log_p = z - top - log_sum
                 p = tl.where(inside, tl.exp(log_p), 0.0)
-                t = target_rows.mixed(own_rows, own, other_rows, other, exists, k, K, t_k, lam,
-                                      ratio is not None, permutation is not None, SOFT, ACC)  # fmt: skip
+                t = target_rows.mixed(
+                    own_rows, own, other_rows, other, exists, k, K, t_k, lam, ratio is not None,
+                    permutation is not None, SOFT, ACC,
+                )  # fmt: skip
                 mean = tl.load(p_mean + k, mask=k < K, other=1.0)
                 # a class of which no row has any probability gets no gradient: its p can't move
                 slope = -_prior(prior, k, K, ACC) / (tl.where(mean == 0, 1.0, mean) * rows)
@@ -333,7 +326,6 @@ def forward(
     mean: bool,
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in `reference/masked_loss.py`."""
-    check(logits, targets, ratio, permutation, prior, ignore_index)
     n, K = logits.shape
     lam, *weights = scalars.tolist()
     soft = targets.is_floating_point()

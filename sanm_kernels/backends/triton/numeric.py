@@ -82,3 +82,13 @@ def cast(x, DTYPE: tl.constexpr):
         return tl.where(x == x, up, bits).to(tl.float32, bitcast=True).to(DTYPE)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def total(values, count, BLOCK: tl.constexpr):
+    """Σ of `count` float64 values, in order of blocks."""
+    result = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        result += tl.load(values + i, mask=i < count, other=0.0)
+    return tl.sum(result, 0)

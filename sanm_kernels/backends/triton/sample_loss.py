@@ -21,7 +21,6 @@ from sanm_kernels.backends.triton.launch import (
     triton_dtype,
 )
 from sanm_kernels.reference.precision import accumulate_dtype
-from sanm_kernels.reference.sample_loss import check
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -89,7 +88,6 @@ def sample_loss_backward_kernel(
 @implements("sample_loss")
 def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """logits (B, K), labels (B,) → losses (B,), normalizer (B, 2)."""
-    check(logits, labels)
     batch, classes = logits.shape
     acc = accumulate_dtype(logits)
     loss = logits.new_empty(batch, dtype=acc)

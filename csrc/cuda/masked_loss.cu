@@ -1,0 +1,480 @@
+// The training loss on rows of logits z (n, K): cross-entropy of the first n_x rows, squared error
+// of the rest, prior and confidence penalty, against targets modulated and mixed on the fly.
+//
+// With e_k = exp(z_k − max z) and p = e / Σe, from registers (K ≤ 1024, or 512) or shared memory:
+//   cross-entropy  Σ_k t_k (log Σe − (z_k − max z))     squared error  (1/K) Σ_k (p_k − t_k)²
+//   Σ_k p_k log p_k = Σ_k p_k (z_k − max z) − log Σe.
+// Forward is two launches: each block adds p over its rows; then the blocks' column sums are added,
+// in order, and the block that finishes last adds the other sums and writes the losses. Backward is
+// one launch (two where many labels are to be counted) and needs p̄ = mean p, maxima and log Σe:
+//   dL/dz_k = p_k (h_k − Σ_j p_j h_j) + [labelled] c (p_k Σ_j t_j − t_k),
+//   h_k = [unlabelled] c (2/K)(p_k − t_k) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_k / n.
+// max z and log Σe are kept apart: their float32 sum would cost large logits their digits.
+#include "cuda/targets.h"
+
+namespace sanm {
+namespace {
+
+constexpr int kFinishThreads = 512;
+constexpr int kCountBlocks = 128;
+constexpr int64_t kManyLabels = 16384;  // are counted in a launch of its own in backward
+constexpr int kHoldBytes = 47 * 1024;  // of a row in shared memory, with which it is below 48 KiB
+
+// Σ over rows: labelled and unlabelled losses, how many of them count, Σ p log p.
+enum { kLabeled, kUnlabeled, kLabeledCount, kUnlabeledCount, kConfidence, kSums };
+
+// scalars (4,): λ, λ_u, ρ, ν
+struct Scalars {
+  explicit Scalars(const Tensor& scalars) {
+    const Tensor values = packed(scalars);
+    const double* s = in<double>(values);
+    lam = s[0], unlabeled = s[1], prior = s[2], confidence = s[3];
+  }
+  double lam, unlabeled, prior, confidence;
+};
+
+// weight·term, and 0 for weight 0 even where the term is infinite
+SANM_DEVICE double weighted(double weight, double term) { return weight == 0 ? 0 : weight * term; }
+
+// π, or the uniform one.
+template <typename A>
+struct Prior {
+  const A* data;  // (K,) or null
+  int64_t stride;
+  SANM_DEVICE A operator()(int k, int K) const { return data ? data[k * stride] : A{1} / K; }
+};
+
+// A row's maximum, Σe, and the lane's parts of the sums that the losses are made of. In a whole row
+// x becomes e; otherwise `held`, where given, takes e.
+template <typename A>
+struct RowSums {
+  A top, total, moment, mass, dot;
+};
+
+template <typename Shape, typename T, typename A>
+SANM_DEVICE RowSums<A> sum_row(const Logits<T>& logits, int64_t i, const Targets<A>& targets,
+                               Target<Shape>& target, A (&x)[Shape::C],
+                               A* held) {  // (K,) or null
+  const int K = logits.K;
+  if (Shape::kWhole) logits.template load<Shape>(i, 0, x);
+  target.open(targets, i);
+  RowSums<A> s{static_cast<A>(-INFINITY), 0, 0, 0, 0};
+  for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+    if (!Shape::kWhole) logits.template load<Shape>(i, first, x);
+    Shape::each_class(first, K, [&](int c, int k) {
+      s.top = Max()(s.top, x[c]);
+      if (!Shape::kWhole && held && k < K) held[k] = x[c];
+    });
+  }
+  s.top = Shape::max(s.top);
+  for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+    if (!Shape::kWhole && !held) logits.template load<Shape>(i, first, x);
+    const auto& t = target.piece(targets, first);
+    Shape::each_class(first, K, [&](int c, int k) {
+      if (!Shape::kWhole && held) x[c] = k < K ? held[k] : static_cast<A>(-INFINITY);
+      const A centred = x[c] - s.top, e = std::exp(centred);
+      s.total += e;
+      s.moment += e == 0 ? A{0} : e * centred;
+      s.mass += t[c];
+      s.dot += t[c] == 0 ? A{0} : t[c] * centred;  // 0·log 0 = 0
+      x[c] = e;
+      if (!Shape::kWhole && held && k < K) held[k] = e;
+    });
+  }
+  s.total = Shape::sum(s.total);
+  return s;
+}
+
+// Writes the block's column sums of p, of which the lanes have theirs in `mine`.
+template <typename Shape, typename A>
+SANM_DEVICE void store_columns(const A (&mine)[Shape::C], int K,
+                               A* column) {  // (K,), written
+  if (Shape::kBlock) {
+    Shape::each_class(0, K, [&](int c, int k) {
+      if (k < K) column[k] = mine[c];
+    });
+    return;
+  }
+  constexpr int kWarps = Shape::kThreads / kWarp;
+  A* parts = shared_memory<A>(kScratch);  // (warps, K)
+  Shape::each_class(0, K, [&](int c, int k) {
+    A sum = mine[c];
+#pragma unroll
+    for (int distance = Shape::G; distance < kWarp; distance *= 2)
+      sum += shuffle_xor(sum, distance);
+    if (k < K && lane() < Shape::G) parts[warp() * K + k] = sum;
+  });
+  __syncthreads();
+  for (int k = threadIdx.x; k < K; k += Shape::kThreads) {
+    A sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += parts[w * K + k];
+    column[k] = sum;
+  }
+}
+
+// Each block takes rows in turn. Shared memory: scratch; then the warps' column sums (warps, K)
+// or, `hold` given, the row (K,).
+template <typename Shape, typename T>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss_kernel(
+    const Logits<T> logits,                    // (n, K)
+    const Targets<typename Shape::A> targets,  // (M, K) or (M,)
+    typename Shape::A* per_sample,             // (n,), written
+    typename Shape::A* normalizer,             // (n, 2), written: maximum, log-sum
+    typename Shape::A* columns,                // (blocks, K), written: Σ p over the block's rows
+    double* sums,                              // (kSums, blocks), written
+    int* arrived,                              // (), written: 0, for the finishing blocks
+    int64_t num_labeled, bool hold) {
+  using A = typename Shape::A;
+  const int K = logits.K;
+  if (global_thread() == 0) *arrived = 0;
+  A* const column = columns + static_cast<int64_t>(blockIdx.x) * K;
+  A* const held = hold ? shared_memory<A>(kScratch) : nullptr;
+  A mine[Shape::C] = {};
+  double sum[kSums] = {};
+  bool started = false;
+  Shape::each_row(logits.n, [&](int64_t i, bool exists) {
+    A x[Shape::C];
+    Target<Shape> target;
+    const RowSums<A> s = sum_row(logits, i, targets, target, x, held);
+    const A log_sum = std::log(s.total), scale = 1 / s.total;
+    const bool labeled = i < num_labeled, valid = exists && targets.counts(i);
+    A loss = log_sum * s.mass - s.dot, square = 0;
+    for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+      if (!Shape::kWhole && !held) logits.template load<Shape>(i, first, x);
+      // of a whole row, the target is still there
+      const auto& t = Shape::kWhole || labeled ? target.own.t : target.piece(targets, first);
+      Shape::each_class(first, K, [&](int c, int k) {
+        A e = x[c];
+        if (!Shape::kWhole) e = held ? (k < K ? held[k] : A{0}) : std::exp(x[c] - s.top);
+        const A p = e * scale;
+        if (Shape::kWhole) {
+          mine[c] += exists ? p : A{0};
+        } else if (k < K) {
+          column[k] = (started ? column[k] : A{0}) + p;
+        }
+        if (!labeled) square += (p - t[c]) * (p - t[c]);
+      });
+    }
+    started = true;
+    loss = Shape::sum(labeled ? loss : square) / (labeled ? 1 : K) + targets.poison(i);
+    const A entropy = Shape::sum(s.moment) * scale - log_sum;
+    if (Shape::rank() != 0 || !exists) return;
+    per_sample[i] = valid ? loss : A{0};
+    normalizer[2 * i] = s.top, normalizer[2 * i + 1] = log_sum;
+    sum[kConfidence] += entropy;
+    if (!valid) return;
+    sum[kLabeled] += labeled ? loss : A{0};
+    sum[kUnlabeled] += labeled ? A{0} : loss;
+    sum[kLabeledCount] += labeled;
+    sum[kUnlabeledCount] += !labeled;
+  });
+  if (Shape::kWhole)
+    store_columns<Shape>(mine, K, column);
+  else if (!started)  // there is no row
+    for (int k = threadIdx.x; k < K; k += Shape::kThreads) column[k] = 0;
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    const double added = block_sum(sum[s], shared_memory<double>());
+    if (threadIdx.x == 0) sums[static_cast<int64_t>(s) * gridDim.x + blockIdx.x] = added;
+  }
+}
+
+// Σ of `count` numbers by the whole block.
+SANM_DEVICE double sum_all(const double* values,  // (count,)
+                           int64_t count) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += values[i];
+  return block_sum(sum, shared_memory<double>());
+}
+
+// Block j: p̄ of classes 32·j and on, one per lane, warps taking parts in turn; the block that is
+// last: the losses. Shared memory: scratch; then (warps, kWarp) doubles.
+template <typename A>
+__global__ void __launch_bounds__(kFinishThreads) masked_loss_finish_kernel(
+    const A* columns,    // (parts, K)
+    const double* sums,  // (kSums, parts)
+    const Prior<A> prior,
+    double* penalties,  // workspace (blocks,)
+    int* arrived,       // (), 0: counts the blocks that are through
+    A* total, A* labeled, A* unlabeled, A* penalty, A* confidence,  // (), written
+    A* p_mean,                                                      // (K,), written
+    int64_t n, int K, int64_t parts, bool mean, double unlabeled_weight, double prior_weight,
+    double confidence_weight) {
+  double* share = shared_memory<double>(kScratch);
+  const int k = blockIdx.x * kWarp + lane();
+  double column = 0;
+  if (k < K) {
+#pragma unroll 4
+    for (int64_t i = warp(); i < parts; i += warps()) column += columns[i * K + k];
+  }
+  share[warp() * kWarp + lane()] = column;
+  __syncthreads();
+  if (warp() == 0) {
+    column = 0;
+    for (int w = 0; w < warps(); ++w) column += share[w * kWarp + lane()];
+    const double rows = n > 1 ? n : 1, mean_k = column / rows;
+    double term = 0;
+    if (k < K) {
+      p_mean[k] = static_cast<A>(mean_k);
+      const double pi = prior(k, K);
+      if (pi != 0 && n > 0) term = pi * std::log(pi / mean_k);
+    }
+    term = warp_reduce(term, Sum());
+    if (lane() == 0) penalties[blockIdx.x] = term;
+  }
+  // Every block's penalty is written before the block counts, and read by the last one only.
+  int* last = shared_memory<int>();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *last = atomicAdd(arrived, 1) == static_cast<int>(gridDim.x) - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  const bool through = *last != 0;
+  __syncthreads();
+  if (!through) return;
+  double of_labeled = sum_all(sums, parts), of_unlabeled = sum_all(sums + parts, parts);
+  if (mean) {
+    of_labeled /= Max()(1.0, sum_all(sums + kLabeledCount * parts, parts));
+    of_unlabeled /= Max()(1.0, sum_all(sums + kUnlabeledCount * parts, parts));
+  }
+  const double of_confidence =
+      sum_all(sums + kConfidence * parts, parts) / static_cast<double>(n > 1 ? n : 1);
+  const double divergence = sum_all(penalties, gridDim.x);
+  if (threadIdx.x != 0) return;
+  *labeled = static_cast<A>(of_labeled);
+  *unlabeled = static_cast<A>(of_unlabeled);
+  *penalty = static_cast<A>(divergence);
+  *confidence = static_cast<A>(of_confidence);
+  *total = static_cast<A>(of_labeled + weighted(unlabeled_weight, of_unlabeled) +
+                          weighted(prior_weight, divergence) +
+                          weighted(confidence_weight, of_confidence));
+}
+
+// How many rows count, labelled and unlabelled: the block's part of them, rows i, i + step, …
+template <typename A>
+SANM_DEVICE void count_rows(const Targets<A>& targets, int64_t n, int64_t num_labeled, int64_t i,
+                            int64_t step, double& labeled, double& unlabeled) {
+  labeled = unlabeled = 0;
+  for (; i < n; i += step)
+    if (targets.counts(i)) (i < num_labeled ? labeled : unlabeled) += 1;
+  labeled = block_sum(labeled, shared_memory<double>());
+  unlabeled = block_sum(unlabeled, shared_memory<double>());
+}
+
+// For backward with more labels than every block should look at.
+template <typename A>
+__global__ void __launch_bounds__(kFinishThreads) masked_loss_count_kernel(
+    const Targets<A> targets,
+    double* counts,  // (2, blocks), written: labelled and unlabelled rows that count
+    int64_t n, int64_t num_labeled) {
+  double labeled, unlabeled;
+  count_rows(targets, n, num_labeled, global_thread(), global_threads(), labeled, unlabeled);
+  if (threadIdx.x != 0) return;
+  counts[blockIdx.x] = labeled;
+  counts[gridDim.x + blockIdx.x] = unlabeled;
+}
+
+// Upstream gradients of forward's first six outputs; absent: null, zeros.
+template <typename A>
+struct Upstream {
+  const A *total, *labeled, *unlabeled, *prior, *confidence;  // ()
+  const A* per_sample;                                        // (n,)
+  int64_t stride;                                             // of per_sample
+
+  // What arrives at one part of the loss: its own gradient, and the total's times its weight.
+  SANM_DEVICE double at(const A* part, double weight) const {
+    return (part ? static_cast<double>(*part) : 0) + (total ? weighted(weight, *total) : 0);
+  }
+};
+
+// Each block takes rows in turn. Shared memory: scratch; then, `hold` given, the prior's part of h
+// (K,).
+template <typename Shape, typename T>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss_backward_kernel(
+    const Upstream<typename Shape::A> upstream,
+    const Logits<T> logits,                    // (n, K)
+    const Targets<typename Shape::A> targets,  // (M, K) or (M,)
+    const Prior<typename Shape::A> prior,
+    const typename Shape::A* normalizer,  // (n, 2)
+    const typename Shape::A* p_mean,      // (K,)
+    const double* counts,                 // (2, kCountBlocks) of many labels, or null
+    T* result,                            // (n, K), written
+    int64_t num_labeled, bool mean, bool hold, bool vectors, double unlabeled_weight,
+    double prior_weight, double confidence_weight) {
+  using A = typename Shape::A;
+  const int64_t n = logits.n;
+  const int K = logits.K;
+  double labeled_slope = upstream.at(upstream.labeled, 1),
+         unlabeled_slope = upstream.at(upstream.unlabeled, unlabeled_weight);
+  const A entropy_slope =
+      static_cast<A>(upstream.at(upstream.confidence, confidence_weight) / static_cast<double>(n));
+  const A prior_slope = static_cast<A>(-upstream.at(upstream.prior, prior_weight));
+  // A class of which no row has any probability gets no gradient: its p cannot move.
+  const auto slope = [&](int k) {
+    if (prior_slope == 0) return A{0};
+    const A mean_k = p_mean[k];
+    return mean_k == 0 ? A{0} : prior_slope * prior(k, K) / (mean_k * static_cast<A>(n));
+  };
+  A* const slopes = shared_memory<A>(kScratch);
+  if (hold)
+    for (int k = threadIdx.x; k < K; k += blockDim.x) slopes[k] = slope(k);
+  __syncthreads();
+  if (mean) {
+    double seen = static_cast<double>(n - num_labeled), seen_labeled = num_labeled;
+    if (counts) {
+      seen_labeled = sum_all(counts, kCountBlocks);
+      seen = sum_all(counts + kCountBlocks, kCountBlocks);
+    } else if (targets.labels) {
+      count_rows(targets, n, num_labeled, threadIdx.x, blockDim.x, seen_labeled, seen);
+    }
+    labeled_slope /= Max()(1.0, seen_labeled);
+    unlabeled_slope /= Max()(1.0, seen);
+  }
+  Shape::each_row(n, [&](int64_t i, bool exists) {
+    A x[Shape::C], h[Shape::C];
+    Target<Shape> target;
+    if (Shape::kWhole) logits.template load<Shape>(i, 0, x);
+    target.open(targets, i);
+    const bool labeled = i < num_labeled;
+    const A top = normalizer[2 * i], log_sum = normalizer[2 * i + 1];
+    A c = 0;
+    if (targets.counts(i)) {
+      c = static_cast<A>(labeled ? labeled_slope : unlabeled_slope) + targets.poison(i);
+      if (upstream.per_sample) c += upstream.per_sample[i * upstream.stride];
+    }
+    const A cross = labeled ? c : A{0}, square = labeled ? A{0} : 2 * c / K;
+    // x becomes p; h (C,) as above
+    const auto work = [&](int first) {
+      if (!Shape::kWhole) logits.template load<Shape>(i, first, x);
+      const auto& t = target.piece(targets, first);
+      Shape::each_class(first, K, [&](int c, int k) {
+        const A log_p = (x[c] - top) - log_sum, p = std::exp(log_p);
+        const A from_prior = k >= K ? A{0} : hold ? slopes[k] : slope(k);
+        x[c] = p;
+        h[c] = from_prior + square * (p - t[c]) + (p == 0 ? A{0} : entropy_slope * log_p);
+      });
+    };
+    A shift = 0;
+    for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+      work(first);
+      Shape::each_class(first, K, [&](int c, int k) {
+        shift += cross * target.own.t[c] - (k < K ? x[c] * h[c] : A{0});
+      });
+    }
+    shift = Shape::sum(shift);
+    for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+      if (!Shape::kWhole) work(first);
+      Shape::each_class(first, K, [&](int c, int) {
+        x[c] = x[c] * (h[c] + shift) - cross * target.own.t[c];
+      });
+      if (exists) store_piece<Shape>(result + i * K, vectors, first, K, x);
+    }
+  });
+}
+
+template <typename A>
+Prior<A> prior_of(const OptTensor& prior) {
+  return {in_or_null<A>(prior), prior ? prior->stride(0) : 0};
+}
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// logits (n, K), targets (…, K) floats or (M,) int64, ratio (M,), permutation (≥ n,), prior (K,),
+// scalars (4,) double λ, λ_u, ρ, ν on the CPU → total, L_x, L_u, P, N (), per_sample (n,),
+// (max, log-sum) (n, 2), p̄ (K,)
+Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
+                   const OptTensor& permutation, const OptTensor& prior, const Tensor& scalars,
+                   int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {
+  const Scalars weight(scalars);
+  const int64_t n = logits.size(0), K = logits.size(1);
+  const ScalarType type = acc_type(logits);
+  const auto make = [&](const std::vector<int64_t>& size, ScalarType kind) {
+    return new_tensor(logits, size, kind);
+  };
+  const Tensor total = make({}, type), labeled = make({}, type), unlabeled = make({}, type),
+               penalty = make({}, type), confidence = make({}, type), per_sample = make({n}, type),
+               normalizer = make({n, 2}, type), p_mean = make({K}, type);
+  dispatch(logits.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
+    with_row_shape<T>(K, vector_rows(logits), [&](auto shape) {
+      using Shape = decltype(shape);
+      // One block at least: it sets the counter, and its sums are zeros.
+      const int64_t blocks = std::max<int64_t>(1, row_blocks<Shape>(logits, n)),
+                    finishing = ceil_div(K, kWarp), row = K * static_cast<int64_t>(sizeof(A));
+      const bool hold = !Shape::kWhole && row <= kHoldBytes;
+      const int64_t shared =
+          kScratch + (hold ? row : Shape::kBlock ? 0 : Shape::kThreads / kWarp * row);
+      const Tensor columns = make({blocks, K}, type),
+                   sums = make({kSums, blocks}, ScalarType::Double),
+                   penalties = make({finishing}, ScalarType::Double),
+                   arrived = make({}, ScalarType::Int);
+      launch({"masked_loss", logits, {blocks}, Shape::kThreads, shared},
+             masked_loss_kernel<Shape, T>, Logits<T>(logits), target, out<A>(per_sample),
+             out<A>(normalizer), out<A>(columns), out<double>(sums), out<int>(arrived),
+             num_labeled, hold);
+      launch({"masked_loss", logits, {finishing}, kFinishThreads,
+              kScratch + kFinishThreads * static_cast<int64_t>(sizeof(double))},
+             masked_loss_finish_kernel<A>, in<A>(columns), in<double>(sums), prior_of<A>(prior),
+             out<double>(penalties), out<int>(arrived), out<A>(total), out<A>(labeled),
+             out<A>(unlabeled), out<A>(penalty), out<A>(confidence), out<A>(p_mean), n,
+             static_cast<int>(K), blocks, mean, weight.unlabeled, weight.prior, weight.confidence);
+    });
+  });
+  return {total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean};
+}
+
+// Upstream gradients of forward's first six outputs, its inputs, (max, log-sum) (n, 2) and p̄ (K,)
+// → gradient (n, K) in the logits' dtype
+Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_labeled,
+                            const OptTensor& grad_unlabeled, const OptTensor& grad_prior,
+                            const OptTensor& grad_confidence, const OptTensor& grad_per_sample,
+                            const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
+                            const OptTensor& permutation, const OptTensor& prior,
+                            const Tensor& scalars, const Tensor& normalizer_,
+                            const Tensor& p_mean_, int64_t num_labeled, bool clamp,
+                            int64_t ignore_index, bool mean) {
+  const Scalars weight(scalars);
+  const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_);
+  const int64_t n = logits.size(0), K = logits.size(1);
+  const Tensor result = new_tensor(logits, {n, K}, logits.scalar_type());
+  dispatch(logits.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
+    const Upstream<A> upstream{
+        in_or_null<A>(grad_total),      in_or_null<A>(grad_labeled),
+        in_or_null<A>(grad_unlabeled),  in_or_null<A>(grad_prior),
+        in_or_null<A>(grad_confidence), in_or_null<A>(grad_per_sample),
+        grad_per_sample ? grad_per_sample->stride(0) : 0};
+    std::optional<Tensor> counts;
+    if (mean && target.labels && n >= kManyLabels) {
+      counts = new_tensor(logits, {2, kCountBlocks}, ScalarType::Double);
+      launch({"masked_loss_backward", logits, {kCountBlocks}, kFinishThreads, kScratch},
+             masked_loss_count_kernel<A>, target, out<double>(*counts), n, num_labeled);
+    }
+    with_row_shape<T>(K, vector_rows(logits), [&](auto shape) {
+      using Shape = decltype(shape);
+      const int64_t row = K * static_cast<int64_t>(sizeof(A));
+      const bool hold = row <= kHoldBytes;
+      launch({"masked_loss_backward", logits, {row_blocks<Shape>(logits, n)}, Shape::kThreads,
+              kScratch + (hold ? row : 0)},
+             masked_loss_backward_kernel<Shape, T>, upstream, Logits<T>(logits), target,
+             prior_of<A>(prior), in<A>(normalizer), in<A>(p_mean), in_or_null<double>(counts),
+             out<T>(result), num_labeled, mean, hold, vector_rows(result), weight.unlabeled,
+             weight.prior, weight.confidence);
+    });
+  });
+  return result;
+}
+
+}  // namespace
+
+SANM_CUDA_KERNELS(m) {
+  m.impl("masked_loss.cuda", TORCH_BOX(&masked_loss));
+  m.impl("masked_loss_backward.cuda", TORCH_BOX(&masked_loss_backward));
+}
+
+}  // namespace sanm

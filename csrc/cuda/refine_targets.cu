@@ -1,0 +1,213 @@
+// Refined targets: p = mean of softmax over the given logits, then q·label + (1 − q)·p where labels
+// are given, then p^(1/T) / Σ p^(1/T). Dividing by the largest before the power keeps the sum away
+// from 0.
+//
+// One launch for up to kViews views; beyond that, one for each group of views, the sum of the
+// softmaxes meanwhile being in the result. A row stays in registers (K ≤ 1024, or 512 doubles), or
+// in shared memory, or is gone through in several sweeps, p being in the result.
+#include "cuda/softmax.h"
+
+namespace sanm {
+namespace {
+
+constexpr int kViews = 32;             // in one launch
+constexpr int kHoldBytes = 47 * 1024;  // of both rows in shared memory, in all below 48 KiB
+
+template <typename T>
+struct Views {
+  const T* data[kViews];  // (B, K) each
+  int64_t row_stride[kViews], class_stride[kViews];
+  bool vectors[kViews];
+  int count;
+  bool first, last;  // the group of views
+};
+
+// (B,) int64 or (B, K) floats of the type, or neither; clean_prob (B,) floats with them.
+struct Labels {
+  const int64_t* indices = nullptr;
+  const void* values = nullptr;
+  ScalarType type = ScalarType::Float, prob_type = ScalarType::Float;
+  int64_t row_stride = 0, class_stride = 0;
+  const void* clean_prob = nullptr;
+  int64_t prob_stride = 0;
+};
+
+// Adds the softmax of one view's row to p: in registers `mine`, or in `kept`.
+template <typename Shape, typename T, typename A>
+SANM_DEVICE void add_softmax(
+    const T* row,  // (K,), elements `stride` apart
+    int64_t stride, bool vectors, int K, bool start,
+    A* held,  // (K,) for the logits, or null
+    A* kept,  // (K,), the sum, of rows that are not whole
+    A (&mine)[Shape::C]) {
+  constexpr A kLowest = static_cast<A>(-INFINITY);
+  A x[Shape::C];
+  A top = kLowest, total = 0;
+  for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+    load_piece<Shape>(row, stride, vectors, first, K, kLowest, x);
+    Shape::each_class(first, K, [&](int c, int k) {
+      top = Max()(top, x[c]);
+      if (!Shape::kWhole && held && k < K) held[k] = x[c];
+    });
+  }
+  top = Shape::max(top);
+  const auto again = [&](int first) {
+    if (Shape::kWhole) return;
+    if (!held) return load_piece<Shape>(row, stride, vectors, first, K, kLowest, x);
+    Shape::each_class(first, K, [&](int c, int k) { x[c] = k < K ? held[k] : kLowest; });
+  };
+  for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+    again(first);
+    Shape::each_class(first, K, [&](int c, int k) {
+      const A e = std::exp(x[c] - top);
+      total += e;
+      if (Shape::kWhole) x[c] = e;
+    });
+  }
+  const A scale = 1 / Shape::sum(total);
+  for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+    again(first);
+    Shape::each_class(first, K, [&](int c, int k) {
+      const A p = (Shape::kWhole ? x[c] : std::exp(x[c] - top)) * scale;
+      if (Shape::kWhole)
+        mine[c] += k < K ? p : A{0};
+      else if (k < K)
+        kept[k] = (start ? A{0} : kept[k]) + p;
+    });
+  }
+}
+
+// Rows in turn. Shared memory: scratch; then, `hold` given, p and a view's logits (K,) each. A lane
+// only ever reads what it wrote itself: of p, of the logits, of the result.
+template <typename Shape, typename T>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targets_kernel(
+    const Views<T> views, const Labels labels,
+    typename Shape::A* result,  // (B, K), written
+    int64_t B, int K, int64_t all_views, typename Shape::A exponent, bool hold, bool vectors) {
+  using A = typename Shape::A;
+  A* const shared = shared_memory<A>(kScratch);
+  Shape::each_row(B, [&](int64_t i, bool exists) {
+    A* const row = result + i * K;
+    A* const kept = hold ? shared : row;
+    A p[Shape::C];
+    if (Shape::kWhole || hold) {
+      for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+        Shape::each_class(first, K, [&](int c, int k) {
+          const A before = views.first || !exists || k >= K ? A{0} : row[k];
+          if (Shape::kWhole) p[c] = before;
+          else if (k < K) kept[k] = before;
+        });
+      }
+    }
+    for (int v = 0; v < views.count; ++v)
+      add_softmax<Shape>(views.data[v] + i * views.row_stride[v], views.class_stride[v],
+                         views.vectors[v], K, !hold && views.first && v == 0,
+                         hold ? shared + K : nullptr, kept, p);
+    // Each step goes through the row once: p[c] is class k, read and written where it is kept.
+    const auto sweep = [&](const auto& body) {
+      for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+        Shape::each_class(first, K, [&](int c, int k) {
+          if (k >= K) return;
+          if (!Shape::kWhole) p[c] = kept[k];
+          body(p[c], k);
+          if (!Shape::kWhole) kept[k] = p[c];
+        });
+      }
+    };
+    if (views.last) {
+      A q = 0, largest = 0, total = 0;
+      int64_t label = -1;
+      if (labels.clean_prob)
+        with_type(labels.prob_type, labels.clean_prob, i * labels.prob_stride,
+                  [&](const auto* at) { q = static_cast<A>(widen(*at)); });
+      if (labels.indices) label = labels.indices[i * labels.row_stride];
+      // a label outside [0, K) cannot be reported
+      const A zero = labels.indices && (label < 0 || label >= K) ? static_cast<A>(NAN) : A{0};
+      sweep([&](A& p_k, int) { p_k /= static_cast<A>(all_views); });
+      if (labels.indices)
+        sweep([&](A& p_k, int k) { p_k = q * (k == label ? A{1} : zero) + (1 - q) * p_k; });
+      else if (labels.values)
+        with_type(labels.type, labels.values, i * labels.row_stride, [&](const auto* t) {
+          sweep([&](A& p_k, int k) {
+            const A t_k = static_cast<A>(widen(load_global<1>(t + k * labels.class_stride)[0]));
+            p_k = q * t_k + (1 - q) * p_k;
+          });
+        });
+      sweep([&](A& p_k, int) { largest = Max()(largest, p_k); });
+      largest = Shape::max(largest);
+      sweep([&](A& p_k, int) {
+        const A share = p_k / largest;
+        p_k = exponent == 2 ? share * share : share == 0 ? A{0} : std::pow(share, exponent);
+        total += p_k;
+      });
+      total = Shape::sum(total);
+      sweep([&](A& p_k, int) { p_k /= total; });
+    }
+    if (Shape::kWhole) {
+      if (exists) store_piece<Shape>(row, vectors, 0, K, p);
+    } else if (hold) {
+      for (int first = 0; first < K; first += Shape::kPiece) {
+        Shape::each_class(first, K, [&](int c, int k) { p[c] = k < K ? kept[k] : A{0}; });
+        store_piece<Shape>(row, vectors, first, K, p);
+      }
+    }
+  });
+}
+
+// logits (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither;
+// temperature (1,) double on the CPU → (B, K)
+Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Tensor>& labels,
+                      const std::optional<Tensor>& clean_prob, const Tensor& temperature) {
+  const Tensor& z = logits[0];
+  const int64_t B = z.size(0), K = z.size(1), all_views = static_cast<int64_t>(logits.size());
+  const Tensor result = new_tensor(z, {B, K}, acc_type(z));
+  Labels label;
+  if (labels && clean_prob) {
+    label.row_stride = labels->stride(0);
+    if (labels->scalar_type() == ScalarType::Long) {
+      label.indices = in<int64_t>(*labels);
+    } else {
+      label.values = labels->const_data_ptr();
+      label.type = labels->scalar_type();
+      label.class_stride = labels->stride(1);
+    }
+    label.clean_prob = clean_prob->const_data_ptr();
+    label.prob_type = clean_prob->scalar_type();
+    label.prob_stride = clean_prob->stride(0);
+  }
+  dispatch(z.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    bool all_vectors = true;
+    for (const Tensor& x : logits) all_vectors = all_vectors && vector_rows(x);
+    with_row_shape<T>(K, all_vectors, [&](auto shape) {
+      using Shape = decltype(shape);
+      const int64_t row = K * static_cast<int64_t>(sizeof(A));
+      const bool hold = !Shape::kWhole && 2 * row <= kHoldBytes;
+      for (int64_t start = 0; start < all_views; start += kViews) {
+        Views<T> views{};
+        views.count = static_cast<int>(std::min<int64_t>(kViews, all_views - start));
+        views.first = start == 0;
+        views.last = start + views.count == all_views;
+        for (int v = 0; v < views.count; ++v) {
+          const Tensor& x = logits[start + v];
+          views.data[v] = in<T>(x);
+          views.row_stride[v] = x.stride(0), views.class_stride[v] = x.stride(1);
+          views.vectors[v] = vector_rows(x);
+        }
+        launch({"refine_targets", z, {row_blocks<Shape>(z, B)}, Shape::kThreads,
+                kScratch + (hold ? 2 * row : 0)},
+               refine_targets_kernel<Shape, T>, views, label, out<A>(result), B,
+               static_cast<int>(K), all_views, static_cast<A>(1 / *in<double>(temperature)), hold,
+               vector_rows(result));
+      }
+    });
+  });
+  return result;
+}
+
+}  // namespace
+
+SANM_CUDA_KERNELS(m) { m.impl("refine_targets.cuda", TORCH_BOX(&refine_targets)); }
+
+}  // namespace sanm

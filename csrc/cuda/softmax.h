@@ -1,0 +1,191 @@
+// Rows of K classes as the kernels read them: which lanes share a row, which classes a lane has.
+#pragma once
+
+#include "cuda/common.h"
+
+namespace sanm {
+
+constexpr int kRowThreads = 128;  // of a block whose warps have rows of their own
+constexpr int kScratch = 512;      // bytes of shared memory, at its start, for reductions
+
+// G lanes share a row: a part of a warp, a warp, or (G > kWarp) the block. Each has C classes of a
+// piece of G·C, in runs of N consecutive ones. Whole rows are one piece and stay in registers; the
+// others are gone through piece by piece, in several sweeps.
+template <typename Number, int kLanes, int kClasses, int kRun, bool kOnePiece>
+struct RowShape {
+  using A = Number;
+  static constexpr int G = kLanes, C = kClasses, N = kRun, kRuns = C / N, kPiece = G * C;
+  static constexpr bool kWhole = kOnePiece, kBlock = G > kWarp;
+  static constexpr int kThreads = kBlock ? G : kRowThreads, kRows = kThreads / G;
+  // Threads, blocks that a multiprocessor is to hold: as few as it takes for nothing to be spilled.
+  static constexpr int kTogether = sizeof(A) == 8 ? 256 : kBlock && G < 256 ? 384 : 512;
+  static constexpr int kResident = kTogether / kThreads;
+  static_assert(C % N == 0 && kThreads % kWarp == 0, "an impossible shape");
+
+  SANM_DEVICE static int rank() { return threadIdx.x % G; }
+  // First class of the lane's run r, in the piece from class `first` on.
+  SANM_DEVICE static int start(int first, int r) { return first + (r * G + rank()) * N; }
+  // Whether any lane has a class in run r: the same for all lanes.
+  SANM_DEVICE static bool used(int first, int r, int K) { return first + r * G * N < K; }
+  // Where the sweep over pieces ends.
+  SANM_DEVICE static int end(int K) { return kWhole ? 1 : K; }
+
+  // Over the lanes that share a row; all lanes of the warp, or block, take part.
+  template <typename V, typename Op>
+  SANM_DEVICE static V reduce(V x, Op op, V identity) {
+    if constexpr (kBlock) {
+      return block_reduce(x, op, identity, shared_memory<V>());
+    } else {
+#pragma unroll
+      for (int distance = G / 2; distance > 0; distance /= 2) x = op(x, shuffle_xor(x, distance));
+      return x;
+    }
+  }
+  SANM_DEVICE static A sum(A x) { return reduce(x, Sum(), A{0}); }
+  SANM_DEVICE static A max(A x) { return reduce(x, Max(), static_cast<A>(-INFINITY)); }
+
+  // The rows in turn, all lanes together: body(row, exists), `row` being a row also where not.
+  template <typename Body>
+  SANM_DEVICE static void each_row(int64_t n, const Body& body) {
+    constexpr int64_t kWarps = kRowThreads / kWarp, kOfWarp = kBlock ? 1 : kWarp / G;
+    const int64_t first = kBlock ? blockIdx.x : blockIdx.x * kWarps + warp();
+    const int64_t step = kBlock ? gridDim.x : gridDim.x * kWarps;
+    for (int64_t i = first * kOfWarp; i < n; i += step * kOfWarp) {
+      const int64_t row = i + (kBlock ? 0 : lane() / G);
+      body(row < n ? row : n - 1, row < n);
+    }
+  }
+
+  // Calls body(c, k) for the lane's classes k of a piece, with c where it keeps them: a constant.
+  template <typename Body>
+  SANM_DEVICE static void each_class(int first, int K, const Body& body) {
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      if (!used(first, r, K)) break;
+#pragma unroll
+      for (int j = 0; j < N; ++j) body(r * N + j, start(first, r) + j);
+    }
+  }
+};
+
+// N consecutive elements from p on, aligned to 16 bytes or to their size; → x (N,)
+template <int N, typename A, typename S>
+SANM_DEVICE void load_run(const S* p, A* x) {
+  constexpr int kWide = kVector<S>, M = N < kWide ? N : kWide;
+#pragma unroll
+  for (int j = 0; j < N; j += M) {
+    const Vector<S, M> some = load_global<M>(p + j);
+#pragma unroll
+    for (int i = 0; i < M; ++i) x[j + i] = static_cast<A>(widen(some[i]));
+  }
+}
+
+// The lane's classes of a piece of a row; `pad` from K on. vectors: stride 1, runs are aligned.
+template <typename Shape, typename S>
+SANM_DEVICE void load_piece(
+    const S* row,  // (K,), elements `stride` apart
+    int64_t stride, bool vectors, int first, int K, typename Shape::A pad,
+    typename Shape::A (&x)[Shape::C]) {
+  using A = typename Shape::A;
+  constexpr int N = Shape::N;
+#pragma unroll
+  for (int r = 0; r < Shape::kRuns; ++r) {
+    const int k = Shape::start(first, r);
+    if (N > 1 && vectors && k + N <= K) {
+      load_run<N>(row + k, x + r * N);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        x[r * N + j] = pad;
+        if (k + j < K)
+          x[r * N + j] = static_cast<A>(widen(load_global<1>(row + (k + j) * stride)[0]));
+      }
+    }
+  }
+}
+
+// Writes the lane's classes of a piece. vectors: the row's runs are aligned.
+template <typename Shape, typename T>
+SANM_DEVICE void store_piece(T* row,  // (K,) dense
+                             bool vectors, int first, int K,
+                             const typename Shape::A (&x)[Shape::C]) {
+  constexpr int N = Shape::N;
+#pragma unroll
+  for (int r = 0; r < Shape::kRuns; ++r) {
+    const int k = Shape::start(first, r);
+    constexpr int kWide = kVector<T>, M = N < kWide ? N : kWide;
+    if (N > 1 && vectors && k + N <= K) {
+#pragma unroll
+      for (int j = 0; j < N; j += M) {
+        Vector<T, M> some;
+#pragma unroll
+        for (int i = 0; i < M; ++i) some[i] = narrow<T>(x[r * N + j + i]);
+        store_global(row + k + j, some);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        if (k + j < K) row[k + j] = narrow<T>(x[r * N + j]);
+    }
+  }
+}
+
+// Calls body(p) with p the address of element `offset` of numbers of this dtype.
+template <typename Body>
+SANM_DEVICE void with_type(ScalarType type, const void* data, int64_t offset, const Body& body) {
+  device_dispatch(type, [&](auto zero) {
+    body(static_cast<const decltype(zero)*>(data) + offset);
+  });
+}
+
+// Rows of logits as their owner laid them out.
+template <typename T>
+struct Logits {
+  explicit Logits(const Tensor& z)
+      : data(in<T>(z)), n(z.size(0)), row_stride(z.stride(0)), class_stride(z.stride(1)),
+        K(static_cast<int>(z.size(1))), vectors(vector_rows(z)) {}
+  const T* data;  // (n, K)
+  int64_t n, row_stride, class_stride;
+  int K;
+  bool vectors;
+
+  // The lane's logits of a piece of row i, −∞ from K on.
+  template <typename Shape>
+  SANM_DEVICE void load(int64_t i, int first, typename Shape::A (&x)[Shape::C]) const {
+    load_piece<Shape>(data + i * row_stride, class_stride, vectors, first, K,
+                      static_cast<typename Shape::A>(-INFINITY), x);
+  }
+};
+
+// Calls body(RowShape()) with the shape for rows of K logits of type T.
+template <typename T, typename Body>
+void with_row_shape(int64_t K, bool vectors, const Body& body) {
+  using A = acc_t<T>;
+  constexpr int kWide = kVector<T>, kFew = 4, kMany = 64 / sizeof(A), kSwept = 8;
+  constexpr int kTwo = 2 * kWarp, kBlock = 256;  // threads
+  if (K <= 16)
+    body(RowShape<A, 4, kFew, 1, true>());
+  else if (K <= 64 || (K <= kWarp * kFew && !vectors))
+    body(RowShape<A, kWarp, kFew, 1, true>());
+  else if (K <= kWarp * kFew)
+    body(RowShape<A, kWarp, kFew, std::min(kFew, kWide), true>());
+  else if (K <= kTwo * kMany && vectors)
+    body(RowShape<A, kTwo, kMany, kWide, true>());
+  else if (K <= kTwo * kMany)
+    body(RowShape<A, kTwo, kMany, 1, true>());
+  else if (vectors)
+    body(RowShape<A, kBlock, kSwept, kWide, false>());
+  else
+    body(RowShape<A, kBlock, kSwept, 1, false>());
+}
+
+// Blocks that take n rows in turn: some rows each, but not so few blocks that processors idle.
+template <typename Shape>
+int64_t row_blocks(const Tensor& on, int64_t n) {
+  constexpr int64_t kTurns = 4, kMost = 1024 / Shape::kThreads;
+  const int64_t processors = multiprocessors(on), rows = ceil_div(n, Shape::kRows);
+  const int64_t wanted = std::max(processors, ceil_div(rows, kTurns));
+  return std::min({rows, wanted, processors * kMost});
+}
+
+}  // namespace sanm

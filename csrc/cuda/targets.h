@@ -1,0 +1,169 @@
+// Final targets of the loss, row by row: t_i = λ·t'_i + (1 − λ)·t'_π(i), where t' is the target row
+// or a label's one-hot row after the label modulation. None of them is ever a whole tensor.
+#pragma once
+
+#include "cuda/softmax.h"
+#include "math/modulation.h"
+
+namespace sanm {
+
+template <typename A>
+struct Targets {
+  // targets (…, K) floats of any strides or (M,) int64, ratio (M,) in A, permutation (≥ n,) int64
+  Targets(const Tensor& targets, const OptTensor& ratio_,
+          const OptTensor& permutation_, int64_t K_, double lam_, bool clamp_,
+          int64_t ignore_index_)
+      : K(static_cast<int>(K_)), ignore_index(ignore_index_), lam(static_cast<A>(lam_)),
+        rest(static_cast<A>(1 - lam_)), clamp(clamp_) {
+    if (ratio_) ratio = in<A>(*ratio_), ratio_stride = ratio_->stride(0);
+    if (permutation_)
+      permutation = in<int64_t>(*permutation_), permutation_stride = permutation_->stride(0);
+    if (targets.scalar_type() == ScalarType::Long) {
+      labels = in<int64_t>(targets);
+      M = targets.size(0), stride[2] = targets.stride(0);
+      return;
+    }
+    values = targets.const_data_ptr();
+    type = targets.scalar_type();
+    vectors = vector_rows(targets);
+    const int64_t lead = targets.dim() - 1;
+    for (int64_t d = 0; d < lead; ++d) {
+      size[3 - lead + d] = targets.size(d);
+      stride[3 - lead + d] = targets.stride(d);
+    }
+    M = size[0] * size[1] * size[2];
+    class_stride = targets.stride(lead);
+  }
+
+  const void* values = nullptr;     // floats of the type, or
+  const int64_t* labels = nullptr;  // (M,)
+  ScalarType type = ScalarType::Float;
+  bool vectors = false;
+  int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0}, class_stride = 1;
+  int64_t M = 0;
+  int K;
+  const A* ratio = nullptr;  // (M,) or null
+  int64_t ratio_stride = 0;
+  const int64_t* permutation = nullptr;  // (≥ n,) or null
+  int64_t permutation_stride = 0;
+  int64_t ignore_index;
+  A lam, rest;
+  bool clamp;
+
+  // Offset of target row m.
+  SANM_DEVICE int64_t start(int64_t m) const {
+    if (size[0] == 1 && size[1] == 1) return m * stride[2];
+    const int64_t outer = m / size[2];
+    return outer / size[1] * stride[0] + outer % size[1] * stride[1] + m % size[2] * stride[2];
+  }
+  SANM_DEVICE int64_t label(int64_t m) const { return labels[m * stride[2]]; }
+
+  // The row that row i is mixed with; −1 where π is out of range.
+  SANM_DEVICE int64_t partner(int64_t i) const {
+    if (!permutation) return i;
+    const int64_t m = permutation[i * permutation_stride];
+    return m >= 0 && m < M ? m : -1;
+  }
+  // Whether row i counts: neither it nor its partner is to be ignored.
+  SANM_DEVICE bool counts(int64_t i) const {
+    if (!labels) return true;
+    if (label(i) == ignore_index) return false;
+    const int64_t other = partner(i);
+    return other < 0 || label(other) != ignore_index;
+  }
+  // NaN where row i's label or partner is out of range, which a kernel cannot report; else 0.
+  SANM_DEVICE A poison(int64_t i) const {
+    const int64_t other = partner(i);
+    const uint64_t classes = static_cast<uint64_t>(K);
+    const bool sound = other >= 0 &&
+                       (!labels ||
+                        (static_cast<uint64_t>(label(i)) < classes &&
+                         static_cast<uint64_t>(label(other)) < classes));
+    return sound ? A{0} : static_cast<A>(NAN);
+  }
+};
+
+// One of the two rows that a target is mixed from.
+template <typename Shape>
+struct TargetRow {
+  using A = typename Shape::A;
+  A t[Shape::C];  // of the present piece
+  int64_t m;
+  int at;      // the class that modulation takes from
+  A top, add;  // its new value; what the others gain
+
+  // The piece as it is; nothing for labels.
+  SANM_DEVICE void read(const Targets<A>& from, int first) {
+    if (from.labels) return;
+    with_type(from.type, from.values, from.start(m), [&](const auto* row) {
+      load_piece<Shape>(row, from.class_stride, from.vectors, first, from.K, A{0}, t);
+    });
+  }
+
+  // Finds what modulation does to row `row`; leaves its first piece in t.
+  SANM_DEVICE void open(const Targets<A>& from, int64_t row) {
+    m = row;
+    Peak<A> peak{A{1}, -1};
+    if (from.labels) {
+      const int64_t label = from.label(m);
+      peak.index = label >= 0 && label < from.K ? static_cast<int>(label) : -1;
+    } else if (!from.ratio) {
+      if (Shape::kWhole) read(from, 0);
+    } else {
+      peak = {static_cast<A>(-INFINITY), INT32_MAX};
+      for (int first = 0; first < Shape::end(from.K); first += Shape::kPiece) {
+        read(from, first);
+        Shape::each_class(first, from.K, [&](int c, int k) {
+          if (k < from.K && t[c] > peak.value) peak = {t[c], k};
+        });
+      }
+      peak = Shape::reduce(peak, Max(), Peak<A>{static_cast<A>(-INFINITY), INT32_MAX});
+    }
+    at = peak.index;
+    top = peak.value, add = 0;
+    if (!from.ratio) return;
+    const Modulation<A> change =
+        modulation(peak.value, from.K, from.ratio[m * from.ratio_stride], from.clamp);
+    top = change.top, add = change.add;
+  }
+
+  // Class k of the present piece, modulated.
+  SANM_DEVICE A value(const Targets<A>& from, int c, int k) const {
+    if (from.labels) return k == at ? top : add;
+    if (!from.ratio) return t[c];
+    return k == at ? top : t[c] + add;
+  }
+};
+
+// The target of a row, piece by piece.
+template <typename Shape>
+struct Target {
+  using A = typename Shape::A;
+  TargetRow<Shape> own, other;
+
+  SANM_DEVICE void open(const Targets<A>& from, int64_t i) {
+    own.open(from, i);
+    if (!from.permutation) return;
+    const int64_t partner = from.partner(i);
+    other.open(from, partner < 0 ? 0 : partner);
+  }
+
+  // own.t becomes the target of the piece, 0 from K on. In a whole row only once.
+  SANM_DEVICE const A (&piece(const Targets<A>& from, int first))[Shape::C] {
+    if (!Shape::kWhole) own.read(from, first);
+    if (!from.permutation) {
+      Shape::each_class(first, from.K, [&](int c, int k) {
+        own.t[c] = k < from.K ? own.value(from, c, k) : A{0};
+      });
+      return own.t;
+    }
+    if (!Shape::kWhole) other.read(from, first);
+    Shape::each_class(first, from.K, [&](int c, int k) {
+      const A mixed = from.lam * own.value(from, c, k) + from.rest * other.value(from, c, k);
+      own.t[c] = k < from.K ? mixed : A{0};
+    });
+    return own.t;
+  }
+};
+
+}  // namespace sanm

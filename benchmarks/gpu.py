@@ -225,13 +225,13 @@ def plan(gpu: bool, rehearse: bool, work: Path, capability: str | None = None) -
         command, out = part(name, name, tiny)
         return Step(title, command, weight, interpreted if tiny else {}, out)
 
-    def pytest(title: str, weight: float, *files: str, workers: int) -> Step:
+    def pytest(title: str, weight: float, *files: str, workers: int, **environment: str) -> Step:
         words = ["-vv", "--tb=short", "-rfEs", "-p", "no:cacheprovider", *files]
         if workers > 1 and importlib.util.find_spec("xdist"):
             words += ["-n", str(min(workers, os.cpu_count() or 1)), "--dist", "worksteal"]
         if importlib.util.find_spec("pytest_timeout"):
             words += ["--timeout", "200"]
-        return Step(title, [python, "-m", "pytest", *words], weight)
+        return Step(title, [python, "-m", "pytest", *words], weight, environment)
 
     def sanitizer(tool: str) -> Step:
         command, out = part("exercise", f"exercise-{tool}", rehearse)
@@ -257,7 +257,7 @@ def plan(gpu: bool, rehearse: bool, work: Path, capability: str | None = None) -
         return [build, info, gpu_tests, table("errors", "errors against float64, on the CPU", 60,
                                              tiny=False)]  # fmt: skip
     found = [
-        p for kind in ("triton", "gpu") for p in (ROOT / "tests/ops").glob(f"test_{kind}_*.py")
+        p for kind in ("gpu", "triton") for p in (ROOT / "tests/ops").glob(f"test_{kind}_*.py")
     ]
     kernels = ["tests/test_triton_tune.py", *sorted(str(path.relative_to(ROOT)) for path in found)]
     # Compiling ahead of time needs no GPU and takes minutes; interpreted, the rest does too.
@@ -269,6 +269,13 @@ def plan(gpu: bool, rehearse: bool, work: Path, capability: str | None = None) -
         build,
         info,
         gpu_tests,
+        pytest(
+            "tests of the GPU, Triton",
+            70,
+            "tests/test_gpu.py",
+            workers=8,
+            SANM_KERNELS_BACKEND="triton",
+        ),
         pytest("tests of the kernels", 170, *kernels, workers=14),
         table("errors", "errors against float64", 35, tiny=rehearse),
         table("launches", "launches per call", 30, tiny=rehearse),

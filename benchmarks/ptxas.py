@@ -1,49 +1,52 @@
 """``python -m benchmarks.ptxas``: registers and spills of every CUDA kernel, as a Markdown table.
 
-Reads what ptxas said in the last build (build/libraries/cuda/*.log); dynamic shared memory is
-chosen at launch and not known to it.
+Reads what ptxas said in the last build (build/libraries/cuda/*.log). Shared memory is not in it:
+all of it is dynamic, chosen at launch.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 LOGS = Path(__file__).resolve().parent.parent / "build/libraries/cuda"
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'.*?(\d+) bytes stack frame, "
-    r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
 
 
-def short(mangled: str) -> str:
-    """A kernel's name and template arguments, without namespaces and parameters."""
-    if shutil.which("c++filt") is None:
-        return mangled
+def base_name(mangled: str) -> str:
+    """A kernel's name without namespaces, template arguments and parameters."""
     done = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True)
-    name = re.sub(r"\(anonymous namespace\)::|\b(sanm|c10)::|^void ", "", done.stdout.strip())
-    return name.partition("(")[0]
+    found = re.search(r"(\w+)(?:<.*>)?\(", done.stdout.replace("(anonymous namespace)", ""))
+    return found[1] if found else mangled
+
+
+def span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}–{high}"
 
 
 def table(text: str) -> str:
-    """The table of the logs' text."""
-    rows: dict[str, dict[int, str]] = {}
-    for name, arch, stack, stores, loads, registers, rest in ENTRY.findall(text):
-        static = re.search(r"(\d+) bytes smem", rest)
-        notes = [f"{static[1]} B shared"] if static else []
-        if int(stack) or int(stores) or int(loads):
-            notes.append(f"stack {stack} B, spills {stores}/{loads} B")
-        cell = " ".join([registers, *(f"({note})" for note in notes)])
-        rows.setdefault(name, {})[int(arch)] = cell
+    """The table of the logs' text: per kernel and architecture the range over its variants."""
+    rows: dict[str, dict[int, list[tuple[int, int]]]] = {}  # kernel → arch → registers, spills
+    for mangled, arch, _, stores, loads, registers in ENTRY.findall(text):
+        found = (int(registers), int(stores) + int(loads))
+        rows.setdefault(base_name(mangled), {}).setdefault(int(arch), []).append(found)
     archs = sorted({arch for row in rows.values() for arch in row})
-    lines = ["| registers of | " + " | ".join(f"sm_{a}" for a in archs) + " |"]
-    lines.append("|---|" + "---|" * len(archs))
-    for name, row in sorted((short(name), row) for name, row in rows.items()):
-        lines.append(f"| `{name}` | " + " | ".join(row.get(a, "") for a in archs) + " |")
-    return "\n".join(lines)
+    lines = [
+        "| kernel | variants | " + " | ".join(f"sm_{a}: registers, spilled bytes" for a in archs)
+    ]
+    lines[0] += " |"
+    lines.append("|---|---|" + "---|" * len(archs))
+    for name, row in sorted(rows.items()):
+        cells = [", ".join(map(span, map(list, zip(*row[a], strict=True)))) for a in archs]
+        lines.append(f"| `{name}` | {len(row[archs[0]])} | " + " | ".join(cells) + " |")
+    total = sum(len(row[archs[0]]) for row in rows.values())
+    return "\n".join([*lines, "", f"({total} kernels for each of {len(archs)} architectures.)"])
 
 
 if __name__ == "__main__":

@@ -149,12 +149,14 @@ def test_the_plan_leaves_out_what_has_no_tool_and_needs_no_gpu_without_one(tmp_p
     assert steps["compute-sanitizer memcheck"].left_out == "compute-sanitizer is not on the PATH"
     assert "cuda" in steps["benchmarks"].command and not steps["build"].decides
     files = {Path(w).name for w in steps["tests of the kernels"].command}
-    assert "test_triton_masked_forward.py" in files and "test_triton_compiles.py" not in files
+    assert "test_gpu_masked_forward.py" in files and "test_triton_compiles.py" not in files
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
-    command = gpu.plan(True, False, tmp_path)[6].command
+    steps = {step.name: step for step in gpu.plan(True, False, tmp_path)}
+    command = steps["compute-sanitizer memcheck"].command
     assert list(command[:3]) == ["/bin/compute-sanitizer", "--tool", "memcheck"]
     monkeypatch.delenv("SANM_CUDA_ARCHS", raising=False)
     assert gpu.plan(True, False, tmp_path, "9.0")[0].environment == {"SANM_CUDA_ARCHS": "90"}
+    assert steps["tests of the GPU, Triton"].environment == {"SANM_KERNELS_BACKEND": "triton"}
     for step in gpu.plan(False, False, tmp_path):
         assert "cuda" not in step.command
 

@@ -274,6 +274,11 @@ def triton_kernels() -> set[str]:
     }
 
 
+def is_own(kernel: str) -> bool:
+    """Whether a kernel is this package's: Triton's by name, the CUDA library's by namespace."""
+    return "sanm::" in kernel or kernel in triton_kernels()
+
+
 def launched(function: Callable[[], object], device: str) -> Counter[str]:
     """Kernels that a call launches on the device, by name; our own alone where it is the CPU.
 
@@ -311,7 +316,7 @@ def _interpreted(function: Callable[[], object]) -> Counter[str]:
 
 
 def launches(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
-    """Per operation: Triton launches of ours and all other device work, forward and backward."""
+    """Per operation and backend: launches of ours and all other device work."""
     for name, operation in OPERATIONS.items():
         x = inputs_of(operation, device, torch.float32, **({} if tiny else operation.sizes))
         whats = ["forward", "forward and backward"][: 1 + bool(operation.wrt)]
@@ -322,9 +327,9 @@ def launches(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
             function = functools.partial(call, x, backend=backend)
             function()
             counts = launched(function, device)
-            own = {k: n for k, n in counts.items() if k in triton_kernels()}
+            own = {k: n for k, n in counts.items() if is_own(k)}
             yield {
-                "function": name, "what": what, "backend": backend, "triton": sum(own.values()),
+                "function": name, "what": what, "backend": backend, "own": sum(own.values()),
                 "others": counts.total() - sum(own.values()), "kernels": own,
             }  # fmt: skip
 

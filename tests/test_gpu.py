@@ -1,8 +1,8 @@
 """What only a GPU shows: compiled graphs, CUDA graphs, streams, synchronisation, launches, size.
 
-Every public function runs on the backend that serves CUDA tensors by default. The values themselves
-are tested in tests/ops/test_triton_*.py, which run on a GPU where there is one and interpreted
-elsewhere.
+Every public function runs on the backend that serves CUDA tensors by default; `make gpu` runs this
+file once more with SANM_KERNELS_BACKEND=triton. The values themselves are tested in
+tests/ops/test_gpu_*.py: on a GPU where there is one, interpreted and emulated elsewhere.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from operations import (
     Inputs,
     Operation,
     inputs_of,
+    is_own,
     launched,
     run_masked_forward,
-    triton_kernels,
     with_gradients,
 )
 from torch import Tensor
@@ -183,32 +183,34 @@ def own(function: Callable[[], object]) -> dict[str, int]:
     """How often each kernel of ours is launched."""
     function()
     counts = launched(function, DEVICE)
-    return {name: n for name, n in counts.items() if name in triton_kernels()}
+    return {name: n for name, n in counts.items() if is_own(name)}
 
 
-def needs_triton(op: str) -> None:
-    reason = backends.serves("triton", op, DEVICE)
+def needs(backend: str, op: str) -> None:
+    reason = backends.serves(backend, op, DEVICE)
     if reason is not None:
         pytest.skip(reason)
 
 
-def test_masked_forward_is_one_launch():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_masked_forward_is_one_launch(backend):
     """Statistics, boxes, targets and both views. `make gpu` writes the counts of all functions."""
-    needs_triton("masked_forward")
+    needs(backend, "masked_forward")
     x = draw(OPERATIONS["masked_forward"], size="usual")
     assert x["features"].shape == (128, 512, 4, 4) and MAP["H"] == 32
-    assert sum(own(lambda: run_masked_forward(x, backend="triton")).values()) == 1
+    assert sum(own(lambda: run_masked_forward(x, backend=backend)).values()) == 1
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("K", [10, 100, 1000])
-def test_masked_loss_is_three_launches_with_its_gradient(K):
-    needs_triton("masked_loss")
+def test_masked_loss_is_three_launches_with_its_gradient(backend, K):
+    needs(backend, "masked_loss")
     operation = OPERATIONS["masked_loss"]
     x = inputs_of(operation, DEVICE, torch.float32, B=64, K=K)
     x["logits"].requires_grad_()
 
     def step() -> None:
-        torch.autograd.grad(operation.run(x, backend="triton")["total"], x["logits"])
+        torch.autograd.grad(operation.run(x, backend=backend)["total"], x["logits"])
 
     assert 1 <= sum(own(step).values()) <= 3
 

@@ -175,6 +175,16 @@ def test_libraries_need_the_stable_interface_only(library: Path) -> None:
     assert not foreign
 
 
+def test_no_cuda_kernel_spills_registers() -> None:
+    """ptxas's word on every kernel and architecture of the last build, which needs no GPU."""
+    logs = [path.read_text() for path in (ROOT / "build/libraries/cuda").glob("*.log")]
+    if not logs or not (cpu.LIBRARIES / "cuda.so").is_file():
+        pytest.skip("no CUDA library was built here")
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "\n".join(logs))
+    assert len(spills) > 100
+    assert set(spills) == {("0", "0")}
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_forced_gpu_backend_says_why_it_cannot_run(backend: str) -> None:
     code = (

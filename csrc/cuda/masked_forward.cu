@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) masked_forward_kernel(
 
 // Block b: logits of row b plus bias, and their cross-entropy −Σ_k t_k log softmax(z)_k.
 template <typename A>
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(
+__global__ void __launch_bounds__(kThreads, 4) cross_entropy_kernel(
     A* logits,            // (B, K), read and written
     const A* bias,        // (K,) or null
     const void* targets,  // (B, K) of type `type`

@@ -6,6 +6,7 @@ import pytest
 from inputs import GPU_DEVICES
 
 from sanm_kernels.backends import load
+from sanm_kernels.reference import checks
 
 
 @pytest.fixture(params=GPU_DEVICES)
@@ -14,3 +15,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     if GPU_DEVICES[request.param] is None:
         pytest.skip(load(request.param) or "not here")
     return str(request.param)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are not checked, as on a GPU, also where kernels run on CPU tensors."""
+    monkeypatch.setattr(checks, "enabled", lambda x: False)

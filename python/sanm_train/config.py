@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ class TrainConfig:
 
     recipe: str = setting("sanm-dividemix", "training method")
     dataset: str = setting("digits", "data set")
+    data_root: str = setting("", "folder with the data set's unpacked archive (not for digits)")
     model: str = setting("", "network; empty: the data set's own")
+    pretrained: str = setting("", "file with a state dict all networks start from, as in C2D")
     noise: str = setting("symmetric", "label noise: " + ", ".join(KINDS))
     rate: float = setting(0.5, "share of labels redrawn, in [0, 1]", low=0, high=1)
     include_true: bool = setting(False, "symmetric noise may redraw the true class")
@@ -76,6 +79,10 @@ class TrainConfig:
     unlabeled_weight: float = setting(25.0, "λ_u of the unlabelled loss", low=0)
     ramp: float = setting(16.0, "epochs over which λ_u grows from 0 after the warm-up", low=0)
     prior_weight: float = setting(1.0, "ρ of the prior penalty", low=0)
+    elr_weight: float = setting(3.0, "ELR: λ of the penalty (CIFAR-10: 3, CIFAR-100: 7)", low=0)
+    elr_momentum: float = setting(
+        0.7, "ELR: β of the running targets (CIFAR-10: 0.7, CIFAR-100: 0.9)", low=0, high=1
+    )
 
     mask: str = setting("small-images", "masking, where not set below: " + ", ".join(MASKS))
     ratio_low: float | None = setting(None, "lo of the masking ratio")
@@ -88,7 +95,7 @@ class TrainConfig:
     reconstruct: bool = setting(True, "train on the reconstruction loss")
 
     def __post_init__(self) -> None:
-        from .data import DATASETS
+        from .data import DATASETS, check_root
         from .models import MODELS
         from .recipes import RECIPES
 
@@ -105,6 +112,9 @@ class TrainConfig:
             check_choice(name, getattr(self, name), known)
         for entry in fields(self):
             _check(entry.name, getattr(self, entry.name), **entry.metadata["limits"])
+        check_root(self.dataset, self.data_root)
+        if self.pretrained and not Path(self.pretrained).is_file():
+            raise ConfigError(f"pretrained must be a file, got {self.pretrained!r}")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -114,6 +124,7 @@ class TrainConfig:
             self.mask_config  # noqa: B018  (validates the masking)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        RECIPES[self.recipe].check(self)
 
     @property
     def mask_config(self) -> sk.MaskConfig:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .config import ConfigError
 from .noise import add_noise
+from .readers import CIFAR10_FILES, CIFAR100_FILES, Records, read_cifar10, read_cifar100
 from .sanm import Batch
 
 
@@ -79,8 +82,10 @@ class Dataset:
         return Batch(self.images[index], self.labels[index], quality, index)
 
 
-def load_digits() -> Dataset:
+def load_digits(root: str = "") -> Dataset:
     """scikit-learn's 1,797 digits, 8×8, split once and for all into 1,347 and 450 by class.
+
+    They come with scikit-learn: `root` is not used.
 
     Confusions are the usual ones for digits (Patrini et al., 2017): 2→7, 3→8, 5→6, 6→5, 7→1.
     """
@@ -105,7 +110,72 @@ def load_digits() -> Dataset:
     )
 
 
-DATASETS: dict[str, Callable[[], Dataset]] = {"digits": load_digits}
+def load_cifar10(root: str) -> Dataset:
+    """CIFAR-10 below `root`. Confusions are the usual ones (Patrini et al., 2017):
+    truck → automobile, bird → airplane, deer → horse, cat ↔ dog."""
+    return _cifar("cifar10", read_cifar10, root, 10, lambda _: {9: 1, 2: 0, 4: 7, 3: 5, 5: 3})
+
+
+def load_cifar100(root: str) -> Dataset:
+    """CIFAR-100 below `root`. Each class is confused with the next of its superclass, the last
+    one with the first (Patrini et al., 2017)."""
+
+    def next_in_superclass(train: Records) -> dict[int, int]:
+        coarse = train.metadata["coarse_labels"]
+        pairs = set(zip(coarse.tolist(), train.labels.tolist(), strict=True))
+        groups = [sorted(f for c, f in pairs if c == group) for group in {c for c, _ in pairs}]
+        return {fine: g[(i + 1) % len(g)] for g in groups for i, fine in enumerate(g)}
+
+    return _cifar("cifar100", read_cifar100, root, 100, next_in_superclass)
+
+
+def _cifar(
+    name: str,
+    read: Callable[[str, str], Records],
+    root: str,
+    num_classes: int,
+    confusions: Callable[[Records], dict[int, int]],
+) -> Dataset:
+    train, test = read(root, "train"), read(root, "test")
+    return Dataset(
+        name=name,
+        images=train.items.float().div_(255),
+        labels=train.labels,
+        true_labels=train.labels,
+        test_images=test.items.float().div_(255),
+        test_labels=test.labels,
+        num_classes=num_classes,
+        model="preact-resnet18",
+        flip=True,
+        confusions=confusions(train),
+    )
+
+
+DATASETS: dict[str, Callable[[str], Dataset]] = {
+    "digits": load_digits,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+}
+FILES = {"cifar10": CIFAR10_FILES, "cifar100": CIFAR100_FILES}  # needed below the root
+
+
+def check_root(dataset: str, root: str) -> None:
+    """Raise a ConfigError that names what is missing below `root`, before anything is read."""
+    wanted = FILES.get(dataset, ())
+    if not wanted:
+        return
+    folder = Path(wanted[0]).parent
+    if not root or not Path(root).is_dir():
+        raise ConfigError(
+            f"data_root must be the folder that holds {folder}/ for {dataset}, got {root!r}"
+            + (": no such folder" if root else "")
+        )
+    missing = [name for name in wanted if not (Path(root) / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"data_root: {dataset} needs {', '.join(missing)} in {root}, not found; "
+            "unpack the python version of the archive there"
+        )
 
 
 def batches(index: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:

@@ -40,6 +40,7 @@ class PreActResNet18(nn.Module):
     """
 
     feature_layer = "layer4"
+    classifier_layer = "linear"
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> None:
         super().__init__()
@@ -66,6 +67,7 @@ class SmallCNN(nn.Module):
     """Four convolutions for 8×8 digits; its last feature map is 4·width × 4 × 4."""
 
     feature_layer = "features"
+    classifier_layer = "linear"
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, width: int = 16) -> None:
         super().__init__()
@@ -144,6 +146,24 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "small-cnn": SmallCNN,
     "preact-resnet18": PreActResNet18,
 }
+
+
+def classifier(model: nn.Module) -> nn.Linear:
+    """The linear layer after the average pooling: `model.classifier_layer` by its dotted name,
+    or, in a model that does not say, its last linear layer.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    name = getattr(model, "classifier_layer", None)
+    if name is None:
+        found = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    else:
+        found = [m for n, m in model.named_modules() if n == name and isinstance(m, nn.Linear)]
+    if not found:
+        wanted = "a linear layer" if name is None else f"a linear layer {name!r}"
+        raise ValueError(f"classifier_layer: {type(model).__name__} must have {wanted}")
+    return found[0]
 
 
 def build_model(name: str, in_channels: int, num_classes: int) -> nn.Module:

@@ -91,7 +91,7 @@ def train(config: TrainConfig, out: str | Path | None = None, *, progress: bool 
     Ctrl-C ends the run early: the result has `interrupted` set and the epochs finished so far.
     """
     folder = None if out is None else prepare_folder(out)
-    data = DATASETS[config.dataset]().to(config.device)
+    data = DATASETS[config.dataset](config.data_root).to(config.device)
     data = data.with_noise(
         config.noise, config.rate, seed=config.seed, include_true=config.include_true
     )

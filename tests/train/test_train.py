@@ -14,7 +14,8 @@ from sanm_train.data import load_digits
 from sanm_train.recipes.dividemix import DivideMix
 from sanm_train.train import METRICS, seed_everything
 
-BUILT_IN = ("ce", "sanm-ce", "dividemix", "sanm-dividemix")
+BUILT_IN = ("ce", "sanm-ce", "elr", "sanm-elr", "dividemix", "sanm-dividemix", "sanm-onepass")
+WITH_QUALITY = tuple(name for name in BUILT_IN if RECIPES[name].uses_quality)
 
 
 def numbers(result) -> list[dict]:
@@ -91,7 +92,7 @@ def test_a_single_sample_on_one_side(tiny, few):
 
 
 @pytest.mark.filterwarnings("ignore:epoch 0, network")
-@pytest.mark.parametrize("recipe", BUILT_IN[1:])
+@pytest.mark.parametrize("recipe", WITH_QUALITY)
 def test_equal_losses_fall_back(tiny, recipe):
     """A network that gives the same logits for everything: no two groups to tell apart."""
     config = tiny(recipe=recipe, warmup=0, noise="none")

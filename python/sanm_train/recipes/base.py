@@ -14,6 +14,7 @@ import sanm_kernels as sk
 from ..augment import Augment
 from ..data import Dataset, batches
 from ..models import build_model
+from ..pretrained import load_pretrained
 from ..sanm import SANM, Batch
 
 if TYPE_CHECKING:
@@ -24,9 +25,20 @@ Losses = dict[str, Tensor]
 
 
 def register(name: str) -> Callable[[type[Recipe]], type[Recipe]]:
-    """Class decorator: make a recipe known to `TrainConfig(recipe=name)` and `--recipe name`."""
+    """Class decorator: make a recipe known to `TrainConfig(recipe=name)` and `--recipe name`.
+
+    Raises:
+        TypeError: what it decorates is no subclass of `Recipe`.
+        ValueError: another recipe has that name. (Running the same definition again, as in a
+            notebook, replaces it.)
+    """
 
     def add(recipe: type[Recipe]) -> type[Recipe]:
+        if not (isinstance(recipe, type) and issubclass(recipe, Recipe)):
+            raise TypeError(f"register({name!r}): expected a subclass of Recipe, got {recipe!r}")
+        known = RECIPES.get(name, recipe)
+        if (known.__module__, known.__qualname__) != (recipe.__module__, recipe.__qualname__):
+            raise ValueError(f"register({name!r}): {known.__qualname__} has that name already")
         RECIPES[name] = recipe
         return recipe
 
@@ -60,6 +72,8 @@ class Recipe:
             mean, std, flip=data.flip, background=data.background, generator=generator
         )
         self.networks = [self._build_network() for _ in range(self.num_networks)]
+        if config.pretrained:
+            load_pretrained(config.pretrained, [network.model for network in self.networks])
         self.optimizers = [
             torch.optim.SGD(
                 network.parameters(),
@@ -73,6 +87,10 @@ class Recipe:
         self.quality = torch.ones(shape, device=data.images.device)
         self.losses = torch.zeros(shape, device=data.images.device)
         self._history: list[Tensor] = []
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """Raise a ConfigError for settings this recipe cannot be run with; called before a run."""
 
     def loss(self, network: SANM, batch: Batch, epoch: int) -> Losses:
         """The value to minimise as "loss", and any others to log, from images in [0, 1]."""

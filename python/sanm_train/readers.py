@@ -1,0 +1,338 @@
+"""Readers of data sets in the formats they are published in: what there is and how it is labelled.
+
+Every reader returns `Records`: nothing is decoded that lies in image files, so a million rows cost
+a list of paths. CIFAR, which comes as arrays, is returned as images. The order is that of the
+format and the same at every call; position i of every field belongs to the same image.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import ConfigError, check_choice
+
+CIFAR10_FILES = tuple(
+    f"cifar-10-batches-py/{name}"
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+)
+CIFAR100_FILES = ("cifar-100-python/train", "cifar-100-python/test")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+ANIMALS = (
+    "cat", "lynx", "wolf", "coyote", "cheetah",
+    "jaguar", "chimpanzee", "orangutan", "hamster", "guinea pig",
+)  # fmt: skip
+
+
+# What pickles call to make an array, wherever this NumPy keeps it.
+RECONSTRUCT = np.empty(0).__reduce__()[0]
+
+
+class DataError(ConfigError):
+    """A data set that cannot be read; the message names the file or folder and what is wrong."""
+
+
+class Records(NamedTuple):
+    """What a reader found.
+
+    items: paths of image files, or images (N, C, H, W) uint8.
+    labels: the given labels (N,) int64.
+    metadata: "classes", the classes' names by label (where the format has them), and what else the
+        format knows, named by its reader; per-sample values are tensors (N,).
+    """
+
+    items: Any
+    labels: Tensor
+    metadata: dict[str, Any]
+
+
+def read_cifar10(root: str | Path, split: str = "train") -> Records:
+    """`root`/cifar-10-batches-py: images (N, 3, 32, 32), the `split` "train" or "test"."""
+    check_choice("split", split, ("train", "test"))
+    files = CIFAR10_FILES[:5] if split == "train" else CIFAR10_FILES[5:]
+    parts = [_cifar_file(Path(root) / name, "labels", 10) for name in files]
+    images, labels = (torch.cat([part[key] for part in parts]) for key in ("data", "labels"))
+    return Records(
+        images, labels, _cifar_names(root, "cifar-10-batches-py/batches.meta", "label_names")
+    )
+
+
+def read_cifar100(root: str | Path, split: str = "train") -> Records:
+    """`root`/cifar-100-python: images (N, 3, 32, 32) with the 100 fine labels; metadata has the
+    superclasses as "coarse_labels"."""
+    check_choice("split", split, ("train", "test"))
+    path = Path(root) / f"cifar-100-python/{split}"
+    part = _cifar_file(path, "fine_labels", 100)
+    names = _cifar_names(root, "cifar-100-python/meta", "fine_label_names")
+    coarse = _labels(part.get("coarse_labels"), len(part["data"]), 20, f"{path}: coarse_labels")
+    return Records(part["data"], part["fine_labels"], {**names, "coarse_labels": coarse})
+
+
+def read_cifar_n(path: str | Path) -> dict[str, Tensor]:
+    """The label sets of a CIFAR-N file (CIFAR-10_human.pt, CIFAR-100_human.pt) by name.
+
+    Each is (N,) int64 in the order of the training images that `read_cifar10` and `read_cifar100`
+    return: "clean_label" equals their labels. CIFAR-10: "aggre_label", "worse_label",
+    "random_label1" to 3; CIFAR-100: "noisy_label", and both coarse sets.
+    """
+    # Arrays of NumPy 1 name its old module; those of NumPy 2 the new one.
+    known: list[Any] = [
+        *((RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+        *(np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "bhilqBHILQ"}),
+    ]
+    try:
+        with torch.serialization.safe_globals(known):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except Exception as error:  # what a broken file raises depends on where it breaks
+        raise DataError(f"{path} cannot be loaded safely: {_first_line(error)}") from None
+    if not isinstance(found, Mapping) or "clean_label" not in found:
+        raise DataError(f"{path} must hold a dictionary of labels with clean_label")
+    size = len(found["clean_label"])
+    return {
+        str(name): _labels(value, size, None, f"{path}: {name}") for name, value in found.items()
+    }
+
+
+def read_clothing1m(root: str | Path, split: str = "noisy_train") -> Records:
+    """Clothing1M by its lists, which lie in `root` or in `root`/annotations.
+
+    Args:
+        split: "noisy_train" with the labels of noisy_label_kv.txt, or "clean_train", "clean_val"
+            or "clean_test" with those of clean_label_kv.txt.
+
+    The lists' keys are paths below `root`. metadata: "true_labels" (N,), −1 where not known.
+    """
+    check_choice("split", split, ("noisy_train", "clean_train", "clean_val", "clean_test"))
+    root = Path(root)
+    inner = root / "annotations"
+    lists = inner if inner.is_dir() else root
+    keys = [line for line in _lines(lists / f"{split}_key_list.txt") if line]
+    clean = _key_values(lists / "clean_label_kv.txt", 14)
+    given = clean
+    if split == "noisy_train":
+        given = _key_values(lists / "noisy_label_kv.txt", 14)
+    unlabelled = [key for key in keys if key not in given]
+    if unlabelled or not keys:
+        what = f"{unlabelled[0]!r} has no label" if unlabelled else "no image is listed"
+        raise DataError(f"{lists / split}_key_list.txt: {what}")
+    metadata: dict[str, Any] = {"true_labels": torch.tensor([clean.get(key, -1) for key in keys])}
+    names = lists / "category_names_eng.txt"
+    if names.is_file():
+        metadata["classes"] = [line for line in _lines(names) if line]
+    labels = torch.tensor([given[key] for key in keys])
+    return Records([os.path.join(root, key) for key in keys], labels, metadata)
+
+
+def read_animal10n(root: str | Path, split: str = "training") -> Records:
+    """Animal-10N: `root`/training or `root`/testing with files named label_id.jpg, by name."""
+    check_choice("split", split, ("training", "testing"))
+    folder = Path(root) / split
+    paths = [path for path in _images(folder) if os.path.dirname(path) == str(folder)]
+    labels = []
+    for path in paths:
+        label = os.path.basename(path).partition("_")[0]
+        if not (label.isdecimal() and int(label) < len(ANIMALS)):
+            raise DataError(f"{path}: the name must begin with a label from 0 to 9 and _")
+        labels.append(int(label))
+    if not paths:
+        raise DataError(f"{folder} holds no image (looked for {', '.join(IMAGES)})")
+    return Records(paths, torch.tensor(labels), {"classes": list(ANIMALS)})
+
+
+def read_folder(root: str | Path) -> Records:
+    """Any folder with one sub-folder per class, in the order of their names, images below them.
+
+    Hidden folders do not count. A class without an image is an error: it is a slip more often than
+    a wish, and the network would have an output that never occurs.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
+    if not classes:
+        raise DataError(f"{root} holds no sub-folder; one is needed for each class")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = list(_images(root / name))
+        if not found:
+            raise DataError(
+                f"class {name!r}: {root / name} holds no image (looked for {', '.join(IMAGES)})"
+            )
+        paths += found
+        labels += [label] * len(found)
+    return Records(paths, torch.tensor(labels), {"classes": classes})
+
+
+def read_manifest(path: str | Path, root: str | Path | None = None) -> Records:
+    """A table of images with the columns path and label: CSV, or Parquet (.parquet, .pq).
+
+    Args:
+        root: what the paths are relative to; default: the manifest's folder.
+
+    Labels are class indices if all are whole numbers from 0, otherwise names, whose classes are in
+    the order of their names. Other columns are ignored. Whether the images exist is not checked.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    base = path.parent if root is None else Path(root)
+    rows = _parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _csv(path)
+    paths: list[str] = []
+    given: list[str] = []
+    for number, (name, label) in enumerate(rows, start=1):
+        if not name or not label:
+            raise DataError(f"{path}: row {number} has no {'label' if name else 'path'}")
+        paths.append(os.path.join(base, name))
+        given.append(label)
+    if not paths:
+        raise DataError(f"{path} lists no image")
+    if all(label.isdecimal() for label in set(given)):
+        return Records(paths, torch.tensor([int(label) for label in given]), {})
+    classes = sorted(set(given))
+    index = {name: label for label, name in enumerate(classes)}
+    return Records(paths, torch.tensor([index[label] for label in given]), {"classes": classes})
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Loads pickles of arrays and builtin containers; any other name in the file is refused.
+
+    A pickle can name any function to be called while it is loaded; the archives' need only these.
+    """
+
+    NAMES: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        # How Python 3 writes bytes in the archives' protocol.
+        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.NAMES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed")
+        return self.NAMES[module, name]
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    """A pickled dictionary with its keys as strings, as Python 2 or 3 wrote it."""
+    try:
+        with path.open("rb") as file:
+            found = _ArraysOnly(file, encoding="latin1").load()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except Exception as error:  # what a broken pickle raises depends on where it breaks
+        raise DataError(
+            f"{path} cannot be read as a pickle of arrays: {_first_line(error)}"
+        ) from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} must hold a dictionary, got {type(found).__name__}")
+    return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in found.items()}
+
+
+def _cifar_file(path: Path, key: str, num_classes: int) -> dict[str, Any]:
+    """One batch file: its entries, with data as images (N, 3, 32, 32) and `key` as labels (N,)."""
+    found = _unpickle(path)
+    data = found.get("data")
+    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (3072,)):
+        got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise DataError(f"{path}: data must be a uint8 array (N, 3072), got {got}")
+    images = torch.from_numpy(data.reshape(-1, 3, 32, 32).copy())
+    labels = _labels(found.get(key), len(images), num_classes, f"{path}: {key}")
+    return {**found, "data": images, key: labels}
+
+
+def _cifar_names(root: str | Path, meta: str, key: str) -> dict[str, Any]:
+    """The classes' names, if the archive's file of names is there."""
+    path = Path(root) / meta
+    names = _unpickle(path).get(key) if path.is_file() else None
+    return {"classes": list(names)} if names else {}
+
+
+def _labels(values: Any, size: int, num_classes: int | None, what: str) -> Tensor:
+    """`values` as (size,) int64, checked to be whole numbers in [0, num_classes)."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of unequal length
+        array = np.empty(0, object)
+    if array.dtype.kind not in "iu" or array.shape != (size,):
+        raise DataError(f"{what} must be {size} whole numbers, got {array.dtype} {array.shape}")
+    labels = torch.as_tensor(array.astype(np.int64))
+    if size and (labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes)):
+        top = "" if num_classes is None else f" to {num_classes - 1}"
+        raise DataError(
+            f"{what} must be from 0{top}, got {labels.min().item()} to {labels.max().item()}"
+        )
+    return labels
+
+
+def _images(folder: Path) -> Iterator[str]:
+    """Paths of the images in `folder` and below it, in the order of their names."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    for where, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (os.path.join(where, n) for n in sorted(names) if n.lower().endswith(IMAGES))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+
+
+def _key_values(path: Path, num_classes: int) -> dict[str, int]:
+    """Lines of a key and a label, the label last."""
+    found = {}
+    for number, line in enumerate(_lines(path), start=1):
+        key, _, label = line.rpartition(" ")
+        if key and label.isdecimal() and int(label) < num_classes:
+            found[key] = int(label)
+        elif line:
+            raise DataError(
+                f"{path}: line {number} must be a path and a label from 0 to {num_classes - 1}"
+            )
+    return found
+
+
+def _csv(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        _columns(path, reader.fieldnames or ())
+        for row in reader:
+            yield (row["path"] or "").strip(), (row["label"] or "").strip()
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
+    with parquet.ParquetFile(path) as file:
+        _columns(path, file.schema_arrow.names)
+        for batch in file.iter_batches(columns=["path", "label"]):  # never the whole table twice
+            columns = (batch.column(name).to_pylist() for name in ("path", "label"))
+            for name, label in zip(*columns, strict=True):
+                yield str(name or "").strip(), "" if label is None else str(label).strip()
+
+
+def _columns(path: Path, names: Sequence[str]) -> None:
+    for name in ("path", "label"):
+        if name not in names:
+            raise DataError(f"{path} has no column {name!r}; its columns: {', '.join(names)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -89,6 +89,13 @@ def _choose_constant(op: str, device: str, forced: str | None) -> str:
     return _choose(op, device, forced)
 
 
+def forced(backend: str | None) -> str | None:
+    """The forced backend, if any: `backend`, the innermost use_backend's, the environment's."""
+    if backend is not None:
+        return _check_name(backend, "backend")
+    return _forced[-1] if _forced else None
+
+
 def select(op: str, device: torch.device, backend: str | None) -> Any:
     """The overload of `op` for tensors on `device`.
 
@@ -99,12 +106,8 @@ def select(op: str, device: torch.device, backend: str | None) -> Any:
         ValueError: the forced name is no backend.
         RuntimeError: the forced backend cannot run the operator; the message says why.
     """
-    if backend is not None:
-        backend = _check_name(backend, "backend")
-    elif _forced:
-        backend = _forced[-1]
     chosen = (_choose_constant if torch.compiler.is_compiling() else _choose)(
-        op, device.type, backend
+        op, device.type, forced(backend)
     )
     return getattr(getattr(torch.ops.sanm_kernels, op), chosen)
 

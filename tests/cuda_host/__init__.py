@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build/cuda_host"
 TORCH = Path(torch.__file__).resolve().parent
 CXX = os.environ.get("CXX", "g++")
+#: On the PATH, or beside the interpreter of an environment that is not activated.
+NINJA = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
 FLAGS = (
     "-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing "
     "-Wall -Wno-psabi -Wno-unknown-pragmas -pthread"
@@ -33,10 +36,9 @@ SANITIZERS = {
 
 def why_not() -> str | None:
     """None if the kernels can be emulated here, else the reason."""
-    for tool in (CXX.split()[0], "ninja"):
-        if shutil.which(tool) is None:
-            return f"{tool} was not found"
-    return None
+    if shutil.which(CXX.split()[0]) is None:
+        return f"{CXX.split()[0]} was not found"
+    return "ninja was not found" if NINJA is None else None
 
 
 def chosen() -> list[str]:
@@ -87,7 +89,7 @@ def ninja(name: str, text: str, target: Path) -> Path:
     recipe = BUILD / f"{name}.ninja"
     recipe.write_text(text)
     try:
-        subprocess.run(["ninja", "--quiet", "-C", BUILD, "-j2", "-f", recipe.name], check=True)
+        subprocess.run([str(NINJA), "--quiet", "-C", BUILD, "-j2", "-f", recipe.name], check=True)
     except subprocess.CalledProcessError:
         target.unlink(missing_ok=True)  # that of an earlier build
         raise

@@ -1,19 +1,13 @@
-"""Shared by all tests: this folder is importable, and random numbers start from the same seed."""
+"""Shared by all tests: GPU kernels that run without a GPU, and the same seed for each test."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import cuda_host
 import pytest
 import torch
-
-HERE = str(Path(__file__).resolve().parent)
-if HERE not in sys.path:
-    sys.path.insert(0, HERE)
 
 if not torch.cuda.is_available():  # then Triton's kernels are tested in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -41,10 +41,9 @@ TRITON_DEVICE = None
 if importlib.util.find_spec("triton") is not None:
     TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Where the CUDA kernels run here: a GPU, or the "cpu" that emulates them; None with neither.
-CUDA_DEVICE, CUDA_REASON = "cpu", None  # tests/conftest.py builds and names the emulation
+CUDA_DEVICE = "cpu"  # tests/conftest.py builds and names the emulation
 if not os.environ.get("SANM_KERNELS_CUDA_EMULATION"):
-    CUDA_REASON = backends.load("cuda")
-    CUDA_DEVICE = "cuda" if CUDA_REASON is None else None
+    CUDA_DEVICE = "cuda" if backends.load("cuda") is None else None
 #: GPU backend → where its kernels run here.
 GPU_DEVICES = {"triton": TRITON_DEVICE, "cuda": CUDA_DEVICE}
 #: Backends that run on the CPU here, interpreted and emulated ones among them: for operators on

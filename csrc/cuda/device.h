@@ -90,10 +90,6 @@ struct Max {
 struct Min {
   template <typename T>
   SANM_DEVICE T operator()(T a, T b) const { return b < a ? b : a; }
-  template <typename A>
-  SANM_DEVICE Peak<A> operator()(Peak<A> a, Peak<A> b) const {
-    return b.value < a.value || (b.value == a.value && b.index < a.index) ? b : a;
-  }
 };
 
 template <typename T>
@@ -135,10 +131,6 @@ SANM_DEVICE A block_min(A x, A* scratch) {
 template <typename A>
 SANM_DEVICE Peak<A> block_first_max(Peak<A> x, Peak<A>* scratch) {
   return block_reduce(x, Max(), Peak<A>{static_cast<A>(-INFINITY), INT32_MAX}, scratch);
-}
-template <typename A>
-SANM_DEVICE Peak<A> block_first_min(Peak<A> x, Peak<A>* scratch) {
-  return block_reduce(x, Min(), Peak<A>{static_cast<A>(INFINITY), INT32_MAX}, scratch);
 }
 
 // ---- Vectors of 16 bytes (or N elements). Addresses are aligned to the vector's size.
@@ -201,14 +193,6 @@ SANM_DEVICE void store_global(T* p, const Vector<T, N>& x) {
     __stcs(reinterpret_cast<W*>(p), raw);
   else
     *reinterpret_cast<W*>(p) = raw;
-}
-
-// Shared memory, also another block's (cluster_map).
-template <int N, typename T>
-SANM_DEVICE Vector<T, N> load_shared(const T* p) {
-  using V = Vector<T, N>;
-  SANM_DEVICE_CHECK(reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0, "a misaligned vector load");
-  return detail::from_word<V>(*reinterpret_cast<const detail::word_t<V>*>(p));
 }
 
 template <typename T, int N>

@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format info wheel gpu clean
+.PHONY: help setup test demo docs lint format info wheel gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -29,6 +29,9 @@ test: setup  ## run the tests
 
 demo: setup  ## train on noisy digits, without and with SANM; results in runs/demo
 	$(VENV)/bin/sanm demo --out runs/demo $(ARGS)
+
+docs: setup  ## the pages of docs/ in build/docs/html; a broken link is an error
+	$(RUN) -m sphinx -M html docs build/docs --quiet --fresh-env --fail-on-warning --keep-going
 
 lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .
@@ -73,7 +76,7 @@ $(VENV)/installed: pyproject.toml setup.py
 	$(PIP) "setuptools>=77" ninja
 	@$(PYTHON) -c "$$LINK_TORCH"
 	@$(RUN) -c "import torch" 2>/dev/null || { set -x; $(PIP) "$(TORCH)"; }
-	$(PIP) --no-build-isolation --editable ".[train,test]"
+	$(PIP) --no-build-isolation --editable ".[train,test,docs]"
 	@touch $@
 
 $(VENV)/compiled: $(VENV)/installed $(shell find csrc -type f)

@@ -136,7 +136,7 @@ class MaskConfig:
 
     @property
     def draw_sets(self) -> int:
-        """(area, aspect) pairs that a sample draws: 1 if the views share them, else one each."""
+        """(area, aspect) pairs that a sample draws, 1 if the views share them and else one each."""
         return 1 if self.shared_draws else len(self.views)
 
     def num_draws(self, channels: int) -> int:

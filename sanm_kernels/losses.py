@@ -24,7 +24,7 @@ class MaskedLoss(NamedTuple):
 
     Attributes:
         total: the weighted sum of the parts, (); (n,) with ``reduction="none"``.
-        labeled: L_x, () .
+        labeled: L_x, ().
         unlabeled: L_u, ().
         prior: P, the prior penalty, ().
         confidence: N, the confidence penalty, ().
@@ -117,7 +117,7 @@ def masked_loss(
 
     Row i of the logits is compared with the target t_i = λ·t'_i + (1 − λ)·t'_π(i), where t' are the
     targets after the modulation of section 4; neither t' nor t is written to memory. With
-    p = softmax(logits), the first n_x rows labelled and the other n − n_x unlabelled:
+    p = softmax(logits), the first n_x rows labelled and the other n − n_x unlabelled::
 
         L_x = −(1/n_x) Σ_i Σ_k t_ik log p_ik
         L_u = (1/((n − n_x)·K)) Σ_i Σ_k (p_ik − t_ik)²

@@ -134,7 +134,7 @@ def fit_label_quality(
             float64: a few sums per pass are exchanged, never the losses. Outside of torch.compile.
 
     Returns:
-        :class:`LabelQuality`. Degenerate, with a clean probability of 1, are: fewer than two
+        :class:`LabelQuality`. Degenerate, with a clean probability of 1, are fewer than two
         samples (N = 0 included), losses that are all equal, and fits in which one component holds
         less than half a sample or its standard deviation is below a millionth of the data's range.
         Over a process group `clean_prob` is that of the rank's own samples, and all else has the

@@ -15,15 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from operations import OPERATIONS
 
 import sanm_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sanm_kernels"
 TRAIN = ROOT / "python/sanm_train"
+FOLDERS = ("sanm_kernels", "python", "csrc", "tests", "benchmarks", "examples", "docs", ".ci")
 SOURCES = sorted(
     path
-    for folder in ("sanm_kernels", "python", "csrc", "tests", "benchmarks", "docs", ".ci")
+    for folder in FOLDERS
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h", ".md", ""} and path.is_file()
 ) + [ROOT / name for name in ("setup.py", "Makefile", "README.md", "CONTRIBUTING.md")]
@@ -68,11 +70,12 @@ def layer(path: Path) -> str:
 
 PACKAGE_FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_FILES = sorted(TRAIN.rglob("*.py"))
+EXAMPLE_FILES = sorted((ROOT / "examples").rglob("*.py"))
 
 
 def test_there_is_something_to_check() -> None:
     assert {layer(path) for path in PACKAGE_FILES} >= {"reference", "ops", "backends", "__init__"}
-    assert len(TRAIN_FILES) > 5
+    assert len(TRAIN_FILES) > 5 and len(EXAMPLE_FILES) > 2
     assert len(SOURCES) > len(PACKAGE_FILES) + len(TRAIN_FILES)
 
 
@@ -100,8 +103,8 @@ def test_modules_call_public_functions_only() -> None:
         assert not bad, f"modules.py holds hyper-parameters and calls public functions: {bad}"
 
 
-@pytest.mark.parametrize("path", TRAIN_FILES, ids=relative)
-def test_training_uses_public_names_only(path: Path) -> None:
+@pytest.mark.parametrize("path", TRAIN_FILES + EXAMPLE_FILES, ids=relative)
+def test_training_and_examples_use_public_names_only(path: Path) -> None:
     public = set(sanm_kernels.__all__) | {"compat", "modules", "__version__"}
     tree = ast.parse(path.read_text())
     aliases = {
@@ -184,6 +187,17 @@ def test_files_are_short_and_finished(path: Path) -> None:
         )
 
 
+def public_functions() -> set[str]:
+    """The functions of the package's modules that are decorated as public."""
+    return {
+        node.name
+        for path in PACKAGE.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(d).endswith("validate.public") for d in node.decorator_list)
+    }
+
+
 def own_names() -> dict[str, object]:
     """The package's names that are no modules, without a leading underscore, and defined in it."""
     return {
@@ -199,14 +213,13 @@ def test_all_is_complete() -> None:
     names = sanm_kernels.__all__
     assert len(names) == len(set(names))
     assert set(names) == set(own_names())
-    decorated = {
-        node.name
-        for path in PACKAGE.glob("*.py")
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef)
-        and any(ast.unparse(d).endswith("validate.public") for d in node.decorator_list)
-    }
+    decorated = public_functions()
     assert decorated and decorated <= set(names), f"not exported: {sorted(decorated - set(names))}"
+
+
+def test_every_function_is_tried_on_a_gpu() -> None:
+    """tests/operations.py is what test_gpu.py, the tables of errors and compute-sanitizer run."""
+    assert {operation.op for operation in OPERATIONS.values()} == public_functions()
 
 
 def public_objects() -> dict[str, object]:

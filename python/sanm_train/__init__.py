@@ -2,7 +2,7 @@
 
 from .config import ConfigError, TrainConfig
 from .models import Decoder
-from .recipes import RECIPES, Recipe, register
+from .recipes import RECIPES, Recipe, Step, register
 from .sanm import SANM, Batch, SANMLosses
 from .train import Result, train
 
@@ -15,6 +15,7 @@ __all__ = [
     "Recipe",
     "Result",
     "SANMLosses",
+    "Step",
     "TrainConfig",
     "register",
     "train",

@@ -1,8 +1,10 @@
-"""The command line: `sanm train`, `sanm demo`, `sanm ablate`."""
+"""The command line; `sanm --help` lists its commands."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
 import typing
 import warnings
@@ -11,15 +13,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-EXTRA = "sanm needs scikit-learn, matplotlib and rich: pip install 'sanm-kernels[train]'"
+EXTRA = "sanm needs more packages: pip install 'sanm-kernels[train]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     try:
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-        import sklearn  # noqa: F401
+        for name in ("kornia", "matplotlib", "pyarrow", "rich", "sklearn", "yaml"):
+            importlib.import_module(name)
     except ImportError as error:
         print(f"sanm: error: {EXTRA} ({error})", file=sys.stderr)
         return 1
@@ -33,35 +34,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sanm: error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"sanm: error: training failed: {error}; try a smaller --lr", file=sys.stderr)
+        hint = "try a smaller --lr; --resume goes on from the last checkpoint"
+        print(f"sanm: error: training failed: {error}; {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .comparison import NOISES
+
     parser = argparse.ArgumentParser(
         prog="sanm", description="Training with wrong labels: SANM (Tu et al., CVPR 2023)."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train one recipe on one data set")
-    train.set_defaults(command=_train)
-    train.add_argument("--out", type=Path, required=True, help="folder for metrics and labels")
+
+    def command(function: Any, name: str, help: str, out: str | None = None) -> Any:
+        added = commands.add_parser(name, help=help)
+        added.set_defaults(command=function)
+        if out is not None:
+            default = Path(out) if out else None
+            shown = f"folder for the results (default: {out})" if out else "folder of the run"
+            added.add_argument("--out", type=Path, default=default, required=not out, help=shown)
+        return added
+
+    train = command(_train, "train", "train one recipe on one data set", "")
+    train.add_argument("--preset", help="published settings to start from, e.g. cifar10-sym50")
+    train.add_argument("--config", type=Path, help="YAML file of settings, over the preset")
+    train.add_argument("--resume", action="store_true", help="go on where the run in --out was")
     train.add_argument("--overwrite", action="store_true", help="replace a run already in --out")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_settings(train)
 
-    demo = commands.add_parser("demo", help="ce against sanm-dividemix on noisy digits")
-    demo.set_defaults(command=_demo)
-    demo.add_argument("--out", type=Path, default=Path("sanm-demo"), help="folder (%(default)s)")
+    demo = command(_demo, "demo", "ce against sanm-dividemix on noisy digits", "sanm-demo")
     demo.add_argument("--epochs", type=int, help="epochs of both runs")
     demo.add_argument("--limit", type=int, default=0, help="use only the first N training samples")
     demo.add_argument("--seed", type=int, default=0)
 
-    ablate = commands.add_parser("ablate", help="table of sanm-dividemix without each of its parts")
-    ablate.set_defaults(command=_ablate)
-    ablate.add_argument("--out", type=Path, default=Path("sanm-ablate"), help="(%(default)s)")
-    ablate.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (%(default)s)")
+    for function, name, help in (
+        (_inspect, "inspect", "label quality of every sample, figures and a report of a run"),
+        (_eval, "eval", "test accuracy of a run, by class"),
+    ):
+        added = command(function, name, help)
+        added.add_argument("run", type=Path, help="folder of a run")
+        added.add_argument("--device", default="cpu", help="torch device (%(default)s)")
+        if function is _inspect:
+            added.add_argument("--out", type=Path, help="folder (default: RUN/inspect)")
+
+    table = command(_compare, "compare", "table of recipes on kinds of noise", "sanm-compare")
+    table.add_argument("--recipes", nargs="+", help="default: all")
+    table.add_argument("--noises", nargs="+", default=NOISES, help="default: " + " ".join(NOISES))
+    ablate = command(_ablate, "ablate", "table of sanm-dividemix without its parts", "sanm-ablate")
+    for added in (table, ablate):
+        added.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (%(default)s)")
+    _add_settings(table, without=("recipe", "seed", "noise", "rate"))
     _add_settings(ablate, without=("recipe", "seed", "views", "box", "modulate", "reconstruct"))
     return parser
 
@@ -93,20 +119,29 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .config import TrainConfig
-    from .report import print_table, write_label_quality
-    from .train import METRICS, train
+    from . import checkpoint
+    from .config import ConfigError, TrainConfig
+    from .report import print_table
+    from .train import CONFIG, METRICS, train
 
-    config = TrainConfig(**_settings(options))
-    if (options.out / METRICS).exists() and not options.overwrite:
-        raise FileExistsError(f"out: {options.out} holds a run already; --overwrite replaces it")
-    result = train(config, options.out, progress=not options.quiet)
-    if result.history:
-        write_label_quality(options.out / "label_quality.csv", result)
-        print_table([result])
+    if options.resume and options.overwrite:
+        raise ConfigError("resume and overwrite exclude each other")
+    begun = [name for name in (CONFIG, METRICS, checkpoint.NAME) if (options.out / name).exists()]
+    if begun and not (options.resume or options.overwrite):
+        raise FileExistsError(
+            f"out: {options.out} holds a run already; --resume continues, --overwrite replaces it"
+        )
+    file = options.config
+    if options.resume and CONFIG in begun and file is None and options.preset is None:
+        file = options.out / CONFIG
+    config = TrainConfig.read(file, options.preset, **_settings(options))
+    result = train(config, options.out, progress=not options.quiet, resume=options.resume)
     if result.interrupted:
-        print(f"interrupted after {len(result.history)} of {config.epochs} epochs", file=sys.stderr)
+        done = f"{len(result.history)} of {config.epochs} epochs"
+        print(f"interrupted after {done}; --resume continues", file=sys.stderr)
         return 130
+    if int(os.environ.get("RANK", "0")) == 0:
+        print_table([result])
     return 0
 
 
@@ -119,13 +154,46 @@ def _demo(options: argparse.Namespace) -> int:
     return demo(options.out, **settings)
 
 
+def _inspect(options: argparse.Namespace) -> int:
+    from .inspection import inspect
+
+    inspect(options.run, options.out, device=options.device)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from .inspection import evaluate
+
+    evaluate(options.run, device=options.device)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .comparison import compare
+    from .config import check_choice
+    from .recipes import RECIPES
+
+    names = options.recipes or list(RECIPES)
+    for name in names:
+        check_choice("recipes", name, RECIPES)
+    variants = {name: {"recipe": name} for name in names}
+    return compare(options.out, _seeds(options), options.noises, variants, **_settings(options))
+
+
 def _ablate(options: argparse.Namespace) -> int:
-    from .ablation import ablate
+    from .comparison import ABLATION, compare
+
+    settings = _settings(options)
+    noise = f"{settings.pop('noise', 'symmetric')}:{settings.pop('rate', 0.5)}"
+    return compare(options.out, _seeds(options), [noise], ABLATION, **settings)
+
+
+def _seeds(options: argparse.Namespace) -> range:
     from .config import ConfigError
 
     if options.seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {options.seeds}")
-    return ablate(options.out, range(options.seeds), **_settings(options))
+    return range(options.seeds)
 
 
 def _show_warning(message: Any, *where: Any, **more: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
+import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 import sanm_kernels as sk
 
+from .files import replacing
 from .noise import KINDS
 
 MASKS = {
@@ -26,6 +29,8 @@ MASKS = {
 }
 VIEWS = {"both": ("max", "min"), "max": ("max",), "min": ("min",)}
 BOXES = ("activation", "random")
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRESETS = Path(__file__).with_name("presets.yaml")
 
 
 class ConfigError(ValueError):
@@ -43,20 +48,43 @@ class TrainConfig:
 
     recipe: str = setting("sanm-dividemix", "training method")
     dataset: str = setting("digits", "data set")
-    data_root: str = setting("", "folder with the data set's unpacked archive (not for digits)")
+    data_root: str = setting("", "folder (or manifest) with the data set (not for digits)")
+    test_root: str = setting("", "manifest: that of the test images")
+    image_size: int = setting(0, "side of the images networks see; 0: the data set's own", low=0)
+    workers: int = setting(2, "processes that read image files; 0: the training process", low=0)
+    augmentation: str = setting("", "augmentation; empty: the data set's own")
     model: str = setting("", "network; empty: the data set's own")
     pretrained: str = setting("", "file with a state dict all networks start from, as in C2D")
-    noise: str = setting("symmetric", "label noise: " + ", ".join(KINDS))
+    noise: str = setting(
+        "", f"label noise: {', '.join(KINDS)}; empty: symmetric for digits and CIFAR, else none"
+    )
+    noise_file: str = setting("", "noise file: a CIFAR-N label file")
+    noise_set: str = setting("", "noise file: which of its label sets, e.g. worse_label")
     rate: float = setting(0.5, "share of labels redrawn, in [0, 1]", low=0, high=1)
     include_true: bool = setting(False, "symmetric noise may redraw the true class")
     seed: int = setting(0, "seed of noise, networks, order and augmentation", low=0)
     limit: int = setting(0, "use only the first N training samples; 0: all", low=0)
     device: str = setting("cpu", "torch device")
     threads: int = setting(1, "CPU threads; small networks gain nothing from more", low=1)
+    precision: str = setting("float32", "autocast: " + ", ".join(PRECISIONS))
+    channels_last: bool = setting(True, "memory format of networks and images")
+    compile: bool = setting(False, "torch.compile the networks")
+    sync_batchnorm: bool = setting(False, "batch statistics over all processes (GPUs only)")
+    checkpoint_steps: int = setting(
+        1000, "steps between checkpoints inside an epoch; 0: only at its end", low=0
+    )
+    tensorboard: bool = setting(False, "metrics for TensorBoard as well")
     epochs: int = setting(60, "passes over the training set", low=1)
     batch_size: int = setting(
-        64, "samples a step; DivideMix: half labelled, half unlabelled", low=2
+        64,
+        "samples a step, of all processes; DivideMix: half labelled, half unlabelled",
+        low=2,
     )
+    eval_batch_size: int = setting(
+        0, "samples at a time without gradients; 0: 1024 held in memory, 128 from files", low=0
+    )
+    accumulate: int = setting(1, "backward passes that a step is divided into", low=1)
+    clip: float = setting(0.0, "gradient norm allowed; 0: any", low=0)
     lr: float = setting(0.02, "SGD learning rate", above=0)
     lr_drop: float = setting(
         0.75, "share of the epochs after which the rate is divided by ten", low=0, high=1
@@ -65,16 +93,19 @@ class TrainConfig:
     weight_decay: float = setting(5e-4, "SGD weight decay", low=0)
 
     warmup: int = setting(10, "epochs of plain cross-entropy first", low=0)
-    warmup_clip: float = setting(1.0, "DivideMix: gradient norm allowed in the warm-up", above=0)
+    warmup_clip: float = setting(1.0, "DivideMix: clip in the warm-up", low=0)
+    confidence_weight: float | None = setting(
+        None, "DivideMix: ν of the warm-up; default: 1 for asymmetric noise, else 0"
+    )
     threshold: float = setting(
         0.5, "clean probability above which a sample counts as labelled", low=0, high=1
     )
     average_losses: bool = setting(False, "label quality from the last five epochs' mean loss")
     temperature: float = setting(0.5, "T that sharpens guessed and refined targets", above=0)
-    weak_views: int = setting(1, "DivideMix: weakly augmented views to train on (CIFAR: 2)", low=1)
-    strong_views: int = setting(
-        1, "DivideMix: strongly augmented views to train on (CIFAR: 2)", low=0
-    )
+    train_guess_views: bool = setting(False, "DivideMix: train on the two guessing views too")
+    weak_views: int = setting(1, "DivideMix: weak views to train on (CIFAR: 2)", low=0)
+    strong_views: int = setting(1, "DivideMix: strong views to train on (CIFAR: 2)", low=0)
+    unlabeled_rows: bool = setting(True, "DivideMix: train on the unlabelled samples' rows")
     alpha: float = setting(4.0, "mixup: λ ~ Beta(alpha, alpha)", above=0)
     unlabeled_weight: float = setting(25.0, "λ_u of the unlabelled loss", low=0)
     ramp: float = setting(16.0, "epochs over which λ_u grows from 0 after the warm-up", low=0)
@@ -95,15 +126,21 @@ class TrainConfig:
     reconstruct: bool = setting(True, "train on the reconstruction loss")
 
     def __post_init__(self) -> None:
-        from .data import DATASETS, check_root
+        from .augment import POLICIES
+        from .datasets import DATASETS, check_root
         from .models import MODELS
         from .recipes import RECIPES
 
+        if not self.noise:
+            clean = self.dataset in ("digits", "cifar10", "cifar100")
+            object.__setattr__(self, "noise", "symmetric" if clean else "none")
         choices: dict[str, Iterable[str]] = {
             "recipe": RECIPES,
             "dataset": DATASETS,
             "model": ("", *MODELS),
+            "augmentation": ("", *POLICIES),
             "noise": KINDS,
+            "precision": PRECISIONS,
             "mask": MASKS,
             "views": VIEWS,
             "box": BOXES,
@@ -112,7 +149,7 @@ class TrainConfig:
             check_choice(name, getattr(self, name), known)
         for entry in fields(self):
             _check(entry.name, getattr(self, entry.name), **entry.metadata["limits"])
-        check_root(self.dataset, self.data_root)
+        check_root(self)
         if self.pretrained and not Path(self.pretrained).is_file():
             raise ConfigError(f"pretrained must be a file, got {self.pretrained!r}")
         try:
@@ -120,11 +157,46 @@ class TrainConfig:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device must be usable, got {self.device!r}: {reason}") from None
+        if self.sync_batchnorm and torch.device(self.device).type != "cuda":
+            raise ConfigError(f"sync_batchnorm needs a CUDA device, got {self.device!r}")
         try:
             self.mask_config  # noqa: B018  (validates the masking)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         RECIPES[self.recipe].check(self)
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path | None = None,
+        preset: str | None = None,
+        **settings: Any,
+    ) -> TrainConfig:
+        """The named preset, over it the YAML file at `path`, over that `settings`.
+
+        Raises:
+            ConfigError: the file cannot be read, or a setting is unknown (the nearest is named), of
+                the wrong type, or cannot be used.
+        """
+        layers = [({} if preset is None else read_preset(preset), "preset")]
+        layers += [({} if path is None else _read_yaml(Path(path)), str(path))]
+        merged: dict[str, Any] = {}
+        for layer, source in [*layers, (settings, "settings")]:
+            merged |= {name: _typed(name, value, source) for name, value in layer.items()}
+        return cls(**merged)
+
+    def write(self, path: str | Path) -> None:
+        """Every setting as YAML, for `read`."""
+        import yaml
+
+        with replacing(path) as temporary:
+            text = yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+            temporary.write_text(text, encoding="utf-8")
+
+    def autocast(self) -> torch.autocast:
+        """The context in which networks are run."""
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
 
     @property
     def mask_config(self) -> sk.MaskConfig:
@@ -134,6 +206,48 @@ class TrainConfig:
         if not self.reconstruct:
             changes["reconstruction_weight"] = 0.0
         return MASKS[self.mask]().replace(views=VIEWS[self.views], **changes)
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The settings of a preset, and those of the presets it is based on."""
+    presets = _read_yaml(PRESETS)
+    check_choice("preset", name, presets)
+    settings = dict(presets[name])
+    base = settings.pop("base", None)
+    return {**(read_preset(base) if base else {}), **settings}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config: {path} cannot be read as YAML: {reason}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"config: {path} must hold settings as 'name: value', got {found!r:.60}")
+    return found
+
+
+def _typed(name: str, value: Any, source: str) -> Any:
+    """`value` as the type of the setting `name`; whole numbers serve as floats."""
+    types = typing.get_type_hints(TrainConfig)
+    if name not in types:
+        near = difflib.get_close_matches(str(name), types, 1, 0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{source}: there is no setting {name!r}{hint}")
+    allowed = typing.get_args(types[name]) or (types[name],)
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(t for t in allowed if t is not type(None))
+    # YAML 1.1 takes 1e-3, which has no dot, for a string.
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{source}: {name} must be of type {kind.__name__}, got {value!r}")
+    return value
 
 
 def _check(

@@ -1,62 +1,66 @@
-"""Data sets as tensors; labels and clean probabilities are attached to images by index."""
+"""A data set: labels and clean probabilities are attached to images by index."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import ConfigError
+from .images import Images, TensorImages
 from .noise import add_noise
-from .readers import CIFAR10_FILES, CIFAR100_FILES, Records, read_cifar10, read_cifar100
-from .sanm import Batch
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test images (·, C, H, W) in [0, 1] with integer labels (·,).
+    """Training and test images with integer labels (N,) on the images' device.
 
-    labels are the given, possibly wrong ones; true_labels what they were before noise.
+    labels are the given, possibly wrong ones; true_labels what is known to be right, −1 where
+    nothing is. mean and std are the pixels' (C,). augmentation names a policy of `augment`;
+    image_size (H, W) is what it cuts the images to. index (N,) are the samples' positions in the
+    training set as it was read, of which this may be one of several `shards`.
     """
 
     name: str
-    images: Tensor
+    images: Images
     labels: Tensor
     true_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     num_classes: int
+    mean: Tensor
+    std: Tensor
     model: str
-    flip: bool = False
-    background: float = 0.0
+    augmentation: str
+    image_size: tuple[int, int]
+    index: Tensor
+    shards: int = 1
+    classes: Sequence[str] | None = None
     confusions: Mapping[int, int] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        return tuple(self.images.shape[1:])
-
-    @property
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (C,) of the training pixels."""
-        return self.images.mean((0, 2, 3)), self.images.std((0, 2, 3)).clamp_min(1e-6)
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the networks see."""
+        return (self.images.shape[0], *self.image_size)
 
     @property
     def noise_rate(self) -> float:
-        """Share of training labels that differ from the true ones."""
-        return (self.labels != self.true_labels).double().mean().item()
+        """Share of the labels whose truth is known that differ from it; NaN if none is."""
+        known = self.true_labels >= 0
+        return (self.labels != self.true_labels)[known].double().mean().item()
 
     def with_noise(
         self, kind: str, rate: float, *, seed: int = 0, include_true: bool = False
     ) -> Dataset:
         """The same data with noisy training labels (see `noise.add_noise`); never the test set."""
         labels = add_noise(
-            self.true_labels,
+            self.labels,
             kind,
             rate,
             num_classes=self.num_classes,
@@ -66,125 +70,67 @@ class Dataset:
         )
         return replace(self, labels=labels)
 
-    def to(self, device: str | torch.device) -> Dataset:
-        """The same data with all tensors on `device`."""
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
+    def select(self, positions: Tensor) -> Dataset:
+        """The training samples at `positions` (M,) alone, in their order; the whole test set."""
+        there = positions.to(self.labels.device)
+        return replace(
+            self,
+            images=self.images.select(positions),
+            labels=self.labels[there],
+            true_labels=self.true_labels[there],
+            index=self.index[there],
+        )
 
-    def subset(self, size: int) -> Dataset:
-        """The first `size` training samples."""
-        names = ("images", "labels", "true_labels")
-        return replace(self, **{name: getattr(self, name)[:size] for name in names})
-
-    def take(self, index: Tensor, clean_prob: Tensor | None = None) -> Batch:
-        """The samples at `index` (B,), in its order; clean_prob (N,) is indexed alike."""
-        quality = None if clean_prob is None else clean_prob[index]
-        return Batch(self.images[index], self.labels[index], quality, index)
-
-
-def load_digits(root: str = "") -> Dataset:
-    """scikit-learn's 1,797 digits, 8×8, split once and for all into 1,347 and 450 by class.
-
-    They come with scikit-learn: `root` is not used.
-
-    Confusions are the usual ones for digits (Patrini et al., 2017): 2→7, 3→8, 5→6, 6→5, 7→1.
-    """
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
-
-    digits = load()
-    train_x, test_x, train_y, test_y = train_test_split(
-        digits.images / 16.0, digits.target, test_size=0.25, stratify=digits.target, random_state=0
-    )
-    labels = torch.as_tensor(train_y).long()
-    return Dataset(
-        name="digits",
-        images=torch.as_tensor(train_x).float()[:, None],
-        labels=labels,
-        true_labels=labels,
-        test_images=torch.as_tensor(test_x).float()[:, None],
-        test_labels=torch.as_tensor(test_y).long(),
-        num_classes=10,
-        model="small-cnn",
-        confusions={2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
-    )
+    def shard(self, rank: int, shards: int) -> Dataset:
+        """The `rank`-th of `shards` parts, as equal as can be, of training and test samples."""
+        test = torch.arange(len(self.test_labels)).tensor_split(shards)[rank]
+        own = self.select(torch.arange(len(self)).tensor_split(shards)[rank])
+        return replace(
+            own,
+            test_images=self.test_images.select(test),
+            test_labels=self.test_labels[test.to(self.test_labels.device)],
+            shards=shards,
+        )
 
 
-def load_cifar10(root: str) -> Dataset:
-    """CIFAR-10 below `root`. Confusions are the usual ones (Patrini et al., 2017):
-    truck → automobile, bird → airplane, deer → horse, cat ↔ dog."""
-    return _cifar("cifar10", read_cifar10, root, 10, lambda _: {9: 1, 2: 0, 4: 7, 3: 5, 5: 3})
-
-
-def load_cifar100(root: str) -> Dataset:
-    """CIFAR-100 below `root`. Each class is confused with the next of its superclass, the last
-    one with the first (Patrini et al., 2017)."""
-
-    def next_in_superclass(train: Records) -> dict[int, int]:
-        coarse = train.metadata["coarse_labels"]
-        pairs = set(zip(coarse.tolist(), train.labels.tolist(), strict=True))
-        groups = [sorted(f for c, f in pairs if c == group) for group in {c for c, _ in pairs}]
-        return {fine: g[(i + 1) % len(g)] for g in groups for i, fine in enumerate(g)}
-
-    return _cifar("cifar100", read_cifar100, root, 100, next_in_superclass)
-
-
-def _cifar(
+def in_memory(
     name: str,
-    read: Callable[[str, str], Records],
-    root: str,
-    num_classes: int,
-    confusions: Callable[[Records], dict[int, int]],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    device: str | torch.device,
+    **more: Any,
 ) -> Dataset:
-    train, test = read(root, "train"), read(root, "test")
+    """A data set of images (N, C, H, W), uint8 or in [0, 1], and labels (N,), held on `device`."""
+    (images, labels), (test_images, test_labels) = train, test
+    pixels = images if images.is_floating_point() else images.float().div_(255)
     return Dataset(
         name=name,
-        images=train.items.float().div_(255),
-        labels=train.labels,
-        true_labels=train.labels,
-        test_images=test.items.float().div_(255),
-        test_labels=test.labels,
-        num_classes=num_classes,
-        model="preact-resnet18",
-        flip=True,
-        confusions=confusions(train),
+        images=TensorImages(images.to(device)),
+        labels=labels.to(device),
+        true_labels=labels.to(device),
+        test_images=TensorImages(test_images.to(device)),
+        test_labels=test_labels.to(device),
+        mean=pixels.mean((0, 2, 3)).to(device),
+        std=pixels.std((0, 2, 3)).clamp_min(1e-6).to(device),
+        image_size=(images.shape[2], images.shape[3]),
+        index=torch.arange(len(labels), device=device),
+        **more,
     )
 
 
-DATASETS: dict[str, Callable[[str], Dataset]] = {
-    "digits": load_digits,
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
-}
-FILES = {"cifar10": CIFAR10_FILES, "cifar100": CIFAR100_FILES}  # needed below the root
+def generator(seed: int, purpose: str, rank: int = 0) -> torch.Generator:
+    """A source of draws for one purpose: with the same seed for two, the order of the samples would
+    be the one in which label noise picks them, and one rank would get all wrong labels."""
+    return torch.Generator().manual_seed(seed + (rank << 32) + (zlib.crc32(purpose.encode()) << 24))
 
 
-def check_root(dataset: str, root: str) -> None:
-    """Raise a ConfigError that names what is missing below `root`, before anything is read."""
-    wanted = FILES.get(dataset, ())
-    if not wanted:
-        return
-    folder = Path(wanted[0]).parent
-    if not root or not Path(root).is_dir():
-        raise ConfigError(
-            f"data_root must be the folder that holds {folder}/ for {dataset}, got {root!r}"
-            + (": no such folder" if root else "")
-        )
-    missing = [name for name in wanted if not (Path(root) / name).is_file()]
-    if missing:
-        raise ConfigError(
-            f"data_root: {dataset} needs {', '.join(missing)} in {root}, not found; "
-            "unpack the python version of the archive there"
-        )
-
-
-def batches(index: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
-    """`index` (N,) shuffled and cut into about N/size parts, as equal as can be.
+def batches(index: Tensor, number: int, generator: torch.Generator) -> list[Tensor]:
+    """`index` (N,) shuffled and cut into `number` parts, as equal as can be.
 
     Equal parts, because a remainder of one sample would give batch norm nothing to normalise.
     """
     order = index[torch.randperm(len(index), generator=generator)]
-    return list(order.tensor_split(max(1, round(len(index) / size))))
+    return list(order.tensor_split(number))
 
 
 def endless(index: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:

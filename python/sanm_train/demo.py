@@ -8,12 +8,13 @@ from typing import Any
 from .config import TrainConfig
 from .figure import save_figure
 from .files import prepare_folder
-from .report import print_table, write_label_quality
+from .inspection import inspect
+from .report import print_table
 from .train import train
 
 
 def demo(out: str | Path, **settings: Any) -> int:
-    """Train `ce` and `sanm-dividemix`, print a table, write label_quality.csv and masking.png.
+    """Train `ce` and `sanm-dividemix`, print a table, write masking.png and a report.
 
     Returns the exit status, 130 when interrupted.
     """
@@ -26,8 +27,7 @@ def demo(out: str | Path, **settings: Any) -> int:
             return 130
         results.append(result)
     print_table(results)
-    write_label_quality(folder / "label_quality.csv", results[-1])
     save_figure(folder / "masking.png", results[-1])
-    print(f"Label quality of every training sample: {folder / 'label_quality.csv'}")
     print(f"What was masked, and why: {folder / 'masking.png'}")
+    inspect(folder / configs[-1].recipe)
     return 0

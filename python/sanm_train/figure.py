@@ -1,21 +1,35 @@
-"""A figure of what SANM hides, rebuilds and does to the targets, sample by sample."""
+"""Figures: what SANM hides, rebuilds and does to the targets, and how a run went."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from cycler import cycler
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 import sanm_kernels as sk
 
 from .files import replacing
-from .sanm import masked_views
 from .train import Result
 
 MAX_COLOR, MIN_COLOR = "#d62728", "#17becf"
+BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#7f7f7f"
+#: Okabe and Ito's colours, which the colour-blind tell apart; the same file from the same numbers.
+STYLE: dict[Any, Any] = {
+    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#d55e00"])
+    + cycler(linestyle=["-", "--", "-.", ":", "-", "--"]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "svg.hashsalt": "sanm",
+}
 COLUMNS = (
     "image and boxes",
     "activation map",
@@ -37,8 +51,6 @@ def save_figure(path: str | Path, result: Result, samples: int = 3, seed: int = 
     Raises:
         ValueError: the run's recipe or views leave something out that the figure shows.
     """
-    from matplotlib.figure import Figure
-
     if not result.recipe.masking or len(result.recipe.networks[0].config.views) != 2:
         raise ValueError(f"the figure needs a SANM recipe with both views, got {result.config}")
     data = result.data
@@ -46,7 +58,7 @@ def save_figure(path: str | Path, result: Result, samples: int = 3, seed: int = 
     chosen = torch.tensor(
         [i for kind in (clean, ~clean) for i in _first(kind, data.labels, samples)]
     )
-    shown = _explain(result, chosen, seed)
+    shown = explain(result, chosen, seed)
 
     rows = len(chosen)
     figure = Figure(figsize=(15.5, 1.75 * rows + 1.3), dpi=110, layout="constrained")
@@ -73,36 +85,44 @@ def save_figure(path: str | Path, result: Result, samples: int = 3, seed: int = 
 
 
 @torch.no_grad()
-def _explain(result: Result, chosen: Tensor, seed: int) -> dict[str, Tensor]:
-    """Everything the figure shows of the chosen samples (n,), images back in [0, 1]."""
-    recipe, data, quality = result.recipe, result.data, result.quality[chosen]
-    network, images = recipe.networks[0].eval(), recipe.augment.normalize(data.images[chosen])
+def explain(result: Result, chosen: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """What the first network and its masking make of the samples at `chosen` (n,), on the CPU.
+
+    image (n, C, H, W), as the network sees it, and the views in [0, 1]; map (n, 1, H, W); quality;
+    peak, trough (n, 2); targets "before" (n, K). For each of the run's views, max and min: box
+    (n, 4), targets, ratio, view, and what a decoder, if there is one, has rebuilt of it.
+    """
+    recipe, data, quality = result.recipe, result.data, result.quality.mean(0)[chosen]
+    network, augment = recipe.networks[0].eval(), recipe.augment
+    images = torch.cat([augment.plain(part) for part in data.images.stream([chosen])])
+    labels, clean_prob = (x.to(images.device) for x in (data.labels.cpu()[chosen], quality))
     logits, features = network.forward_features(images)
     targets = sk.refine_targets(
-        logits,
-        labels=data.labels[chosen],
-        clean_prob=quality,
-        temperature=result.config.temperature,
+        logits, labels=labels, clean_prob=clean_prob, temperature=result.config.temperature
     )
     masked = network.mask(
-        images, targets, quality, features=features, generator=seed, sample_index=chosen
+        images, targets, clean_prob, features=features, generator=seed, sample_index=chosen
     )
     energy = features.float().square().sum(1, keepdim=True)
     energy = F.interpolate(energy, images.shape[2:], mode="bilinear", align_corners=False)
-    shown = {"quality": quality, "image": data.images[chosen], "map": energy, "before": targets}
-    shown |= {"peak": masked.stats.peak, "trough": masked.stats.trough}
-    for name in ("ratio_max", "targets_max", "box_max", "box_min"):
-        shown[name] = getattr(masked, name)
-    for name, view in zip(("max", "min"), masked_views(masked), strict=True):
-        rebuilt = network.reconstruct(network.forward_features(view)[1], data.image_shape)
-        shown[f"view_{name}"] = recipe.augment.denormalize(view).clamp(0, 1)
-        shown[f"rebuilt_{name}"] = recipe.augment.denormalize(rebuilt).clamp(0, 1)
-    return {name: tensor.cpu() for name, tensor in shown.items()}
+    shown = {"quality": quality, "image": augment.denormalize(images), "map": energy}
+    shown |= {"before": targets, "peak": masked.stats.peak, "trough": masked.stats.trough}
+    for name in network.config.views:
+        for part in ("box", "targets", "ratio"):
+            shown[f"{part}_{name}"] = getattr(masked, f"{part}_{name}")
+        view = getattr(masked, f"images_{name}")
+        shown[f"view_{name}"] = augment.denormalize(view)
+        if network.decoder is not None:
+            rebuilt = network.reconstruct(network.forward_features(view)[1], data.image_shape)
+            shown[f"rebuilt_{name}"] = augment.denormalize(rebuilt)
+    pictures = ("image", "view", "rebuilt")
+    return {
+        name: (tensor.clamp(0, 1) if name.startswith(pictures) else tensor).cpu()
+        for name, tensor in shown.items()
+    }
 
 
 def _draw_row(axes: Any, sample: dict[str, Tensor], given: int, last: bool) -> None:
-    from matplotlib.patches import Rectangle
-
     pictures = ("image", "map", "view_max", "rebuilt_max", "view_min", "rebuilt_min")
     for axis, name in zip(axes, pictures, strict=False):
         style = {"cmap": "magma"} if name == "map" else {"cmap": "gray", "vmin": 0, "vmax": 1}
@@ -139,3 +159,83 @@ def _first(where: Tensor, labels: Tensor, count: int) -> list[int]:
         if len(found) < count:
             found.setdefault(int(labels[index]), index)
     return list(found.values())
+
+
+def draw_history(history: Sequence[Mapping[str, Any]], warmup: int) -> Figure:
+    """Accuracy and label quality, and every loss, by epoch; a dotted line ends the warm-up."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    longest = max(history, key=len)
+    names = list(longest)  # the warm-up's rows have fewer losses
+    losses = names[names.index("train_loss") : names.index("test_accuracy")]
+    shares = ["test_accuracy", "quality_auc", "labeled_share"]
+    for axis, lines in zip(figure.subplots(1, 2), (shares, losses), strict=True):
+        for name in lines:
+            points = [(r["epoch"] + 1, r[name]) for r in history if r.get(name) is not None]
+            if points:
+                label = name.replace("_", " ").replace("auc", "AUC")
+                axis.plot(*zip(*points, strict=True), marker=".", label=label)
+        if 0 < warmup < len(history):
+            axis.axvline(warmup + 0.5, color=GREY, linestyle=":")
+        axis.set(xlabel="epoch", xlim=(0.5, len(history) + 0.5))
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+    figure.axes[0].set(ylabel="share", ylim=(0, 1.02))
+    figure.axes[1].set(ylabel="loss")
+    return figure
+
+
+def draw_mixtures(result: Result) -> Figure:
+    """Histogram of the losses that each network's mixture was fitted to, and the mixture."""
+    recipe = result.recipe  # whose samples have an order of their own
+    labels, truth = recipe.data.labels.cpu(), recipe.data.true_labels.cpu()
+    right, known = labels == truth, truth >= 0
+    groups = [
+        ("right label", BLUE, right),
+        ("wrong label", ORANGE, known & ~right),
+        ("not known" if known.any() else "samples", "#b0b0b0", ~known),
+    ]
+    groups = [group for group in groups if group[2].any()]
+    edges, at = np.linspace(0, 1, 61), np.linspace(0, 1, 600)
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(recipe.losses), squeeze=False)[0]
+    for k, axis in enumerate(axes):
+        epochs = torch.cat([recipe.history[:-1, k], recipe.losses[k][None]]).double().cpu()
+        epochs -= epochs.amin(1, keepdim=True)
+        x = (epochs / epochs.amax(1, keepdim=True).clamp_min(1e-300)).mean(0)
+        axis.hist(
+            [x[where].numpy() for _, _, where in groups],
+            edges,
+            stacked=True,
+            label=[name for name, _, _ in groups],
+            color=[color for _, color, _ in groups],
+        )
+        fit = recipe.mixtures[k].clamp_min(1e-9).T.tolist()
+        for (mean, variance, weight), style in zip(fit, ("k-", "k:"), strict=True):
+            area = len(x) * edges[1] * weight / math.sqrt(2 * math.pi * variance)
+            curve = area * np.exp(-((at - mean) ** 2) / (2 * variance))
+            axis.plot(at, curve, style, label="clean" if style == "k-" else "suspicious")
+        axis.set(xlabel="loss, from smallest (0) to largest (1)", ylabel="samples")
+        axis.set_title(f"network {k + 1}" if len(axes) > 1 else "")
+    axes[0].legend(loc="upper right", fontsize=9)
+    return figure
+
+
+def draw_activations(columns: Mapping[str, Any], suspect: Any) -> Figure:
+    """Histograms of each of `columns` (N,) over the suspect samples (N,) and the others."""
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    for axis, (name, values) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
+        low, high = np.nanquantile(values, (0.005, 0.995))
+        edges = np.linspace(low, max(high, low + 1e-6), 31)
+        for where, label, style in ((~suspect, "trusted", "-"), (suspect, "suspected", "--")):
+            if where.any():
+                shown = np.clip(values[where], low, high)
+                axis.hist(
+                    shown, edges, density=True, histtype="step", label=label, lw=1.8, ls=style
+                )
+        axis.set(yticks=[], xlabel=name.removeprefix("activation_"))
+        axis.tick_params(labelsize=8)
+        axis.locator_params("x", nbins=4)
+    figure.axes[0].set_ylabel("density")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=2, fontsize=9, frameon=False)
+    return figure

@@ -14,11 +14,17 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` if the block succeeds."""
+    """A temporary path in the same folder, renamed to `path` if the block succeeds.
+
+    What was written is on the disk before the old file goes, so that a crash leaves one of both.
+    What a killed process leaves of the temporary file, the next one overwrites.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -32,7 +38,7 @@ def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows({name: _short(value) for name, value in row.items()} for row in rows)
     with replacing(path) as temporary:
-        temporary.write_text(text.getvalue())
+        temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def prepare_folder(path: str | Path) -> Path:

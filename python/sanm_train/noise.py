@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-KINDS = ("none", "symmetric", "asymmetric")
+KINDS = ("none", "symmetric", "asymmetric", "file")
 
 
 def add_noise(
@@ -24,9 +24,9 @@ def add_noise(
 
     Args:
         labels: true classes (N,).
-        kind: `none`; `symmetric`: round(rate·N) samples get a class drawn uniformly;
-            `asymmetric`: round(rate·n) of the n samples of each class that has an entry in
-            `confusions` get that entry's class.
+        kind: `none`, and `file`, whose labels come with the data set: no change; `symmetric`:
+            round(rate·N) samples get a class drawn uniformly; `asymmetric`: round(rate·n) of the
+            n samples of each class that has an entry in `confusions` get that entry's class.
         rate: in [0, 1].
         include_true: symmetric draws may give the true class back (DivideMix's convention: the
             realised rate is then about rate·(1 − 1/K)); by default all redrawn labels are wrong.

@@ -57,7 +57,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str) -> bo
     """Load `state` into `model`; returns False where the classifier keeps its own fresh weights.
 
     It does if the file has none, or one of another shape: pre-training without labels, or on
-    other classes. All the rest must fit exactly.
+    other classes. All the rest must fit exactly, but for batch norm's counters, which older files
+    do not have.
 
     Raises:
         ConfigError: names the keys that are missing, not the model's, or of another shape.
@@ -65,6 +66,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str) -> bo
     own, head = model.state_dict(), classifier(model)
     names = {name for name, module in model.named_modules() if module is head}
     of_head = {f"{name}.{key}" for name in names for key in head.state_dict()}
+    counters = {key: own[key] for key in own if key.endswith(".num_batches_tracked")}
+    state = {**counters, **state}
     fits = all(key in state and state[key].shape == own[key].shape for key in of_head)
     skipped = set() if fits else of_head
     faults = {

@@ -7,7 +7,6 @@ format and the same at every call; position i of every field belongs to the same
 
 from __future__ import annotations
 
-import csv
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class DataError(ConfigError):
 class Records(NamedTuple):
     """What a reader found.
 
-    items: paths of image files, or images (N, C, H, W) uint8.
+    items: paths of image files, a list or an Arrow array of strings, or images (N, C, H, W) uint8.
     labels: the given labels (N,) int64.
     metadata: "classes", the classes' names by label (where the format has them), and what else the
         format knows, named by its reader; per-sample values are tensors (N,).
@@ -60,9 +61,8 @@ def read_cifar10(root: str | Path, split: str = "train") -> Records:
     files = CIFAR10_FILES[:5] if split == "train" else CIFAR10_FILES[5:]
     parts = [_cifar_file(Path(root) / name, "labels", 10) for name in files]
     images, labels = (torch.cat([part[key] for part in parts]) for key in ("data", "labels"))
-    return Records(
-        images, labels, _cifar_names(root, "cifar-10-batches-py/batches.meta", "label_names")
-    )
+    names = _cifar_names(Path(root) / "cifar-10-batches-py/batches.meta", "label_names")
+    return Records(images, labels, names)
 
 
 def read_cifar100(root: str | Path, split: str = "train") -> Records:
@@ -71,7 +71,7 @@ def read_cifar100(root: str | Path, split: str = "train") -> Records:
     check_choice("split", split, ("train", "test"))
     path = Path(root) / f"cifar-100-python/{split}"
     part = _cifar_file(path, "fine_labels", 100)
-    names = _cifar_names(root, "cifar-100-python/meta", "fine_label_names")
+    names = _cifar_names(path.with_name("meta"), "fine_label_names")
     coarse = _labels(part.get("coarse_labels"), len(part["data"]), 20, f"{path}: coarse_labels")
     return Records(part["data"], part["fine_labels"], {**names, "coarse_labels": coarse})
 
@@ -113,24 +113,32 @@ def read_clothing1m(root: str | Path, split: str = "noisy_train") -> Records:
     The lists' keys are paths below `root`. metadata: "true_labels" (N,), −1 where not known.
     """
     check_choice("split", split, ("noisy_train", "clean_train", "clean_val", "clean_test"))
-    root = Path(root)
-    inner = root / "annotations"
-    lists = inner if inner.is_dir() else root
-    keys = [line for line in _lines(lists / f"{split}_key_list.txt") if line]
-    clean = _key_values(lists / "clean_label_kv.txt", 14)
-    given = clean
-    if split == "noisy_train":
-        given = _key_values(lists / "noisy_label_kv.txt", 14)
-    unlabelled = [key for key in keys if key not in given]
-    if unlabelled or not keys:
-        what = f"{unlabelled[0]!r} has no label" if unlabelled else "no image is listed"
-        raise DataError(f"{lists / split}_key_list.txt: {what}")
-    metadata: dict[str, Any] = {"true_labels": torch.tensor([clean.get(key, -1) for key in keys])}
+    lists = clothing1m_lists(root)
+    keys = _table(lists / f"{split}_key_list.txt", ("path",), " ")["path"]
+
+    def labels_of(kind: str) -> Tensor:
+        table = _table(lists / f"{kind}_label_kv.txt", ("path", "label"), " ")
+        labels = _integers(table["label"], 14, f"{lists}/{kind}_label_kv.txt: label")
+        place = pc.index_in(keys, value_set=table["path"]).fill_null(-1).to_numpy()
+        return torch.cat([labels, torch.tensor([-1])])[torch.tensor(place)]
+
+    true = labels_of("clean")
+    labels = labels_of("noisy") if split == "noisy_train" else true
+    if (labels < 0).any():
+        key = keys[int((labels < 0).nonzero()[0])]
+        raise DataError(f"{lists / split}_key_list.txt: '{key}' has no label")
+    metadata: dict[str, Any] = {"true_labels": true}
     names = lists / "category_names_eng.txt"
     if names.is_file():
-        metadata["classes"] = [line for line in _lines(names) if line]
-    labels = torch.tensor([given[key] for key in keys])
-    return Records([os.path.join(root, key) for key in keys], labels, metadata)
+        lines = names.read_text(encoding="utf-8").splitlines()
+        metadata["classes"] = [line.strip() for line in lines if line.strip()]
+    return Records(_below(root, keys), labels, metadata)
+
+
+def clothing1m_lists(root: str | Path) -> Path:
+    """Where Clothing1M's lists lie: `root`/annotations if that exists, else `root`."""
+    inner = Path(root) / "annotations"
+    return inner if inner.is_dir() else Path(root)
 
 
 def read_animal10n(root: str | Path, split: str = "training") -> Records:
@@ -161,47 +169,43 @@ def read_folder(root: str | Path) -> Records:
     classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
     if not classes:
         raise DataError(f"{root} holds no sub-folder; one is needed for each class")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = list(_images(root / name))
-        if not found:
+    found = [list(_images(root / name)) for name in classes]
+    for name, paths in zip(classes, found, strict=True):
+        if not paths:
             raise DataError(
                 f"class {name!r}: {root / name} holds no image (looked for {', '.join(IMAGES)})"
             )
-        paths += found
-        labels += [label] * len(found)
-    return Records(paths, torch.tensor(labels), {"classes": classes})
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(p) for p in found]))
+    return Records([path for paths in found for path in paths], labels, {"classes": classes})
 
 
-def read_manifest(path: str | Path, root: str | Path | None = None) -> Records:
+def read_manifest(
+    path: str | Path, root: str | Path | None = None, classes: Sequence[str] | None = None
+) -> Records:
     """A table of images with the columns path and label: CSV, or Parquet (.parquet, .pq).
 
     Args:
         root: what the paths are relative to; default: the manifest's folder.
+        classes: the names that labels may have, in the order of their indices; default: labels are
+            class indices if all are whole numbers, otherwise names, whose classes are in the order
+            of their names.
 
-    Labels are class indices if all are whole numbers from 0, otherwise names, whose classes are in
-    the order of their names. Other columns are ignored. Whether the images exist is not checked.
+    Other columns are ignored. Whether the images exist is not checked. items is an Arrow array.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    base = path.parent if root is None else Path(root)
-    rows = _parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _csv(path)
-    paths: list[str] = []
-    given: list[str] = []
-    for number, (name, label) in enumerate(rows, start=1):
-        if not name or not label:
-            raise DataError(f"{path}: row {number} has no {'label' if name else 'path'}")
-        paths.append(os.path.join(base, name))
-        given.append(label)
-    if not paths:
-        raise DataError(f"{path} lists no image")
-    if all(label.isdecimal() for label in set(given)):
-        return Records(paths, torch.tensor([int(label) for label in given]), {})
-    classes = sorted(set(given))
-    index = {name: label for label, name in enumerate(classes)}
-    return Records(paths, torch.tensor([index[label] for label in given]), {"classes": classes})
+    table = _table(path)
+    paths, given = _below(path.parent if root is None else root, table["path"]), table["label"]
+    if classes is None and pc.all(pc.match_substring_regex(given, "^-?[0-9]+$")).as_py():
+        return Records(paths, _integers(given, None, f"{path}: label"), {})
+    encoded = given.dictionary_encode()
+    found = encoded.dictionary.to_pylist()
+    names = sorted(found) if classes is None else list(classes)
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise DataError(f"{path}: label {unknown[0]!r} is none of the {len(names)} known classes")
+    index = {name: label for label, name in enumerate(names)}
+    order = torch.tensor([index[name] for name in found])
+    return Records(paths, order[torch.tensor(encoded.indices.to_numpy())], {"classes": names})
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -253,9 +257,8 @@ def _cifar_file(path: Path, key: str, num_classes: int) -> dict[str, Any]:
     return {**found, "data": images, key: labels}
 
 
-def _cifar_names(root: str | Path, meta: str, key: str) -> dict[str, Any]:
+def _cifar_names(path: Path, key: str) -> dict[str, Any]:
     """The classes' names, if the archive's file of names is there."""
-    path = Path(root) / meta
     names = _unpickle(path).get(key) if path.is_file() else None
     return {"classes": list(names)} if names else {}
 
@@ -286,52 +289,59 @@ def _images(folder: Path) -> Iterator[str]:
         yield from (os.path.join(where, n) for n in sorted(names) if n.lower().endswith(IMAGES))
 
 
-def _lines(path: Path) -> list[str]:
+def _integers(column: Any, num_classes: int | None, what: str) -> Tensor:
+    """An Arrow array of strings as labels (N,), checked as `_labels` does."""
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        values = column.cast("int64").to_numpy()
+    except ValueError as error:
+        raise DataError(f"{what} must be whole numbers: {_first_line(error)}") from None
+    return _labels(values, len(column), num_classes, what)
 
 
-def _key_values(path: Path, num_classes: int) -> dict[str, int]:
-    """Lines of a key and a label, the label last."""
-    found = {}
-    for number, line in enumerate(_lines(path), start=1):
-        key, _, label = line.rpartition(" ")
-        if key and label.isdecimal() and int(label) < num_classes:
-            found[key] = int(label)
-        elif line:
-            raise DataError(
-                f"{path}: line {number} must be a path and a label from 0 to {num_classes - 1}"
-            )
-    return found
+def _below(root: str | Path, paths: Any) -> Any:
+    """An Arrow array of paths, of which the relative ones are below `root`."""
+    folder, separator = (pa.scalar(text, paths.type) for text in (str(root), "/"))
+    joined = pc.binary_join_element_wise(folder, paths, separator)
+    return pc.if_else(pc.starts_with(paths, "/"), paths, joined)
 
 
-def _csv(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        _columns(path, reader.fieldnames or ())
-        for row in reader:
-            yield (row["path"] or "").strip(), (row["label"] or "").strip()
+def _table(
+    path: Path, names: tuple[str, ...] | None = None, delimiter: str = ","
+) -> dict[str, Any]:
+    """Columns of a table as Arrow arrays of trimmed strings, none of them empty.
 
+    names: of the columns of a file without a header; default: path and label, wherever they are.
+    """
+    from pyarrow import csv, dataset  # slow to import
 
-def _parquet(path: Path) -> Iterator[tuple[str, str]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    wanted, text = names or ("path", "label"), pa.large_string()
+    as_csv = dataset.CsvFileFormat(
+        csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(wanted, text)),
+        read_options=csv.ReadOptions(column_names=names),
+    )
+    parquet = path.suffix.lower() in (".parquet", ".pq")
     try:
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
-    with parquet.ParquetFile(path) as file:
-        _columns(path, file.schema_arrow.names)
-        for batch in file.iter_batches(columns=["path", "label"]):  # never the whole table twice
-            columns = (batch.column(name).to_pylist() for name in ("path", "label"))
-            for name, label in zip(*columns, strict=True):
-                yield str(name or "").strip(), "" if label is None else str(label).strip()
-
-
-def _columns(path: Path, names: Sequence[str]) -> None:
-    for name in ("path", "label"):
-        if name not in names:
-            raise DataError(f"{path} has no column {name!r}; its columns: {', '.join(names)}")
+        found = dataset.dataset(path, format="parquet" if parquet else as_csv)
+        for name in wanted:
+            if name not in found.schema.names:
+                columns = ", ".join(found.schema.names)
+                raise DataError(f"{path} has no column {name!r}; its columns: {columns}")
+        table = found.to_table(columns=list(wanted))
+        if not len(table):
+            raise DataError(f"{path} lists no image")
+        result = {}
+        for name in wanted:
+            column = table[name].cast(text).fill_null("").combine_chunks()
+            result[name] = pc.utf8_trim_whitespace(column)
+            empty = pc.index(result[name], "").as_py()
+            if empty >= 0:
+                raise DataError(f"{path}: row {empty + 1} has no {name}")
+    except pa.ArrowException as error:  # the last part of its message says what is wrong
+        raise DataError(f"{path} cannot be read: {str(error).split('Invalid: ')[-1]}") from None
+    return result
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import sanm_kernels as sk
 
@@ -19,13 +20,15 @@ class Batch(NamedTuple):
     """One batch of training samples.
 
     images (B, C, H, W); targets: class indices (B,) or soft (B, K); clean_prob (B,) in [0, 1],
-    None for 1 everywhere; sample_index (B,) int64, positions in the training set.
+    None for 1 everywhere; sample_index (B,) int64, positions in the training set; row (B,) int64,
+    positions in the part of it that this process has.
     """
 
     images: Tensor
     targets: Tensor
     clean_prob: Tensor | None = None
     sample_index: Tensor | None = None
+    row: Tensor | None = None
 
 
 class SANMLosses(NamedTuple):
@@ -59,8 +62,8 @@ class SANM(nn.Module):
         modulate: False leaves the masked views' targets as they are (an ablation).
 
     Raises:
-        ValueError: no such layer. When the model runs: RuntimeError if the layer was not run,
-        ValueError if its output is not a (B, C, h, w) tensor.
+        ValueError: no such layer; when the model runs, its output is not a (B, C, h, w) tensor.
+        RuntimeError: when the model runs, the layer was not run.
     """
 
     def __init__(
@@ -79,24 +82,29 @@ class SANM(nn.Module):
         self.random_box, self.modulate = random_box, modulate
         self.config = sk.MaskConfig.paper() if config is None else config
         self.feature_layer = _layer_name(model, feature_layer)
+        self._found: list[Tensor] = []
+        self._compiled = False
         self.decoder = decoder
         if decoder is None and image_shape is not None:
             self._build_decoder(image_shape)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of the plain model."""
+        """Logits (B, K) of the plain model; under autocast in float32, as losses want them."""
         logits: Tensor = self.model(images)
-        return logits
+        self._found.clear()
+        return logits.float() if torch.is_autocast_enabled(images.device.type) else logits
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, K) and the last feature map (B, C, h, w) of one run of the model."""
-        found: list[Tensor] = []
-        layer = self.model.get_submodule(self.feature_layer)
-        handle = layer.register_forward_hook(lambda module, inputs, output: found.append(output))
+        self._found.clear()
+        handle = None if self._compiled else self._hook()
         try:
             logits = self.model(images)
+            found = list(self._found)
         finally:
-            handle.remove()
+            self._found.clear()
+            if handle is not None:
+                handle.remove()
         name = f"feature_layer {self.feature_layer!r}"
         if not found:
             raise RuntimeError(f"{name} was not run by the model's forward")
@@ -104,7 +112,20 @@ class SANM(nn.Module):
         if not isinstance(features, Tensor) or features.ndim != 4:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"{name} must give a feature map (B, C, h, w), got {got}")
+        if torch.is_autocast_enabled(images.device.type):
+            logits = logits.float()
         return logits, features
+
+    def compile_model(self) -> None:
+        """`torch.compile` the model in place. The hook then stays, for it has to be compiled too:
+        a compiled model is not copied or pickled any more."""
+        self._hook()
+        self._compiled = True
+        self.model.compile()
+
+    def _hook(self) -> RemovableHandle:
+        layer = self.model.get_submodule(self.feature_layer)
+        return layer.register_forward_hook(lambda module, inputs, out: self._found.append(out))
 
     @torch.no_grad()
     def mask(
@@ -132,12 +153,16 @@ class SANM(nn.Module):
         )
 
     def reconstruct(self, features: Tensor, image_shape: Sequence[int]) -> Tensor:
-        """Images (B, *image_shape) rebuilt from feature maps (B, C, h, w)."""
+        """Images (B, …), each of `image_shape`, rebuilt from feature maps (B, C, h, w)."""
         if self.decoder is None:
-            decoder = Decoder(features.shape[1:], image_shape)
-            self.decoder = decoder.to(features.device, features.dtype)
+            self._add_decoder(features, image_shape)
+        assert self.decoder is not None
         rebuilt: Tensor = self.decoder(features)
         return rebuilt
+
+    def _add_decoder(self, features: Tensor, image_shape: Sequence[int]) -> None:
+        decoder = Decoder(features.shape[1:], image_shape)
+        self.decoder = decoder.to(features.device, features.dtype)
 
     def reconstruction_loss(
         self, masked: sk.MaskedForward, images: Tensor
@@ -161,7 +186,7 @@ class SANM(nn.Module):
         Masked views carry the modulated targets. Two runs of the model: the images, then the
         views together. `batch` is a `Batch` or a tuple in its order.
         """
-        images, targets, clean_prob, sample_index = Batch(*batch)
+        images, targets, clean_prob, sample_index, _ = Batch(*batch)
         logits, features = self.forward_features(images)
         masked = self.mask(
             images,
@@ -193,7 +218,7 @@ class SANM(nn.Module):
         self.model.eval()
         try:
             features = self.forward_features(like.new_zeros(1, *image_shape))[1]
-            self.reconstruct(features, image_shape)
+            self._add_decoder(features, image_shape)
         finally:
             for module, training in modes:  # one by one: some layers may be frozen in eval mode
                 module.training = training

@@ -1,26 +1,28 @@
-"""The engine: one run from a `TrainConfig` to a `Result`."""
+"""One run, from a `TrainConfig` to a `Result`, and runs read back from their folders."""
 
 from __future__ import annotations
 
-import math
-import random
-import time
-from collections import defaultdict
-from contextlib import nullcontext
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .config import TrainConfig
-from .data import DATASETS, Dataset
+from . import checkpoint, distributed
+from .config import ConfigError, TrainConfig
+from .data import Dataset, generator
+from .datasets import DATASETS
+from .engine import Engine, seed_everything
 from .files import prepare_folder, write_csv
 from .recipes import RECIPES, Recipe
 
-METRICS = "metrics.csv"
+METRICS, CONFIG = "metrics.csv", "config.yaml"
+ANYTIME = {"workers", "threads", "device", "checkpoint_steps", "tensorboard"}
+RESOLVED = {"model", "augmentation", "image_size"}  # by the data set, where they are not given
 
 
 @dataclass
@@ -29,16 +31,17 @@ class Result:
 
     `last_accuracy` is the final epoch's. `best_accuracy` is the largest over the epochs: it is
     picked on the test set, so it only says how far memorisation pulled the run down again.
-    quality and losses (networks, N) belong to the final networks.
+    data is the whole data set, with quality and losses (networks, N) in its order; recipe holds the
+    networks, and what it knows of this rank's samples in an order of its own.
     """
 
     config: TrainConfig
     data: Dataset
     recipe: Recipe
     history: list[dict[str, Any]] = field(default_factory=list)
-    steps: int = 0
-    train_seconds: float = 0.0
     interrupted: bool = False
+    quality: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    losses: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     @property
     def last_accuracy(self) -> float:
@@ -49,127 +52,263 @@ class Result:
         return max((row["test_accuracy"] for row in self.history), default=float("nan"))
 
     @property
-    def quality(self) -> Tensor:
-        """Clean probability (N,) of the training labels, mean over the networks."""
-        return self.recipe.quality.mean(0)
-
-    @property
     def quality_auc(self) -> float | None:
-        return quality_auc(self.quality, self.data)
+        return quality_auc(self.quality.mean(0), self.data)
 
     @property
     def noise(self) -> str:
-        """The noise in words: kind, rate asked for, share of labels that really are wrong."""
+        """The noise in words, with kind, rate asked for and share of labels really wrong."""
         config, wrong = self.config, f"{self.data.noise_rate:.1%} of the labels wrong"
-        if config.noise == "none":
-            return f"no noise, {wrong}"
+        if not bool((self.data.true_labels >= 0).any()):
+            wrong = "the right labels are not known"
+        if config.noise in ("none", "file"):
+            return f"{'no noise added' if config.noise == 'none' else config.noise_set}, {wrong}"
         drawn = {True: " (true class included)", False: " (true class excluded)"}
         how = drawn[config.include_true] if config.noise == "symmetric" else ""
         return f"{config.rate:.0%} {config.noise} noise{how}, {wrong}"
 
     @property
-    def seconds_per_step(self) -> float:
+    def steps(self) -> int:
+        return sum(row["steps"] for row in self.history)
+
+    @property
+    def seconds(self) -> float:
         """Training time only, without evaluation."""
-        return self.train_seconds / max(1, self.steps)
+        return sum(row["seconds"] for row in self.history)
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / max(1, self.steps)
 
 
-def seed_everything(seed: int) -> torch.Generator:
-    """Seed Python, NumPy and torch; returns the generator for order and augmentation."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
-def train(config: TrainConfig, out: str | Path | None = None, *, progress: bool = False) -> Result:
-    """Train as `config` says.
+def train(
+    config: TrainConfig,
+    out: str | Path | None = None,
+    *,
+    progress: bool = False,
+    resume: bool = False,
+) -> Result:
+    """Train as `config` says, on the processes that `torchrun` has started or on this one.
 
     Args:
-        out: folder for `metrics.csv`, rewritten after every epoch; None writes nothing.
+        out: folder for the config, a checkpoint after every epoch and `metrics.csv`; None writes
+            nothing.
         progress: show a progress bar.
+        resume: go on from the checkpoint in `out`, if there is one. Of the settings only those of
+            `ANYTIME` may have changed.
 
     Ctrl-C ends the run early: the result has `interrupted` set and the epochs finished so far.
+
+    Raises:
+        ConfigError, OSError: the data set, the folder or the checkpoint cannot be used.
+        FloatingPointError: a loss is not finite; the last checkpoint stays.
     """
-    folder = None if out is None else prepare_folder(out)
-    data = DATASETS[config.dataset](config.data_root).to(config.device)
-    data = data.with_noise(
-        config.noise, config.rate, seed=config.seed, include_true=config.include_true
-    )
+    with distributed.processes(config.device) as device, _threads(config.threads):
+        folder = None if out is None else prepare_folder(out)
+        saved = checkpoint.load(folder) if folder is not None and resume else None
+        if saved is not None:
+            _check_resumed(config, saved)
+        result = build(dataclasses.replace(config, device=str(device)))
+        engine = Engine(result.config, result.recipe, device)
+        # Networks start alike, what is drawn per sample does not.
+        seed_everything(config.seed + 1_000_003 * distributed.rank())
+        if saved is not None:
+            engine.load_state_dict(saved)
+            result.history = list(saved["history"])
+        first = folder if distributed.rank() == 0 else None
+        if first is not None:
+            if saved is None:
+                (first / checkpoint.NAME).unlink(missing_ok=True)  # another run's
+            dataclasses.replace(result.config, device=config.device).write(first / CONFIG)
+        try:
+            shown = progress and distributed.rank() == 0
+            with _progress(result) if shown else nullcontext() as bar:
+                _run(engine, result, first, bar, folder is not None)
+        except KeyboardInterrupt:
+            result.interrupted = True
+        if not (result.interrupted and distributed.size() > 1):  # the others may be elsewhere
+            _collect(result)
+        return result
+
+
+def build(config: TrainConfig) -> Result:
+    """The data set and the recipe of a run, before its first step."""
+    ranks = distributed.size()
+    if config.batch_size < 2 * ranks * config.accumulate:
+        raise ConfigError(
+            f"batch_size must be at least two for each of {ranks} processes and "
+            f"{config.accumulate} passes (accumulate), got {config.batch_size}"
+        )
+    data = DATASETS[config.dataset](config)
+    if config.noise in ("symmetric", "asymmetric"):
+        data = data.with_noise(
+            config.noise, config.rate, seed=config.seed, include_true=config.include_true
+        )
     if config.limit:
-        data = data.subset(config.limit)
-    generator = seed_everything(config.seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    recipe = RECIPES[config.recipe](config, data, generator)
-    result = Result(config, data, recipe)
-    try:
-        with _progress(config) if progress else nullcontext() as bar:
-            for epoch in range(config.epochs):
-                result.history.append(_run_epoch(result, epoch, bar))
-                if folder is not None:
-                    write_csv(folder / METRICS, result.history)
-    except KeyboardInterrupt:
-        result.interrupted = True
-    finally:
-        torch.set_num_threads(threads)
+        data = data.select(torch.arange(min(config.limit, len(data))))
+    if len(data) < 2 * ranks:
+        raise ConfigError(f"{data.name}: {len(data)} samples are too few for {ranks} processes")
+    # Shuffled for good, so that a shard has all classes; on one process too, since the mixture's
+    # fit depends on the order, and is to be the same on any number of ranks.
+    order = torch.randperm(len(data), generator=generator(config.seed, "shards"))
+    shard = data.select(order).shard(distributed.rank(), ranks)
+    seed_everything(config.seed)
+    config = dataclasses.replace(
+        config,
+        model=config.model or data.model,
+        augmentation=config.augmentation or data.augmentation,
+        image_size=config.image_size or data.image_size[0],
+    )
+    return Result(config, data, RECIPES[config.recipe](config, shard))
+
+
+def load_run(folder: str | Path, device: str = "cpu") -> Result:
+    """A run as its last checkpoint in `folder` has it, on one process.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+        ConfigError: its data set is not where it was.
+    """
+    folder = Path(folder)
+    saved = checkpoint.load(folder)
+    if saved is None:
+        raise checkpoint.CheckpointError(f"run must be a folder with a checkpoint, got {folder}")
+    config = TrainConfig.read(**{**saved["config"], "device": device, "pretrained": ""})
+    result = build(config)
+    recipe = result.recipe
+    for network, state in zip(recipe.networks, saved["networks"], strict=True):
+        network.load_state_dict(state)
+    recipe.mixtures = saved["mixtures"]
+    for name in ("quality", "losses", "history"):
+        setattr(recipe, name, torch.cat([rank[name] for rank in saved["ranks"]], -1).to(device))
+    result.history = list(saved["history"])
+    _collect(result)
     return result
 
 
-def _run_epoch(result: Result, epoch: int, bar: Any) -> dict[str, Any]:
-    """Train and test for one epoch; its row of metrics."""
-    config, data, recipe = result.config, result.data, result.recipe
-    lr = config.lr * (0.1 if epoch >= config.lr_drop * config.epochs else 1.0)
-    for optimizer in recipe.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-    steps, start = 0, time.perf_counter()
-    for losses in recipe.train_epoch(epoch):
-        steps += 1
-        for name, value in losses.items():
-            sums[name] = sums[name] + value
+def _run(engine: Engine, result: Result, first: Path | None, bar: Any, saves: bool) -> None:
+    """All epochs that are left; `first` is rank 0's folder, `saves` whether there is one."""
+    config, history = result.config, result.history
+
+    def save() -> None:
+        state = {"config": dataclasses.asdict(config), "history": history, **engine.state_dict()}
+        if first is not None:
+            checkpoint.save(first, state)
+
+    def on_step(step: int) -> None:
         if bar is not None:
-            bar.step(epoch, steps)
-    seconds = time.perf_counter() - start
-    result.steps += steps
-    result.train_seconds += seconds
-    if epoch + 1 == config.epochs:
+            bar.step(engine.epoch, step)
+
+    with _tensorboard(config, first, engine.epoch) as board:
+        if bar is not None:
+            for row in history:
+                bar.epoch(row)
+        while engine.epoch < config.epochs:
+            passes = engine.train_epoch(on_step, save if saves else lambda: None)
+            row = _evaluate(engine, result, passes)
+            history.append(row)
+            engine.finish_epoch()
+            if saves:
+                save()
+            if first is not None:
+                write_csv(first / METRICS, history)
+            board(row)
+            if bar is not None:
+                bar.epoch(row)
+        if first is not None and history:  # also where a kill came between both files
+            write_csv(first / METRICS, history)
+
+
+def _evaluate(engine: Engine, result: Result, passes: int) -> dict[str, Any]:
+    """The metrics of the epoch whose steps have been done."""
+    config, recipe, data, epoch = result.config, result.recipe, result.recipe.data, engine.epoch
+    last = epoch + 1 == config.epochs
+    if last:
         recipe.fit_quality()
-    hits = recipe.predict(data.test_images).argmax(1) == data.test_labels
-    fitted = (recipe.uses_quality and epoch >= config.warmup) or epoch + 1 == config.epochs
-    train_loss = (sums.pop("loss") / steps).item()
-    if not math.isfinite(train_loss):
-        raise FloatingPointError(f"epoch {epoch}: the training loss is {train_loss}")
-    row = {
+    hits = (recipe.predict(data.test_images).argmax(1) == data.test_labels).double()
+    right = distributed.total(torch.stack([hits.sum(), hits.new_tensor(len(hits))]))
+    accuracy = (right[0] / right[1]).item()
+    _collect(result)
+    fitted = (recipe.uses_quality and epoch >= config.warmup) or last
+    losses = engine.mean_losses(passes)
+    corrupt = [len(data.images.corrupt), len(data.test_images.corrupt)]
+    return {
         "epoch": epoch,
-        "lr": lr,
-        "steps": steps,
-        "seconds": seconds,
-        "train_loss": train_loss,
-        **{name: (total / steps).item() for name, total in sums.items()},
-        "test_accuracy": hits.double().mean().item(),
-        "quality_auc": quality_auc(recipe.quality.mean(0), data) if fitted else None,
-        "labeled_share": (recipe.quality > config.threshold).double().mean().item(),
+        "lr": recipe.optimizers[0].param_groups[0]["lr"],
+        "steps": passes,
+        "seconds": engine.seconds,
+        "train_loss": losses.pop("loss"),
+        **losses,
+        "test_accuracy": accuracy,
+        "quality_auc": result.quality_auc if fitted else None,
+        "labeled_share": (result.quality > config.threshold).double().mean().item(),
+        "noise_rate": result.data.noise_rate,
+        "corrupt_images": sum(map(sum, distributed.gather(corrupt))),
+        "best_accuracy": max([accuracy, *(row["test_accuracy"] for row in result.history)]),
     }
-    accuracies = [earlier["test_accuracy"] for earlier in result.history]
-    row["best_accuracy"] = max([*accuracies, row["test_accuracy"]])
-    if bar is not None:
-        bar.epoch(row)
-    return row
 
 
 def quality_auc(quality: Tensor, data: Dataset) -> float | None:
-    """Area under the ROC curve of quality (N,) as a test for correct labels; None if all or none
-    are correct."""
+    """Area under the ROC curve of quality (N,) as a test for correct labels, over those whose truth
+    is known; None if all or none of these are correct."""
     from sklearn.metrics import roc_auc_score
 
-    clean = data.labels == data.true_labels
+    known = data.true_labels.cpu() >= 0
+    clean = (data.labels == data.true_labels).cpu()[known]
     if bool(clean.all()) or not bool(clean.any()):
         return None
-    return float(roc_auc_score(clean.cpu(), quality.cpu()))
+    return float(roc_auc_score(clean, quality.cpu()[known]))
 
 
-def _progress(config: TrainConfig) -> Any:
+def _collect(result: Result) -> None:
+    """Label quality and losses of all ranks, in the order of the data."""
+    order = distributed.whole(result.recipe.data.index).argsort()
+    result.quality = distributed.whole(result.recipe.quality)[:, order]
+    result.losses = distributed.whole(result.recipe.losses)[:, order]
+
+
+def _check_resumed(config: TrainConfig, saved: dict[str, Any]) -> None:
+    checkpoint.check_ranks(saved)
+    before = saved["config"]
+    for name, value in dataclasses.asdict(config).items():
+        given = value or name not in RESOLVED
+        if given and name not in ANYTIME and before.get(name) != value:
+            raise ConfigError(
+                f"resume: {name} was {before.get(name)!r} when the run began and is {value!r} now"
+            )
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _tensorboard(config: TrainConfig, folder: Path | None, epoch: int) -> Iterator[Any]:
+    """A function that logs a row of metrics, if that is wanted."""
+    if folder is None or not config.tensorboard:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=epoch) as writer:
+
+        def log(row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, row["epoch"])
+            writer.flush()
+
+        yield log
+
+
+def _progress(result: Result) -> Any:
     from .progress import RunProgress
 
-    return RunProgress(f"{config.recipe} (seed {config.seed})", config.epochs)
+    print(f"{result.data.name}: {len(result.data)} training samples, {result.noise}")
+    return RunProgress(f"{result.config.recipe} (seed {result.config.seed})", result.config.epochs)

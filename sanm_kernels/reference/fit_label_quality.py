@@ -1,4 +1,4 @@
-"""The two-component Gaussian mixture over losses (section 6 and the end of section 10).
+"""The two-component Gaussian mixture over losses (section 6 of the method).
 
 Everything is float64. Each pass over the samples yields a few sums (`moments`), each update uses
 those sums alone (`update`): reduced over ranks, the same sums fit the same mixture. So every

@@ -125,6 +125,11 @@ SANITIZED = {
 }
 
 
+def test_every_file_of_kernels_is_sanitized():
+    files = {f"tests/ops/test_gpu_{path.stem}.py" for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    assert files == set(SANITIZED)
+
+
 @pytest.mark.parametrize("file", SANITIZED)
 @pytest.mark.parametrize("sanitize, scheduler", [("thread", "threads"), ("address", "fibers")])
 def test_operators_are_clean_when_sanitized(sanitize, scheduler, file):

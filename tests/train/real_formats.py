@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import torch
-
-#: A 1×1 PNG: readers of paths open no image.
-PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
-    "1f15c4890000000d49444154789c636000010000050001a5f645400000000049454e44ae426082"
-)
+from PIL import Image
+from pyarrow import csv, parquet
 
 
 class Python2Pickler(pickle._Pickler):
@@ -97,6 +94,21 @@ def write_cifar100(root: Path, count: int = 200) -> tuple[torch.Tensor, torch.Te
     return torch.tensor(drawn), torch.tensor(drawn % 20)
 
 
+def tag(path: Path, number: int, size: tuple[int, int] = (12, 10)) -> Path:
+    """Writes an image whose colour is its number, below 256, in the format of its suffix; in steps
+    that JPEG's losses do not blur."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    red, green = divmod(number, 16)
+    Image.new("RGB", size, (16 * red + 8, 16 * green + 8, 90)).save(path)
+    return path
+
+
+def tag_of(images: torch.Tensor) -> torch.Tensor:
+    """The number of each image (N, 3, H, W) in [0, 1], as int64."""
+    red, green = (images.mean((2, 3))[:, :2] * 255).long().div(16, rounding_mode="floor").T
+    return 16 * red + green
+
+
 def write_clothing1m(root: Path, keys: dict[str, dict[str, int]], noisy: dict[str, int]) -> None:
     """Lists in `root`/annotations. keys: split → key → clean label, −1 for none."""
     lists = root / "annotations"
@@ -110,8 +122,45 @@ def write_clothing1m(root: Path, keys: dict[str, dict[str, int]], noisy: dict[st
     (lists / "category_names_eng.txt").write_text("\n".join(f"Garment {k}" for k in range(14)))
 
 
+def write_manifest(path: Path, rows: dict[str, object]) -> Path:
+    """A table of paths and labels, with another column: Parquet or CSV, by its suffix."""
+    table = pa.table({"label": list(rows.values()), "width": [8] * len(rows), "path": list(rows)})
+    (parquet.write_table if path.suffix == ".parquet" else csv.write_csv)(table, path)
+    return path
+
+
+#: Data sets of image files that `write_files` can write.
+FILE_SETS = ("clothing1m", "animal10n", "folder", "manifest.csv", "manifest.parquet")
+
+
+def write_files(root: Path, kind: str) -> tuple[dict[str, str], dict[int, int], dict[int, int]]:
+    """A data set of 42 training and 14 test images, tagged with numbers in another order than that
+    of their paths; returns settings, and number → label of both."""
+    numbers = np.random.default_rng(len(kind)).permutation(56).tolist()
+    labels = {number: i % (10 if kind == "animal10n" else 14) for i, number in enumerate(numbers)}
+    pattern = {
+        "clothing1m": "images/{label}/{i:02},7.jpg",
+        "animal10n": "{split}ing/{label}_{i:02}.jpg",
+        "folder": "{split}/c{label:02}/{i:02}.png",
+        "manifest.csv": "images/{i:02}.bmp",
+        "manifest.parquet": "images/{i:02}.webp",
+    }[kind]
+    parts: list[dict[str, int]] = [{}, {}]
+    for i, (number, label) in enumerate(labels.items()):
+        path = pattern.format(i=i, label=label, split="train" if i < 42 else "test")
+        tag(root / path, number)
+        parts[i >= 42][path] = label
+    settings = {"dataset": kind.partition(".")[0], "data_root": str(root)}
+    if kind == "clothing1m":
+        unknown = dict.fromkeys(parts[0], -1)
+        write_clothing1m(root, {"noisy_train": unknown, "clean_test": parts[1]}, parts[0])
+    elif kind.startswith("manifest"):
+        for key, part in zip(("data_root", "test_root"), parts, strict=True):
+            suffix = kind.partition(".")[2]
+            settings[key] = str(write_manifest(root / f"{key}.{suffix}", part))
+    return settings, *(dict(list(labels.items())[cut]) for cut in (slice(42), slice(42, None)))
+
+
 def touch_images(folder: Path, *names: str) -> None:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(PNG)
+    for number, name in enumerate(names):
+        tag(folder / name, number) if not name.endswith(".txt") else (folder / name).touch()

@@ -29,6 +29,15 @@ TINY = ["--epochs", "2", "--warmup", "1", "--limit", "130", "--quiet"]
         (["--seed", "-1"], "seed must be at least 0"),
         (["--ratio-low", "0.9"], "ratio_low"),
         (["--device", "nonsense"], "device"),
+        (["--dataset", "cifar10"], "data_root must be the folder that holds cifar-10-batches-py/"),
+        (["--dataset", "folder", "--data-root", "nowhere"], "got 'nowhere': no such folder"),
+        (
+            ["--dataset", "manifest", "--data-root", "a.csv"],
+            "data_root must be a file, got 'a.csv'",
+        ),
+        (["--noise", "file"], "noise file is for cifar10 and cifar100, not for digits"),
+        (["--preset", "cifar-sym50"], "preset must be one of .* did you mean 'cifar1"),
+        (["--config", "no.yaml"], "config: no.yaml cannot be read as YAML"),
     ],
 )
 def test_bad_settings(arguments, message, capsys, tmp_path):
@@ -56,24 +65,21 @@ def test_unknown_option_and_missing_command(capsys):
     assert "invalid choice: 'fly'" in capsys.readouterr().err
 
 
-def test_train_writes_metrics_and_label_quality(tmp_path, capsys):
-    arguments = ["train", "--out", str(tmp_path / "run"), *TINY]
-    assert main(arguments) == 0
+def test_train_inspect_and_eval(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    assert main(["train", "--out", run, *TINY]) == 0
     assert "sanm-div" in capsys.readouterr().out
-    with (tmp_path / "run" / "label_quality.csv").open() as file:
+    assert main(["inspect", run]) == 0
+    assert "report.html" in capsys.readouterr().out.replace("\n", "")
+    with (tmp_path / "run/inspect/samples.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == list(range(130))
     assert sum(row["given_label"] != row["true_label"] for row in rows) in range(50, 80)
-    for row in rows:
-        both = (float(row["clean_prob_1"]) + float(row["clean_prob_2"])) / 2
-        assert float(row["clean_prob"]) == pytest.approx(both, abs=1e-5)
-        assert float(row["loss"]) >= 0
-
-    assert main(arguments) == 2
-    assert "holds a run already" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite", "--recipe", "ce"]) == 0
-    header = (tmp_path / "run" / "label_quality.csv").read_text().splitlines()[0]
-    assert header == "index,given_label,true_label,clean_prob,loss"
+    assert main(["eval", run]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    for command in ("inspect", "eval"):
+        assert main([command, str(tmp_path / "nowhere")]) == 2
+        assert "must be a folder with a checkpoint" in capsys.readouterr().err
 
 
 def test_demo_writes_table_figure_and_csv(tmp_path, capsys):
@@ -82,7 +88,8 @@ def test_demo_writes_table_figure_and_csv(tmp_path, capsys):
     assert "last accuracy" in printed.replace("\n", " ") or "accuracy" in printed
     assert (tmp_path / "masking.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "masking.png").stat().st_size > 50_000
-    assert len((tmp_path / "label_quality.csv").read_text().splitlines()) == 201
+    samples = tmp_path / "sanm-dividemix/inspect/samples.csv"
+    assert len(samples.read_text().splitlines()) == 201
     for recipe in ("ce", "sanm-dividemix"):
         assert len((tmp_path / recipe / "metrics.csv").read_text().splitlines()) == 3
 
@@ -90,5 +97,20 @@ def test_demo_writes_table_figure_and_csv(tmp_path, capsys):
 def test_ablate_writes_a_row_per_run(tmp_path, capsys):
     arguments = ["--epochs", "1", "--limit", "100", "--warmup", "0", "--seeds", "1"]
     assert main(["ablate", "--out", str(tmp_path), *arguments]) == 0
-    assert len((tmp_path / "ablation.csv").read_text().splitlines()) == 10
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 10
     assert main(["ablate", "--out", str(tmp_path), "--seeds", "0"]) == 2
+
+
+def test_compare_goes_on_where_it_was(tmp_path, capsys):
+    arguments = ["compare", "--out", str(tmp_path), "--recipes", "ce", "elr", "--epochs", "1"]
+    arguments += ["--limit", "100", "--seeds", "1", "--noises", "symmetric:0.2"]
+    assert main(arguments) == 0
+    first = (tmp_path / "runs.csv").read_text()
+    assert main([*arguments, "asymmetric:0.4"]) == 0
+    both = (tmp_path / "runs.csv").read_text()
+    assert both.startswith(first) and len(both.splitlines()) == 5
+    assert "asymmetric:0.4" in capsys.readouterr().out
+    assert main([*arguments, "symmetric"]) == 2
+    assert "noises must be like symmetric:0.5, got 'symmetric'" in capsys.readouterr().err
+    assert main([*arguments[:4], "sanm", "--epochs", "1"]) == 2
+    assert "recipes must be one of" in capsys.readouterr().err

@@ -1,13 +1,31 @@
-"""Data, noise, augmentation: seeded, and always attached by index."""
+"""Data sets and noise: seeded, and always attached by index."""
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
+
 import pytest
 import torch
+from real_formats import (
+    FILE_SETS,
+    number_of,
+    tag_of,
+    touch_images,
+    write_cifar10,
+    write_cifar100,
+    write_clothing1m,
+    write_files,
+    write_manifest,
+)
 
+from sanm_train import RECIPES, Recipe, TrainConfig, register, train
 from sanm_train.augment import Augment
-from sanm_train.data import batches, endless, load_digits
+from sanm_train.config import ConfigError
+from sanm_train.data import batches, endless
+from sanm_train.datasets import DATASETS
 from sanm_train.noise import add_noise
+from sanm_train.readers import DataError
 
 LABELS = torch.randint(10, (5000,), generator=torch.Generator().manual_seed(0))
 
@@ -51,11 +69,28 @@ def test_noise_errors():
         add_noise(LABELS, "pink", 0.5, num_classes=10)
 
 
+def load(name, **settings):
+    """A data set as a run would load it, without noise where that is not given."""
+    config = TrainConfig(recipe="ce", dataset=name, **{"noise": "none", **settings})
+    return DATASETS[name](config)
+
+
+def all_of(images, order=None):
+    """All images in one tensor, or those at `order`, streamed in batches of 8."""
+    order = torch.arange(len(images)) if order is None else order
+    return torch.cat(list(images.stream(order.split(8))))
+
+
+def shuffled(size):
+    return torch.randperm(size, generator=torch.Generator().manual_seed(3))
+
+
 def test_digits_split_is_fixed_and_stratified():
-    one, two = load_digits(), load_digits()
-    assert torch.equal(one.images, two.images) and torch.equal(one.test_labels, two.test_labels)
-    assert one.images.shape == (1347, 1, 8, 8) and one.test_images.shape == (450, 1, 8, 8)
-    assert one.images.min() == 0 and one.images.max() == 1
+    one, two = load("digits"), load("digits")
+    images, test_images = all_of(one.images), all_of(one.test_images)
+    assert torch.equal(images, all_of(two.images)) and torch.equal(one.test_labels, two.test_labels)
+    assert images.shape == (1347, 1, 8, 8) and test_images.shape == (450, 1, 8, 8)
+    assert images.min() == 0 and images.max() == 1 and one.image_shape == (1, 8, 8)
     share = [torch.bincount(y).double() / len(y) for y in (one.true_labels, one.test_labels)]
     assert (share[0] - share[1]).abs().max() < 0.002
     noisy = one.with_noise("symmetric", 0.5, seed=0)
@@ -63,30 +98,222 @@ def test_digits_split_is_fixed_and_stratified():
     assert torch.equal(noisy.test_labels, one.test_labels) and one.noise_rate == 0
 
 
-def test_labels_and_quality_follow_their_images():
-    """Samples that know their own index come back together, whatever the order."""
-    data = load_digits()
-    n = len(data)
-    tagged = data.images.clone()
-    tagged[:, 0, 0, 0] = torch.arange(n)
-    data = data.__class__(**{**vars(data), "images": tagged, "labels": torch.arange(n) * 3})
-    quality = torch.arange(n) / n
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize(
+    ("name", "write"), [("cifar10", write_cifar10), ("cifar100", write_cifar100)]
+)
+def test_cifar_labels_follow_their_images(tmp_path, name, write):
+    """Images say which one they are: labels and truth must say the same, in any order."""
+    write(tmp_path)
+    clean = load(name, data_root=str(tmp_path))
+    data = clean.with_noise("symmetric", 0.5, seed=1)
+    order = shuffled(len(data))
+    who = number_of(all_of(data.images, order))
+    assert torch.equal(who, order) and 0 < data.noise_rate < 0.6
+    for part in (data.select(order), data.select(order).shard(1, 3), data.shard(2, 3)):
+        who = number_of(all_of(part.images))
+        assert torch.equal(who, part.index)
+        assert torch.equal(part.labels, data.labels[who])
+        assert torch.equal(part.true_labels, clean.labels[who])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", FILE_SETS)
+def test_labels_of_files_follow_their_images(tmp_path, kind, workers):
+    settings, labels, test_labels = write_files(tmp_path, kind)
+    data = load(settings.pop("dataset"), workers=workers, image_size=16, **settings)
+    assert len(data) == 42 and data.image_shape == (3, 16, 16) and data.images.shape[1] == 18
+    order = shuffled(42)
+    who = tag_of(all_of(data.images, order)).tolist()
+    assert sorted(who) == sorted(labels) and who != sorted(who)
+    assert data.labels[order].tolist() == [labels[number] for number in who]
+    part = data.select(order).shard(1, 2)
+    who = tag_of(all_of(part.images)).tolist()
+    assert part.labels.tolist() == [labels[number] for number in who]
+    assert part.index.tolist() == order[21:].tolist()
+    who = tag_of(all_of(data.test_images)).tolist()
+    assert data.test_labels.tolist() == [test_labels[number] for number in who]
+    assert (data.true_labels == -1).all() and math.isnan(data.noise_rate)
+    views = Augment(data.augmentation, data.mean, data.std, data.image_size)
+    assert views.strong(all_of(data.images)).shape == (42, 3, 16, 16)
+
+
+def test_batches_of_a_run_keep_labels_quality_and_index_together(tmp_path):
+    """What a recipe's loss is given, from an epoch of the engine, in shuffled order."""
+    settings, labels, _ = write_files(tmp_path, "folder")
     seen = []
-    for index in batches(torch.arange(n), 64, generator):
-        batch = data.take(index, quality)
-        assert torch.equal(batch.images[:, 0, 0, 0].long() * 3, batch.targets)
-        assert torch.equal(batch.clean_prob, quality[batch.sample_index])
-        assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.sample_index)
-        seen.append(batch.sample_index)
-    assert torch.equal(torch.cat(seen).sort().values, torch.arange(n))
+
+    @register("witness")
+    class Witness(Recipe):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.quality[0] = torch.arange(len(self.data)) / 100
+
+        def loss(self, network, batch, epoch):
+            seen.append((tag_of(batch.images), *batch[1:]))
+            return {"loss": network(self.augment.weak(batch.images)).mean()}
+
+    config = {"recipe": "witness", "model": "small-cnn", "noise": "none", "image_size": 16}
+    try:
+        train(TrainConfig(**settings, **config, epochs=1, batch_size=8, workers=0))
+    finally:
+        del RECIPES["witness"]
+    who, targets, quality, index, row = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert index.tolist() != list(range(42)) == sorted(index.tolist())
+    assert targets.tolist() == [labels[number] for number in who.tolist()]
+    assert torch.equal(quality, row / 100) and not torch.equal(row, index)
+    data = load("folder", data_root=settings["data_root"], image_size=16)
+    in_order = tag_of(all_of(data.images))
+    assert torch.equal(who, in_order[index])
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100", *FILE_SETS])
+def test_runs_end_to_end(tmp_path, kind):
+    """Every format trains, with one image that cannot be read where images are files."""
+    if kind in FILE_SETS:
+        settings, labels, _ = write_files(tmp_path, kind)
+        next(tmp_path.rglob("*05*.*")).write_text("not found")
+    else:
+        {"cifar10": write_cifar10, "cifar100": write_cifar100}[kind](tmp_path)
+        settings, labels = {"dataset": kind, "data_root": str(tmp_path)}, None
+    config = {"recipe": "ce", "epochs": 1, "batch_size": 14, "workers": 0, "image_size": 16}
+    with pytest.warns(UserWarning, match="was replaced by grey") if labels else nullcontext():
+        result = train(TrainConfig(**settings, **config, model="small-cnn", noise="asymmetric"))
+    assert result.history[0]["corrupt_images"] == (labels is not None)
+    assert math.isfinite(result.history[0]["train_loss"]) and 0 < result.data.noise_rate < 1
+    given = DATASETS[result.config.dataset](result.config)
+    assert torch.equal(result.data.true_labels, given.labels), "noise is added to the given labels"
+
+
+@pytest.mark.parametrize("kind", ["clothing1m", "animal10n", "folder", "manifest.csv"])
+def test_noise_injected_into_files_makes_the_given_labels_true(tmp_path, kind):
+    settings, *_ = write_files(tmp_path, kind)
+    data = load(settings.pop("dataset"), noise="symmetric", image_size=16, **settings)
+    assert torch.equal(data.true_labels, data.labels)
+    assert data.with_noise("symmetric", 0.5).noise_rate == 0.5
+
+
+def test_clothing1m_knows_some_true_labels(tmp_path):
+    keys = [f"images/{k}.jpg" for k in range(4)]
+    clean = dict(zip(keys, (-1, 2, 3, -1), strict=True))
+    noisy = dict(zip(keys, (2, 2, 0, 3), strict=True))
+    write_clothing1m(tmp_path, {"noisy_train": clean, "clean_test": {"t.jpg": 0}}, noisy)
+    data = load("clothing1m", data_root=str(tmp_path))
+    assert data.true_labels.tolist() == [-1, 2, 3, -1] and data.noise_rate == 0.5
+    assert data.num_classes == 14 and data.model == "resnet50" and data.classes[1] == "Garment 1"
+
+
+def test_asymmetric_confusions(tmp_path):
+    write_cifar10(tmp_path)
+    _, coarse = write_cifar100(tmp_path)
+    root = {"data_root": str(tmp_path)}
+    assert load("cifar10", **root).confusions == {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
+    data = load("cifar100", **root)
+    # Classes 0, 20, 40, 60, 80 are one superclass of the copy: each becomes the next, 80 becomes 0.
+    assert data.confusions == {k: (k + 20) % 100 for k in range(100)}
+    noisy = data.with_noise("asymmetric", 1.0)
+    assert noisy.noise_rate == 1 and torch.equal(noisy.labels % 20, coarse)
+
+
+def test_labels_from_a_cifar_n_file(tmp_path):
+    clean = write_cifar10(tmp_path)
+    file = tmp_path / "CIFAR-10_human.pt"
+    worse = (clean + (torch.arange(100) < 40)) % 10
+    settings = {"data_root": str(tmp_path), "noise": "file", "noise_file": str(file)}
+    sets = {"clean_label": clean, "worse_label": worse, "high": clean + 1, "noisy_coarse": clean}
+    torch.save({name: value.numpy() for name, value in sets.items()}, file)
+    data = load("cifar10", noise_set="worse_label", **settings)
+    assert torch.equal(data.labels, worse) and torch.equal(data.true_labels, clean)
+    assert data.noise_rate == 0.4 and torch.equal(data.with_noise("file", 0.5).labels, worse)
+    with pytest.raises(
+        ConfigError, match="noise_set must be one of worse_label, high; got 'worse'"
+    ):
+        load("cifar10", noise_set="worse", **settings)
+    with pytest.raises(DataError, match="high must have labels below 10, got 10"):
+        load("cifar10", noise_set="high", **settings)
+    torch.save({"clean_label": worse.numpy(), "worse_label": worse.numpy()}, file)
+    with pytest.raises(DataError, match=r"human\.pt: clean_label must equal the labels of cifar10"):
+        load("cifar10", noise_set="worse_label", **settings)
+
+
+def test_image_size(tmp_path):
+    write_cifar10(tmp_path, per_batch=4)
+    data = load("cifar10", data_root=str(tmp_path), image_size=28)
+    assert data.image_shape == (3, 28, 28) and data.images.shape == (3, 32, 32)
+    with pytest.raises(ConfigError, match="image_size must be at most 32 for cifar10, got 64"):
+        load("cifar10", data_root=str(tmp_path), image_size=64)
+    settings, *_ = write_files(tmp_path, "animal10n")
+    data = load(**{"name": settings.pop("dataset"), **settings})
+    assert data.image_size == (64, 64) and data.images.shape == (3, 73, 73)
+
+
+def test_folders_must_have_the_same_classes(tmp_path):
+    touch_images(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png")
+    with pytest.raises(DataError, match="train and val must have the same classes: b, c"):
+        load("folder", data_root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("train_labels", "test_labels", "message"),
+    [
+        ([0, 2, 0], [0], r"a\.csv: no image is of class 1$"),
+        ([0, 1, 0], [2], "no training image is of class 2, but test images are"),
+        (["x", "y", "x"], ["z"], r"b\.csv: label 'z' is none of the 2 known classes"),
+        (["x", "y", "x"], [0], r"b\.csv: label '0' is none of the 2 known classes"),
+        ([0, 1, 0], ["x"], r"b\.csv names classes, but .*a\.csv counts them"),
+        ([0, 10**15, 0], [0], "no image is of class 1$"),
+    ],
+)
+def test_manifests_must_agree(tmp_path, train_labels, test_labels, message):
+    roots = [
+        str(write_manifest(tmp_path / name, {f"{i}.png": y for i, y in enumerate(labels)}))
+        for name, labels in (("a.csv", train_labels), ("b.csv", test_labels))
+    ]
+    with pytest.raises(DataError, match=message):
+        load("manifest", data_root=roots[0], test_root=roots[1])
+
+
+def test_what_is_missing_is_found_before_anything_starts(tmp_path):
+    missing = str(tmp_path / "nowhere")
+    for name, needed in (
+        ("cifar10", "data_batch_1"),
+        ("folder", "train"),
+        ("animal10n", "training"),
+    ):
+        with pytest.raises(ConfigError, match=rf"folder that holds .*{needed} .*{name}, got ''$"):
+            TrainConfig(dataset=name)
+        with pytest.raises(ConfigError, match=rf"{needed}.*got '{missing}': no such folder"):
+            TrainConfig(dataset=name, data_root=missing)
+    write_cifar10(tmp_path)
+    (tmp_path / "cifar-10-batches-py/data_batch_3").unlink()
+    (tmp_path / "train").mkdir()
+    root = {"data_root": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"cifar10 needs cifar-10-batches-py/data_batch_3 in"):
+        TrainConfig(dataset="cifar10", **root)
+    with pytest.raises(ConfigError, match=rf"folder needs test in {tmp_path}, not found"):
+        TrainConfig(dataset="folder", **root)
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"clothing1m needs annotations/noisy_train_key_list\.txt, "
+    ):
+        TrainConfig(dataset="clothing1m", **root)
+    with pytest.raises(ConfigError, match=rf"data_root must be a file, got '{tmp_path}'"):
+        TrainConfig(dataset="manifest", **root)
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(ConfigError, match="test_root must be a file, got ''"):
+        TrainConfig(dataset="manifest", data_root=str(tmp_path / "a.csv"))
+    with pytest.raises(ConfigError, match="noise_file must be a file, got 'x'"):
+        TrainConfig(dataset="cifar100", noise="file", noise_file="x", **root)
+    with pytest.raises(ConfigError, match="noise file is for cifar10 and cifar100, not for digits"):
+        TrainConfig(noise="file", noise_file=missing)
 
 
 def test_batches_never_leave_a_remainder_of_one():
     generator = torch.Generator().manual_seed(0)
     for n in range(1, 70):
-        sizes = [len(part) for part in batches(torch.arange(n), 16, generator)]
+        parts = batches(torch.arange(n), max(1, round(n / 16)), generator)
+        sizes = [len(part) for part in parts]
         assert sum(sizes) == n and (min(sizes) > 1 or n == 1) and max(sizes) <= 24
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(n))
 
 
 def test_endless_batches_have_one_size_and_visit_all():
@@ -95,33 +322,3 @@ def test_endless_batches_have_one_size_and_visit_all():
     taken = [next(stream) for _ in range(6)]
     assert all(len(part) == 4 for part in taken)
     assert torch.cat(taken).unique(return_counts=True)[1].tolist() == [8, 8, 8]
-
-
-def augment(flip: bool, seed: int = 0, channels: int = 1) -> Augment:
-    mean, std = torch.full((channels,), 0.3), torch.full((channels,), 0.4)
-    return Augment(mean, std, flip=flip, generator=torch.Generator().manual_seed(seed))
-
-
-def test_weak_shifts_whole_images():
-    images = torch.zeros(200, 1, 8, 10)
-    images[:, 0, 4, 5] = 1
-    moved = augment(flip=False).denormalize(augment(flip=False).weak(images))
-    places = {tuple(p[1:].tolist()) for p in (moved[:, 0] > 0.5).nonzero()}
-    assert places == {(y, x) for y in (3, 4, 5) for x in (4, 5, 6)}
-    assert torch.allclose(moved.sum((1, 2, 3)), torch.ones(200), atol=1e-4)
-
-
-def test_flip_only_where_asked():
-    images = torch.zeros(200, 3, 8, 8)
-    images[:, :, :, 6] = 1
-    for flip in (False, True):
-        moved = augment(flip, channels=3).weak(images)
-        left = moved[:, 0, :, :3].mean((1, 2)) > moved[:, 0, :, 5:].mean((1, 2))
-        assert 0.35 < left.double().mean() < 0.65 if flip else not left.any()
-
-
-def test_strong_keeps_shape_and_seed():
-    images = torch.rand(6, 2, 7, 9)
-    one, same, other = (augment(True, s, 2).strong(images) for s in (0, 0, 1))
-    assert one.shape == images.shape and one.isfinite().all()
-    assert torch.equal(one, same) and not torch.equal(one, other)

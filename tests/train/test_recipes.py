@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import sanm_train
-from sanm_train import RECIPES, Recipe, TrainConfig, register, train
+from sanm_train import RECIPES, Batch, Recipe, TrainConfig, register, train
 from sanm_train.config import ConfigError
-from sanm_train.data import load_digits
 from sanm_train.models import PreActResNet18, SmallCNN, classifier
-from sanm_train.train import seed_everything
+from sanm_train.train import build as build_run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/training.md"
 
@@ -25,9 +24,7 @@ def build(tiny):
     """A maker of recipes, with their data, before any training."""
 
     def make(recipe: str, **settings) -> Recipe:
-        config = tiny(recipe=recipe, **settings)
-        data = load_digits().with_noise("symmetric", 0.5).subset(config.limit)
-        return RECIPES[recipe](config, data, seed_everything(0))
+        return build_run(tiny(recipe=recipe, **settings)).recipe
 
     return make
 
@@ -81,15 +78,18 @@ def test_sanm_elr_adds_masked_views_after_the_warmup(tiny):
     assert masked["train_loss"] == pytest.approx(total, rel=1e-5)
 
 
-def one_batch(made: Recipe, size: int = 32):
-    quality = torch.rand(len(made.data), generator=torch.Generator().manual_seed(4))
-    return made.data.take(torch.arange(size), quality)
+def one_batch(made: Recipe, size: int = 32, quality: torch.Tensor | None = None) -> Batch:
+    if quality is None:
+        quality = torch.rand(len(made.data), generator=torch.Generator().manual_seed(4))
+    index = torch.arange(size)
+    (images,) = made.data.images.stream([index])
+    return Batch(images, made.data.labels[index], quality[index], made.data.index[index], index)
 
 
 def test_onepass_is_its_definition_and_runs_the_network_once(build, monkeypatch):
     made = build("sanm-onepass", warmup=0)
     network, batch = made.networks[0].eval(), one_batch(made)
-    monkeypatch.setattr(made.augment, "weak", made.augment.normalize)
+    monkeypatch.setattr(made.augment, "weak", made.augment.plain)
     kept = {}
     whole = sanm_train.recipes.onepass.sk.masked_forward
 
@@ -107,7 +107,7 @@ def test_onepass_is_its_definition_and_runs_the_network_once(build, monkeypatch)
     network.zero_grad()
 
     masked = kept["result"]
-    logits, features = network.forward_features(made.augment.normalize(batch.images))
+    logits, features = network.forward_features(made.augment.plain(batch.images))
     # Share of each 2×2 cell that the peak's box leaves visible, counted pixel by pixel.
     visible = torch.ones(len(batch.images), 1, 8, 8)
     for i, (y0, x0, y1, x1) in enumerate(masked.box_max.tolist()):
@@ -137,7 +137,7 @@ def test_onepass_hides_more_of_doubtful_labels(build, monkeypatch):
     monkeypatch.setattr("sanm_kernels.masked_forward", recorded)
     for quality in (0.0, 1.0):
         made.quality[:] = quality
-        made.loss(network, made.data.take(torch.arange(64), made.quality[0]), 0)
+        made.loss(network, one_batch(made, 64, made.quality[0]), 0)
     assert ratios[0].min() > 0.16 > 0.13 >= ratios[1].max()  # lo + γ above, at most hi below
 
 

@@ -89,7 +89,7 @@ def test_losses_equal_their_definition():
     torch.manual_seed(0)
     config = sk.MaskConfig.paper().replace(ratio_low=0.1, ratio_high=0.2)
     sanm = SANM(SmallCNN(), image_shape=(1, 8, 8), config=config).eval()
-    images, labels, quality, index = batch()
+    images, labels, quality, index, _ = batch()
     losses = sanm.losses((images, labels, quality, index), generator=5)  # a plain tuple will do
     masked = losses.masked
     views = torch.cat([masked.images_max, masked.images_min])

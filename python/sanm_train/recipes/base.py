@@ -1,18 +1,20 @@
-"""The recipe interface: networks, optimisers, label quality and one epoch of training."""
+"""The recipe interface: networks, optimisers, label quality, and the steps of an epoch."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 import sanm_kernels as sk
 
+from .. import distributed
 from ..augment import Augment
-from ..data import Dataset, batches
+from ..data import Dataset, batches, generator
+from ..images import Images
 from ..models import build_model
 from ..pretrained import load_pretrained
 from ..sanm import SANM, Batch
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 RECIPES: dict[str, type[Recipe]] = {}
 Losses = dict[str, Tensor]
+HISTORY = 5  # epochs whose losses `average_losses` averages, as DivideMix does at 90 % noise
 
 
 def register(name: str) -> Callable[[type[Recipe]], type[Recipe]]:
@@ -45,8 +48,16 @@ def register(name: str) -> Callable[[type[Recipe]], type[Recipe]]:
     return add
 
 
+class Step(NamedTuple):
+    """One backward pass: the network's number, and the samples' rows (B,) in this rank's data, on
+    the CPU."""
+
+    network: int
+    rows: Tensor
+
+
 class Recipe:
-    """One training method. An ordinary one overrides `loss`, others `train_epoch`.
+    """One training method. An ordinary one overrides `loss`, others `plan` as well.
 
     ::
 
@@ -56,21 +67,21 @@ class Recipe:
                 logits = network(self.augment.weak(batch.images))
                 return {"loss": F.cross_entropy(logits, batch.targets, label_smoothing=0.1)}
 
-    Attributes: config; data; augment; generator (all draws of order and augmentation); networks
-    and their optimizers; quality (networks, N), each network's clean probability of every training
-    sample, 1 until `fit_quality` is called.
+    Attributes: config; data, this rank's shard; augment; generator (draws of the masking) and
+    order (draws of `plan`); networks and their optimizers; quality (networks, N), each network's
+    clean probability of every sample in data, 1 until `fit_quality` is called; losses (networks,
+    N) and mixtures (networks, 3, 2), means, variances and weights, that it comes from.
     """
 
     num_networks = 1
     masking = False  # builds the decoders
     uses_quality = False  # fits the label quality after the warm-up
+    #: Attributes that hold tensors with an entry per sample, to be saved in checkpoints.
+    persistent: tuple[str, ...] = ("quality", "losses", "history")
 
-    def __init__(self, config: TrainConfig, data: Dataset, generator: torch.Generator) -> None:
-        self.config, self.data, self.generator = config, data, generator
-        mean, std = data.statistics
-        self.augment = Augment(
-            mean, std, flip=data.flip, background=data.background, generator=generator
-        )
+    def __init__(self, config: TrainConfig, data: Dataset) -> None:
+        self.config, self.data = config, data
+        self.augment = Augment(config.augmentation, data.mean, data.std, data.image_size)
         self.networks = [self._build_network() for _ in range(self.num_networks)]
         if config.pretrained:
             load_pretrained(config.pretrained, [network.model for network in self.networks])
@@ -83,57 +94,75 @@ class Recipe:
             )
             for network in self.networks
         ]
+        self.generator = generator(config.seed, "masking", distributed.rank())
+        self.order = generator(config.seed, "order", distributed.rank())
         shape = (self.num_networks, len(data))
-        self.quality = torch.ones(shape, device=data.images.device)
-        self.losses = torch.zeros(shape, device=data.images.device)
-        self._history: list[Tensor] = []
+        self.quality = torch.ones(shape, device=data.labels.device)
+        self.losses = torch.zeros(shape, device=data.labels.device)
+        self.history = self.losses.new_zeros(0, *shape)
+        self.mixtures = torch.full((self.num_networks, 3, 2), float("nan"), dtype=torch.float64)
+        #: Samples of all ranks, and this rank's share of a batch in one backward pass.
+        self.total = int(self._total(len(data)))
+        self.share = config.batch_size // (data.shards * config.accumulate)
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:
         """Raise a ConfigError for settings this recipe cannot be run with; called before a run."""
 
-    def loss(self, network: SANM, batch: Batch, epoch: int) -> Losses:
+    def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
         """The value to minimise as "loss", and any others to log, from images in [0, 1]."""
         raise NotImplementedError
 
-    def train_epoch(self, epoch: int) -> Iterator[Losses]:
-        """Train every network for one epoch; yields each step's losses (0-d tensors)."""
+    def begin_epoch(self, epoch: int) -> None:
+        """What precedes the steps of an epoch: after the warm-up, the label quality is refitted."""
         if self.uses_quality and epoch >= self.config.warmup:
             self.fit_quality()
-        for k in range(self.num_networks):
-            yield from self.train_all(k, lambda network, batch: self.loss(network, batch, epoch))
 
-    def train_all(
-        self, k: int, loss: Callable[[SANM, Batch], Losses], clip: float | None = None
-    ) -> Iterator[Losses]:
-        """One pass of network k over all training samples, minimising `loss(network, batch)`."""
-        self.networks[k].train()
-        for index in batches(torch.arange(len(self.data)), self.config.batch_size, self.generator):
-            batch = self.data.take(index, self.quality[k])
-            yield self.step(k, loss(self.networks[k], batch), clip)
+    def plan(self, epoch: int) -> list[Step]:
+        """The steps of an epoch, as many on every rank; draws from `order` alone."""
+        return [step for k in range(self.num_networks) for step in self.pass_over_all(k)]
 
-    def step(self, k: int, losses: Losses, clip: float | None = None) -> Losses:
-        """One optimiser step of network k on losses["loss"]; gradients clipped to norm `clip`."""
-        optimizer = self.optimizers[k]
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.networks[k].parameters(), clip)
-        optimizer.step()
-        return {name: value.detach() for name, value in losses.items()}
+    def pass_over_all(self, k: int) -> list[Step]:
+        """One pass of network k over all samples, in batches as equal as can be."""
+        parts = batches(torch.arange(len(self.data)), self.passes(self.total), self.order)
+        return [Step(k, part) for part in parts]
+
+    def passes(self, samples: int, size: int | None = None) -> int:
+        """Backward passes, of each rank, over `samples` of all ranks, `size` (default: the batch
+        size) for one step of the optimiser."""
+        steps = max(1, round(samples / (size or self.config.batch_size)))
+        most = max(1, samples // (2 * self.data.shards))  # two samples each, for batch norm
+        return min(steps * self.config.accumulate, most)
+
+    def clean_prob(self, k: int) -> Tensor:
+        """The clean probability (N,) that batches for network k carry."""
+        return self.quality[k]
+
+    def clip(self, epoch: int) -> float:
+        """The norm that gradients are clipped to; 0 leaves them."""
+        return self.config.clip
 
     def fit_quality(self) -> None:
         """Refit `quality` (networks, N) to the networks' losses on the given labels (section 6)."""
         logits = [self.evaluate(network, self.data.images) for network in self.networks]
         self.losses = torch.stack([sk.sample_loss(z, self.data.labels) for z in logits])
-        self._history = [*self._history[-4:], self.losses]
+        # The losses of all epochs, the present one last; `history` only of those to be averaged.
+        kept = HISTORY if self.config.average_losses else 1
+        self.history = torch.cat([self.history, self.losses[None]])[-kept:]
+        group = distributed.group()
+        # The CPU backend's histogram is 1e-5 off: not the same split on one rank and on several.
+        backend = "reference" if self.losses.device.type == "cpu" and group is None else None
         for k, losses in enumerate(self.losses):
-            past = torch.stack([past[k] for past in self._history])[:-1]
-            use_past = self.config.average_losses and len(past) > 0
-            if not bool(torch.isfinite(losses).all()):
+            finite = torch.isfinite(losses).all().float()
+            if not bool(distributed.least(finite)):
                 raise FloatingPointError(f"network {k + 1} gives losses that are not finite")
+            past = self.history[:-1, k]
             fit = sk.fit_label_quality(
-                losses, seed=self.config.seed, history=past if use_past else None
+                losses,
+                seed=self.config.seed,
+                history=past if len(past) else None,
+                process_group=group,
+                backend=backend,
             )
             if bool(fit.degenerate):
                 warnings.warn(
@@ -144,28 +173,40 @@ class Recipe:
                 self.quality[k] = 1.0
             else:
                 self.quality[k] = fit.clean_prob.to(self.quality)
+            self.mixtures[k] = torch.stack([fit.means, fit.variances, fit.weights])
 
     @torch.no_grad()
-    def evaluate(self, network: SANM, images: Tensor, size: int = 1024) -> Tensor:
-        """Logits (N, K) in eval mode of images (N, C, H, W) in [0, 1]."""
+    def evaluate(self, network: SANM, images: Images) -> Tensor:
+        """Logits (N, K), float32, of all `images` in eval mode."""
         network.eval()
-        parts = torch.split(images, size)
-        return torch.cat([network(self.augment.normalize(part)) for part in parts])
+        distributed.same_buffers(network)
+        stream = images.stream(self.eval_batches(images))
+        with self.config.autocast():
+            return torch.cat([network(self.augment.plain(part)).float() for part in stream])
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits (N, K) of images in [0, 1], averaged over the networks."""
+    def eval_batches(self, images: Images) -> tuple[Tensor, ...]:
+        """The positions of all `images` in batches for evaluation."""
+        size = self.config.eval_batch_size or (1024 if images.paths is None else 128)
+        return torch.arange(len(images)).split(size)
+
+    def predict(self, images: Images) -> Tensor:
+        """Logits (N, K) of `images`, averaged over the networks."""
         return torch.stack([self.evaluate(net, images) for net in self.networks]).mean(0)
+
+    def _total(self, number: int) -> Tensor:
+        """The sum of `number` over the ranks."""
+        return distributed.total(torch.tensor(number, device=self.data.labels.device))
 
     def _build_network(self) -> SANM:
         config, data = self.config, self.data
-        model = build_model(config.model or data.model, data.image_shape[0], data.num_classes)
+        model = build_model(config.model, data.image_shape[0], data.num_classes)
         network = SANM(
-            model.to(data.images.device),
+            model.to(data.labels.device),
             config=config.mask_config,
             image_shape=data.image_shape if self.masking else None,
             random_box=config.box == "random",
             modulate=config.modulate,
         )
-        # channels_last is the faster layout for convolutions.
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network

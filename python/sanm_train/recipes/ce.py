@@ -12,7 +12,7 @@ from .base import Losses, Recipe, register
 class CrossEntropy(Recipe):
     """Cross-entropy on weakly augmented images: what one does when the labels are trusted."""
 
-    def loss(self, network: SANM, batch: Batch, epoch: int) -> Losses:
+    def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
         logits = network(self.augment.weak(batch.images))
         return {"loss": F.cross_entropy(logits, batch.targets)}
 
@@ -24,11 +24,12 @@ class SANMCrossEntropy(CrossEntropy):
     masking = True
     uses_quality = True
 
-    def loss(self, network: SANM, batch: Batch, epoch: int) -> Losses:
+    def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
         if epoch < self.config.warmup:
             return super().loss(network, batch, epoch)
-        batch = batch._replace(images=self.augment.weak(batch.images))
-        losses = network.losses(batch, self.generator)
+        losses = network.losses(
+            batch._replace(images=self.augment.weak(batch.images)), self.generator
+        )
         return {
             "loss": losses.total,
             "labeled": losses.classification,

@@ -1,82 +1,91 @@
-"""DivideMix (Li et al., 2020), with and without SANM: method.md section 7 on two networks."""
+"""DivideMix (Li et al., 2020), with and without SANM: section 7 of the method on two networks."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import sanm_kernels as sk
 
-from ..data import endless
+from .. import distributed
+from ..config import TrainConfig
+from ..data import Dataset, endless
 from ..sanm import SANM, Batch, masked_views
-from .base import Losses, Recipe, register
+from .base import Losses, Recipe, Step, register
 
 
 @register("dividemix")
 class DivideMix(Recipe):
     """Two networks, each split into labelled and unlabelled samples by the other's losses.
 
-    Per step and sample: two weak views for guessing, then further weak and strong ones for
+    Per step and sample: two views for guessing, then further auto- and strongly augmented ones for
     training, mixed with one another; SANM adds the masked views of the first guessing view.
     """
 
     num_networks = 2
     uses_quality = True
 
-    def train_epoch(self, epoch: int) -> Iterator[Losses]:
-        config = self.config
-        if epoch < config.warmup:
-            for k in range(2):
-                yield from self.train_all(k, self.warmup_loss, config.warmup_clip)
-            return
-        self.fit_quality()
-        for k in range(2):
-            quality = self.quality[1 - k]
-            labeled, unlabeled = split(quality, config.threshold)
-            if not (len(labeled) and len(unlabeled)):
-                empty = "unlabelled" if len(labeled) else "labelled"
-                warnings.warn(
-                    f"epoch {epoch}, network {k + 1}: no sample is {empty} at threshold "
-                    f"{config.threshold}; plain cross-entropy on all of them in this epoch",
-                    stacklevel=2,
-                )
-                yield from self.train_all(k, self.warmup_loss)
+    def __init__(self, config: TrainConfig, data: Dataset) -> None:
+        super().__init__(config, data)
+        # Whether each network's epoch is a divided one; otherwise it is plain cross-entropy.
+        self.divided = [False] * self.num_networks
+        self.beta = torch.distributions.Beta(config.alpha, config.alpha, validate_args=False)
+
+    def plan(self, epoch: int) -> list[Step]:
+        """Labelled half and unlabelled half of each batch, as long as the labelled samples last."""
+        steps, half = [], self.share // 2
+        for k in range(self.num_networks):
+            split = divide(self.clean_prob(k), self.config.threshold)
+            least = distributed.least(torch.tensor([len(part) for part in split])).tolist()
+            self.divided[k] = epoch >= self.config.warmup and min(least) > 0
+            if not self.divided[k]:
+                if epoch >= self.config.warmup:
+                    empty = "unlabelled" if least[0] else "labelled"
+                    warnings.warn(
+                        f"epoch {epoch}, network {k + 1}: no sample is {empty} at threshold "
+                        f"{self.config.threshold}; plain cross-entropy on all of them in this "
+                        "epoch",
+                        stacklevel=2,
+                    )
+                steps += self.pass_over_all(k)
                 continue
-            half = config.batch_size // 2
-            take_x = endless(labeled, half, self.generator)
-            take_u = endless(unlabeled, half, self.generator)
-            steps = max(1, round(len(labeled) / half))
-            for i in range(steps):
-                self.networks[k].train()
-                self.networks[1 - k].eval()
-                index = torch.cat([next(take_x), next(take_u)])
-                yield self.step(k, self.divided_loss(k, index, quality, epoch + i / steps))
+            takes = [endless(part.cpu(), half, self.order) for part in split]
+            number = self.passes(int(self._total(len(split[0]))), self.config.batch_size // 2)
+            steps += [Step(k, torch.cat([next(take) for take in takes])) for _ in range(number)]
+        return steps
 
-    def warmup_loss(self, network: SANM, batch: Batch) -> Losses:
+    def clean_prob(self, k: int) -> Tensor:
+        return self.quality[1 - k]
+
+    def clip(self, epoch: int) -> float:
+        return self.config.warmup_clip if epoch < self.config.warmup else self.config.clip
+
+    def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
+        k = self.networks.index(network)
+        return self.divided_loss(k, batch, epoch) if self.divided[k] else self.warmup_loss(k, batch)
+
+    def warmup_loss(self, k: int, batch: Batch) -> Losses:
         """Cross-entropy; asymmetric noise adds the confidence penalty."""
-        logits = network(self.augment.weak(batch.images))
-        confidence = float(self.config.noise == "asymmetric")
-        return {"loss": sk.masked_loss(logits, batch.targets, confidence_weight=confidence).total}
+        logits = self.networks[k](self.augment.weak(batch.images))
+        weight = self.config.confidence_weight
+        if weight is None:
+            weight = float(self.config.noise == "asymmetric")
+        return {"loss": sk.masked_loss(logits, batch.targets, confidence_weight=weight).total}
 
-    def divided_loss(self, k: int, index: Tensor, quality: Tensor, epoch: float) -> Losses:
-        """The loss of section 7 for network k.
-
-        Args:
-            index: samples (2B,), the labelled half first.
-            quality: clean probability (N,) of all samples.
-            epoch: fractional.
-        """
+    def divided_loss(self, k: int, batch: Batch, epoch: float) -> Losses:
+        """The loss of section 7 for network k; the labelled half of `batch` (2B) comes first."""
         config, augment, network = self.config, self.augment, self.networks[k]
-        images, labels = self.data.images[index], self.data.labels[index]
-        quality, half = quality[index], len(index) // 2
-        first, second = augment.weak(images), augment.weak(images)
-        targets, features = self.guess(k, first, second, labels, quality)
+        images, half = batch.images, len(batch.images) // 2
+        quality = batch.clean_prob
+        assert quality is not None  # the engine always gives the label quality
+        self.networks[1 - k].eval()
+        first, second = augment.auto(images), augment.auto(images)
+        targets, features = self.guess(k, first, second, batch.targets, quality)
 
-        kinds = [augment.weak(images) for _ in range(config.weak_views)]
+        kinds = [first, second] if config.train_guess_views else []
+        kinds += [augment.auto(images) for _ in range(config.weak_views)]
         kinds += [augment.strong(images) for _ in range(config.strong_views)]
         ratios = [torch.zeros_like(quality)] * len(kinds)
         reconstruction = quality.new_zeros(())
@@ -87,7 +96,7 @@ class DivideMix(Recipe):
                 quality,
                 features=features,
                 generator=self.generator,
-                sample_index=index,
+                sample_index=batch.sample_index,
             )
             kinds += masked_views(masked)
             ratios += network.view_ratios(masked)
@@ -98,16 +107,19 @@ class DivideMix(Recipe):
         views = [kind[:half] for kind in kinds] + [kind[half:] for kind in kinds]
         ratio = torch.cat([r[:half] for r in ratios] + [r[half:] for r in ratios])
         soft = targets.view(2, 1, half, -1).expand(2, len(kinds), half, -1)  # no copy per kind
-        beta = float(np.random.beta(config.alpha, config.alpha))
-        lam = max(beta, 1 - beta)
-        permutation = torch.randperm(len(ratio), generator=self.generator).to(ratio.device)
+        lam = float(self.beta.sample())
+        lam = max(lam, 1 - lam)
+        permutation = torch.randperm(len(ratio), generator=self.generator)
+        permutation = permutation.to(ratio.device, non_blocking=True)
+        labeled = len(kinds) * half
+        rows = len(ratio) if config.unlabeled_rows else labeled
         ramp = min(max((epoch - config.warmup) / config.ramp, 0.0), 1.0) if config.ramp else 1.0
         losses = sk.masked_loss(
-            network(sk.mixup_views(views, lam, permutation)),
+            network(sk.mixup_views(views, lam, permutation, rows=rows)),
             soft,
             ratio=ratio,
             mix=(lam, permutation),
-            num_labeled=len(kinds) * half,
+            num_labeled=labeled,
             unlabeled_weight=config.unlabeled_weight * ramp,
             prior_weight=config.prior_weight,
             drop=network.config.drop,
@@ -148,7 +160,7 @@ class SANMDivideMix(DivideMix):
     masking = True
 
 
-def split(quality: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def divide(quality: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Positions of the labelled (quality above `threshold`) and of the unlabelled samples."""
     labeled = quality > threshold
     return labeled.nonzero()[:, 0], (~labeled).nonzero()[:, 0]

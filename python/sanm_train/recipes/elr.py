@@ -21,36 +21,38 @@ class EarlyLearning(Recipe):
     The penalty's gradient holds the prediction at what the network believed before it began to
     memorise. There is no warm-up: t starts at 0, where the penalty and its gradient vanish.
 
-    Attributes: ensemble (N, K), the targets t of all training samples, by index.
+    Attributes: ensemble (N, K), the targets t of this rank's samples, by position.
     """
 
-    def __init__(self, config: TrainConfig, data: Dataset, generator: torch.Generator) -> None:
-        super().__init__(config, data, generator)
-        self.ensemble = torch.zeros(len(data), data.num_classes, device=data.images.device)
+    persistent = (*Recipe.persistent, "ensemble")
 
-    def loss(self, network: SANM, batch: Batch, epoch: int) -> Losses:
+    def __init__(self, config: TrainConfig, data: Dataset) -> None:
+        super().__init__(config, data)
+        self.ensemble = torch.zeros(len(data), data.num_classes, device=data.labels.device)
+
+    def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
         logits = network(self.augment.weak(batch.images))
         labeled = F.cross_entropy(logits, batch.targets)
         return self.regularize(labeled, labeled, logits, batch)
 
     def regularize(self, total: Tensor, labeled: Tensor, logits: Tensor, batch: Batch) -> Losses:
         """`total` plus the weighted penalty on `logits` (B, K); `labeled` is only logged."""
-        assert batch.sample_index is not None  # `train_all` always says which samples these are
-        penalty = self.penalty(logits, batch.sample_index)
+        assert batch.row is not None  # the engine always says which samples these are
+        penalty = self.penalty(logits, batch.row)
         return {
             "loss": total + self.config.elr_weight * penalty,
             "labeled": labeled,
             "regularization": penalty,
         }
 
-    def penalty(self, logits: Tensor, index: Tensor) -> Tensor:
-        """mean log(1 − ⟨t, p⟩), after t of the samples `index` (B,) has moved towards p."""
+    def penalty(self, logits: Tensor, row: Tensor) -> Tensor:
+        """mean log(1 − ⟨t, p⟩), after t of the samples at `row` (B,) has moved towards p."""
         predicted = logits.float().softmax(1).clamp(CLAMP, 1 - CLAMP)
-        beta, index = self.config.elr_momentum, index.to(self.ensemble.device)
+        beta = self.config.elr_momentum
         with torch.no_grad():
             normalized = predicted / predicted.sum(1, keepdim=True)
-            targets = beta * self.ensemble[index] + (1 - beta) * normalized
-            self.ensemble[index] = targets
+            targets = beta * self.ensemble[row] + (1 - beta) * normalized
+            self.ensemble[row] = targets
         return torch.log1p(-(targets * predicted).sum(1)).mean()
 
 
@@ -65,7 +67,7 @@ class SANMEarlyLearning(EarlyLearning):
     masking = True
     uses_quality = True
 
-    def loss(self, network: SANM, batch: Batch, epoch: int) -> Losses:
+    def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
         if epoch < self.config.warmup:
             return super().loss(network, batch, epoch)
         batch = batch._replace(images=self.augment.weak(batch.images))

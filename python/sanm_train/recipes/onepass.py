@@ -34,11 +34,11 @@ class OnePass(Recipe):
         if config.box == "random":
             raise ConfigError("box must be activation for sanm-onepass: the map itself is masked")
 
-    def loss(self, network: SANM, batch: Batch, epoch: int) -> Losses:
+    def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
         images = self.augment.weak(batch.images)
         if epoch < self.config.warmup:
             return {"loss": F.cross_entropy(network(images), batch.targets)}
-        assert batch.clean_prob is not None  # `train_all` always gives the label quality
+        assert batch.clean_prob is not None  # the engine always gives the label quality
         logits, features = network.forward_features(images)
         head = classifier(network.model)
         masked = sk.masked_forward(

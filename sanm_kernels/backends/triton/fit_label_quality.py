@@ -1,4 +1,4 @@
-"""fit_label_quality (section 6 and the end of section 10): k-means start, EM, posterior; float64.
+"""fit_label_quality (section 6): k-means start, EM, posterior; float64.
 
 A program takes a block of samples and writes a few sums over it. The last program through adds the
 sums of all blocks, in order, and takes the next decision on the device: nothing is fetched, and the

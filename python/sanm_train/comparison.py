@@ -1,0 +1,115 @@
+"""Tables of many runs: recipes against kinds of noise, and SANM without each of its parts."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import ConfigError, TrainConfig
+from .files import prepare_folder, write_csv
+from .recipes import RECIPES
+from .report import mean_and_spread, print_rows
+from .train import train
+
+ABLATION: dict[str, dict[str, Any]] = {
+    "ce": {"recipe": "ce"},
+    "sanm-ce": {"recipe": "sanm-ce"},
+    "dividemix": {"recipe": "dividemix"},
+    "sanm-dividemix": {},
+    "max view only": {"views": "max"},
+    "min view only": {"views": "min"},
+    "random box": {"box": "random"},
+    "no modulation": {"modulate": False},
+    "no reconstruction": {"reconstruct": False},
+}
+NOISES = ("symmetric:0.2", "symmetric:0.5", "symmetric:0.8", "asymmetric:0.4")
+
+
+def compare(
+    out: str | Path,
+    seeds: Sequence[int],
+    noises: Sequence[str] = NOISES,
+    variants: Mapping[str, dict[str, Any]] | None = None,
+    **settings: Any,
+) -> int:
+    """Train every variant (default: every recipe) on every kind of noise with every seed.
+
+    Args:
+        out: folder for runs.csv, which gets a row after each run; runs it has already are not
+            repeated, so an interrupted table goes on where it was.
+        noises: kind and rate, as "symmetric:0.5".
+        variants: name → settings of its own.
+
+    Returns the exit status, 130 when interrupted.
+    """
+    variants = {name: {"recipe": name} for name in RECIPES} if variants is None else variants
+    cells = [(noise, *_noise(noise)) for noise in noises]
+    configs = {  # all of them are checked before the first one runs
+        (noise, name, seed): TrainConfig(
+            **{**settings, "noise": kind, "rate": rate, "seed": seed, **changes}
+        )
+        for seed in seeds
+        for noise, kind, rate in cells
+        for name, changes in variants.items()
+    }
+    path = prepare_folder(out) / "runs.csv"
+    rows = _read(path)
+    done = {(row["noise"], row["variant"], int(row["seed"])) for row in rows}
+    for (noise, name, seed), config in configs.items():
+        if (noise, name, seed) in done:
+            continue
+        result = train(config, progress=True)
+        if result.interrupted:
+            return 130
+        rows.append(
+            {
+                "noise": noise,
+                "variant": name,
+                "seed": seed,
+                "wrong_labels": result.data.noise_rate,
+                "last_accuracy": result.last_accuracy,
+                "best_accuracy": result.best_accuracy,
+                "quality_auc": result.quality_auc,
+                "ms_per_step": 1000 * result.seconds_per_step,
+                "seconds": result.seconds,
+            }
+        )
+        write_csv(path, rows)
+    rows = _read(path)
+    for noise in noises:
+        cell = [row for row in rows if row["noise"] == noise]
+        table = [_summary(name, [r for r in cell if r["variant"] == name]) for name in variants]
+        wrong = statistics.mean(float(row["wrong_labels"]) for row in cell)
+        print_rows(f"{noise}, {wrong:.1%} wrong labels, mean ± deviation over seeds", table)
+    return 0
+
+
+def _noise(text: str) -> tuple[str, float]:
+    kind, _, rate = text.partition(":")
+    try:
+        return kind, float(rate)
+    except ValueError:
+        raise ConfigError(f"noises must be like symmetric:0.5, got {text!r}") from None
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _summary(name: str, rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    columns = {key: [float(row[key]) for row in rows if row[key]] for key in list(rows[0])[3:]}
+    aucs = columns["quality_auc"]
+    return {
+        "variant": name,
+        "last accuracy": mean_and_spread(columns["last_accuracy"]),
+        "best accuracy": mean_and_spread(columns["best_accuracy"]),
+        "last, per seed": ", ".join(f"{100 * x:.1f}" for x in columns["last_accuracy"]),
+        "quality AUC": f"{statistics.mean(aucs):.3f}" if aucs else "–",
+        "ms a step": f"{statistics.mean(columns['ms_per_step']):.0f}",
+    }

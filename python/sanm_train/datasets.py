@@ -1,0 +1,239 @@
+"""The data sets by name, and what must lie in the folder they are read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import ConfigError, TrainConfig, check_choice
+from .data import Dataset, in_memory
+from .images import ImageFiles
+from .readers import (
+    CIFAR10_FILES,
+    CIFAR100_FILES,
+    DataError,
+    Records,
+    clothing1m_lists,
+    read_animal10n,
+    read_cifar10,
+    read_cifar100,
+    read_cifar_n,
+    read_clothing1m,
+    read_folder,
+    read_manifest,
+)
+
+# Mean and standard deviation of ImageNet's pixels, which published weights were trained with.
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+
+
+def load_digits(config: TrainConfig) -> Dataset:
+    """scikit-learn's 1,797 digits, 8×8, split once and for all into 1,347 and 450 by class.
+
+    Confusions are the usual ones for digits (Patrini et al., 2017): 2→7, 3→8, 5→6, 6→5, 7→1.
+    """
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    digits = load()
+    train_x, test_x, train_y, test_y = train_test_split(
+        digits.images / 16.0, digits.target, test_size=0.25, stratify=digits.target, random_state=0
+    )
+    return _held(
+        config,
+        (torch.as_tensor(train_x).float()[:, None], torch.as_tensor(train_y).long()),
+        (torch.as_tensor(test_x).float()[:, None], torch.as_tensor(test_y).long()),
+        num_classes=10,
+        model="small-cnn",
+        augmentation="digits",
+        confusions={2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
+    )
+
+
+def load_cifar10(config: TrainConfig) -> Dataset:
+    """CIFAR-10 below `data_root`. Confusions are the usual ones (Patrini et al., 2017):
+    truck → automobile, bird → airplane, deer → horse, cat ↔ dog."""
+    return _cifar(config, read_cifar10, 10, lambda _: {9: 1, 2: 0, 4: 7, 3: 5, 5: 3})
+
+
+def load_cifar100(config: TrainConfig) -> Dataset:
+    """CIFAR-100 below `data_root`. Each class is confused with the next of its superclass, the
+    last one with the first (Patrini et al., 2017)."""
+
+    def next_in_superclass(train: Records) -> dict[int, int]:
+        coarse = train.metadata["coarse_labels"]
+        pairs = set(zip(coarse.tolist(), train.labels.tolist(), strict=True))
+        groups = [sorted(f for c, f in pairs if c == group) for group in {c for c, _ in pairs}]
+        return {fine: g[(i + 1) % len(g)] for g in groups for i, fine in enumerate(g)}
+
+    return _cifar(config, read_cifar100, 100, next_in_superclass)
+
+
+def load_clothing1m(config: TrainConfig) -> Dataset:
+    """Clothing1M: the million noisy labels to train on, the clean test set."""
+    train, test = (read_clothing1m(config.data_root, s) for s in ("noisy_train", "clean_test"))
+    return _files(config, train, test, 14)
+
+
+def load_animal10n(config: TrainConfig) -> Dataset:
+    """Animal-10N, seen at 64 pixels."""
+    train, test = (read_animal10n(config.data_root, s) for s in ("training", "testing"))
+    return _files(config, train, test, 10, size=64)
+
+
+def load_folder(config: TrainConfig) -> Dataset:
+    """Image folders: `data_root`/train and `data_root`/test (or val), a sub-folder per class."""
+    root = Path(config.data_root)
+    train, test = read_folder(root / "train"), read_folder(root / _test_folder(root))
+    classes, others = train.metadata["classes"], test.metadata["classes"]
+    if classes != others:
+        odd = ", ".join(sorted({*classes} ^ {*others}))
+        raise DataError(f"{root}: train and {_test_folder(root)} must have the same classes: {odd}")
+    return _files(config, train, test, len(classes))
+
+
+def load_manifest(config: TrainConfig) -> Dataset:
+    """Any images listed in tables: `data_root` those to train on, `test_root` those to test on."""
+    train = read_manifest(config.data_root)
+    classes = train.metadata.get("classes")
+    test = read_manifest(config.test_root, classes=classes)
+    if classes is None and "classes" in test.metadata:
+        raise DataError(f"{config.test_root} names classes, but {config.data_root} counts them")
+    used = train.labels.unique()
+    gaps = (used != torch.arange(len(used))).nonzero()
+    if len(gaps):
+        raise DataError(f"{config.data_root}: no image is of class {int(gaps[0])}")
+    return _files(config, train, test, len(used))
+
+
+def _held(
+    config: TrainConfig, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], **more: Any
+) -> Dataset:
+    """A data set in memory, of which networks see the config's image_size."""
+    data = in_memory(config.dataset, train, test, config.device, **more)
+    side, largest = config.image_size, min(data.image_size)
+    if side > largest:
+        raise ConfigError(f"image_size must be at most {largest} for {data.name}, got {side}")
+    return replace(data, image_size=(side, side)) if side else data
+
+
+def _cifar(
+    config: TrainConfig,
+    read: Callable[[str, str], Records],
+    num_classes: int,
+    confusions: Callable[[Records], dict[int, int]],
+) -> Dataset:
+    train, test = (read(config.data_root, split) for split in ("train", "test"))
+    data = _held(
+        config,
+        (train.items, train.labels),
+        (test.items, test.labels),
+        num_classes=num_classes,
+        model="preact-resnet18",
+        augmentation="cifar",
+        classes=train.metadata.get("classes"),
+        confusions=confusions(train),
+    )
+    if config.noise != "file":
+        return data
+    sets = read_cifar_n(config.noise_file)
+    file, chosen = config.noise_file, config.noise_set
+    if not torch.equal(sets.pop("clean_label"), train.labels):
+        raise DataError(f"{file}: clean_label must equal the labels of {data.name}")
+    check_choice("noise_set", chosen, [name for name in sets if "coarse" not in name])
+    highest = int(sets[chosen].max())
+    if highest >= num_classes:
+        raise DataError(f"{file}: {chosen} must have labels below {num_classes}, got {highest}")
+    return replace(data, labels=sets[chosen].to(config.device))
+
+
+def _files(
+    config: TrainConfig, train: Records, test: Records, num_classes: int, size: int = 224
+) -> Dataset:
+    """A data set of image files, kept a little larger than what networks see of them."""
+    unseen = test.labels[~torch.isin(test.labels, train.labels)]
+    if len(unseen):
+        raise DataError(f"no training image is of class {int(unseen[0])}, but test images are")
+    size = config.image_size or size
+    images, test_images = (
+        ImageFiles(r.items, round(size * 256 / 224), device=config.device, workers=config.workers)
+        for r in (train, test)
+    )
+    true = train.metadata.get("true_labels", torch.full_like(train.labels, -1))
+    if config.noise in ("symmetric", "asymmetric"):  # injected: the given labels count as true
+        true = train.labels
+    mean, std = IMAGENET.to(config.device)
+    return Dataset(
+        name=config.dataset,
+        images=images,
+        labels=train.labels.to(config.device),
+        true_labels=true.to(config.device),
+        test_images=test_images,
+        test_labels=test.labels.to(config.device),
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        model="resnet50",
+        augmentation="photos",
+        image_size=(size, size),
+        index=torch.arange(len(train.labels), device=config.device),
+        classes=train.metadata.get("classes"),
+    )
+
+
+DATASETS: dict[str, Callable[[TrainConfig], Dataset]] = {
+    "digits": load_digits,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    "clothing1m": load_clothing1m,
+    "animal10n": load_animal10n,
+    "folder": load_folder,
+    "manifest": load_manifest,
+}
+
+
+def _test_folder(root: Path) -> str:
+    return "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
+
+
+def _needed(dataset: str, root: Path) -> tuple[str, ...]:
+    """Files and folders that a data set needs below its root."""
+    if dataset == "clothing1m":
+        lists = clothing1m_lists(root).relative_to(root)
+        names = ("noisy_train_key_list", "clean_test_key_list", "noisy_label_kv", "clean_label_kv")
+        return tuple(str(lists / f"{name}.txt") for name in names)
+    return {
+        "cifar10": CIFAR10_FILES,
+        "cifar100": CIFAR100_FILES,
+        "animal10n": ("training", "testing"),
+        "folder": ("train", _test_folder(root)),
+    }.get(dataset, ())
+
+
+def check_root(config: TrainConfig) -> None:
+    """Raise a ConfigError that names what is missing of the data set, before anything is read."""
+    name = config.dataset
+    files = {"data_root": config.data_root, "test_root": config.test_root}
+    files = files if name == "manifest" else {}
+    if config.noise == "file":
+        if name not in ("cifar10", "cifar100"):
+            raise ConfigError(f"noise file is for cifar10 and cifar100, not for {name}")
+        files["noise_file"] = config.noise_file
+    for key, file in files.items():
+        if not Path(file).is_file():
+            raise ConfigError(f"{key} must be a file, got {file!r}")
+    root = Path(config.data_root)
+    needed = _needed(name, root)
+    if needed and not (config.data_root and root.is_dir()):
+        raise ConfigError(
+            f"data_root must be the folder that holds {needed[0]} and others for {name}, got "
+            f"{config.data_root!r}" + (": no such folder" if config.data_root else "")
+        )
+    missing = [entry for entry in needed if not (root / entry).exists()]
+    if missing:
+        raise ConfigError(f"data_root: {name} needs {', '.join(missing)} in {root}, not found")

@@ -1,0 +1,174 @@
+"""Augmentation policies: what moves, what changes, and that every sample draws for itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sanm_train import augment
+from sanm_train.augment import POLICIES, Augment
+
+VIEWS = ("plain", "weak", "auto", "strong")
+
+
+def make(policy, channels=3, size=(16, 16)):
+    return Augment(policy, torch.full((channels,), 0.3), torch.full((channels,), 0.4), size)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_views(policy, view):
+    """Shape, range, seeds, images left as they were; stored as large as seen, or larger."""
+    channels = 1 if policy == "digits" else 3
+    maker = make(policy, channels)
+    for side in (16, 19):
+        images = torch.rand(30, channels, side, side)
+        before = images.clone()
+        found = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            found.append(getattr(maker, view)(images))
+        assert found[0].shape == (30, channels, 16, 16) and found[0].dtype == torch.float32
+        pixels = maker.denormalize(found[0])
+        top = 1.3 if (policy, view) == ("digits", "strong") else 1.0
+        assert pixels.isfinite().all() and pixels.min() >= -1e-6 and pixels.max() <= top + 1e-6
+        assert torch.equal(found[0], found[1]) and torch.equal(images, before)
+        assert torch.equal(found[0], found[2]) == (view == "plain")
+
+
+@pytest.mark.parametrize(("policy", "view"), [("digits", "strong"), ("cifar", "auto")])
+def test_autocast_changes_nothing(policy, view):
+    images, maker = torch.rand(60, 3, 16, 16, requires_grad=True), make(policy)
+    torch.manual_seed(0)
+    expected = getattr(maker, view)(images)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = getattr(maker, view)(images)
+    assert torch.equal(found, expected) and not found.requires_grad
+
+
+def test_plain_is_the_centre():
+    images = torch.rand(2, 3, 9, 12)
+    found = make("photos", size=(5, 4)).plain(images)
+    assert torch.allclose(found, (images[:, :, 2:7, 4:8] - 0.3) / 0.4)
+    for view in VIEWS:
+        with pytest.raises(
+            ValueError, match=r"as large as image_size \(8, 16\), got \(2, 3, 9, 12\)"
+        ):
+            getattr(make("crop", size=(8, 16)), view)(images)
+
+
+def test_weak_shifts_whole_images():
+    images = torch.zeros(200, 1, 8, 8)
+    images[:, 0, 4, 5] = 1
+    maker = make("digits", 1, (8, 8))
+    moved = maker.denormalize(maker.weak(images))
+    places = {tuple(p[1:].tolist()) for p in (moved[:, 0] > 0.5).nonzero()}
+    assert places == {(y, x) for y in (3, 4, 5) for x in (4, 5, 6)}
+    assert torch.allclose(moved.sum((1, 2, 3)), torch.ones(200), atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "offsets"), [(32, range(-4, 5)), (36, range(5))])
+def test_crops_reach_every_place(side, offsets):
+    """Out of the padded image, or out of a larger one."""
+    ramp = torch.arange(1, side + 1).expand(side, side) / 64
+    images = torch.stack([ramp, ramp.T, ramp]).expand(400, 3, side, side)
+    maker = make("crop", size=(32, 32))
+    found = (maker.denormalize(maker.weak(images)) * 64).round()
+    middle = found[:, :, 15:17, 15:17]
+    flipped = middle[:, 0, 0, 0] > middle[:, 0, 0, 1]
+    left = torch.where(flipped, middle[:, 0, 0, 1], middle[:, 0, 0, 0]) - 16
+    assert set(left.tolist()) == set(offsets)
+    assert set((middle[:, 1, 0, 0] - 16).tolist()) == set(offsets)
+    assert 0.4 < flipped.double().mean() < 0.6
+
+
+@pytest.mark.parametrize("view", ["weak", "auto", "strong"])
+@pytest.mark.parametrize("policy", ["digits", "crop"])
+def test_flip_only_where_asked(policy, view):
+    images = torch.zeros(300, 3, 8, 8)
+    images[:, :, :, 6] = 1
+    maker = make(policy, size=(8, 8))
+    moved = maker.denormalize(getattr(maker, view)(images))
+    left = moved[:, 0, :, :3].mean((1, 2)) > moved[:, 0, :, 5:].mean((1, 2))
+    assert not left.any() if policy == "digits" else 0.3 < left.double().mean() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("policy", "view"), [("cifar", "auto"), ("photos-auto", "auto"), ("crop", "strong")]
+)
+def test_every_sample_draws_its_own_operations(policy, view, monkeypatch):
+    """Copies of one image, uncropped and unflipped, come out in many ways: a pair of operations
+    drawn for the whole batch would give at most eight."""
+    monkeypatch.setattr(Augment, "_crop", lambda self, images: images)
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 16, 16)
+    found = getattr(make(policy), view)(image.expand(400, 3, 16, 16))
+    assert len(found.flatten(1).unique(dim=0)) > 30
+
+
+IMAGE = torch.full((1, 3, 8, 8), 0.2)
+IMAGE[..., :4] = torch.tensor([0.9, 0.6, 0.3])[:, None, None]
+GREY = (IMAGE * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+BLURRED = torch.nn.functional.avg_pool2d(IMAGE, 3, 1) * 9 / 13 + IMAGE[..., 1:7, 1:7] * 4 / 13
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "expected"),
+    [
+        ("identity", 1, IMAGE),
+        ("invert", 1, 1 - IMAGE),
+        ("brightness", 1, IMAGE * 1.9),
+        ("brightness", -1, IMAGE * 0.1),
+        ("contrast", -1, GREY.mean() + 0.1 * (IMAGE - GREY.mean())),
+        ("color", -1, GREY + 0.1 * (IMAGE - GREY)),
+        ("solarize", 1, 1 - IMAGE),
+        ("posterize", 1, (IMAGE * 255).int().bitwise_and(0xF0) / 255),
+        ("auto_contrast", 1, (IMAGE > 0.25).float()),
+    ],
+)
+def test_operations_at_full_magnitude(name, sign, expected):
+    """Against their definitions, on an image with a bright left half."""
+    function = augment._operations()[name]
+    found = function(IMAGE, torch.ones(1), torch.full((1,), float(sign))).clamp(0, 1)
+    assert torch.allclose(found, expected.clamp(0, 1), atol=0.02)
+
+
+def test_translations_are_as_published():
+    """By up to 150/331 of the side: 3.6 of 8 pixels; grey moves in."""
+    for name, dim in (("translate_x", 3), ("translate_y", 2)):
+        for sign in (1.0, -1.0):
+            found = augment._operations()[name](IMAGE, torch.ones(1), torch.full((1,), sign))
+            found, image = (x.flip(dim) if sign < 0 else x for x in (found, IMAGE))
+            assert torch.allclose(found.narrow(dim, 0, 3), torch.tensor(0.5))
+            moved = image.narrow(dim, 0, 4).lerp(image.narrow(dim, 1, 4), 4 - 8 * 150 / 331)
+            assert torch.allclose(found.narrow(dim, 4, 4), moved, atol=1e-3)
+
+
+def test_sharpness_blends_with_a_blur():
+    found = augment._operations()["sharpness"](IMAGE, torch.ones(1), -torch.ones(1))
+    expected = IMAGE[..., 1:7, 1:7].lerp(BLURRED, 0.9)
+    assert torch.allclose(found[..., 1:7, 1:7], expected, atol=1e-3)
+
+
+def test_shear_and_rotation_are_as_published():
+    """At most 0.3 of the height and 30°: by how much the edge between the halves moves."""
+    edge = torch.zeros(1, 1, 60, 60)
+    edge[..., :30] = 1
+    operations = augment._operations()
+    for name, tangent in (("shear_x", 0.3), ("rotate", math.tan(math.radians(30)))):
+        for sign in (1.0, -1.0):
+            found = operations[name](edge, torch.ones(1), torch.full((1,), sign))[0, 0]
+            row = [(found[y, 10:50] > 0.75).sum().item() for y in (20, 40)]
+            assert abs(abs(row[0] - row[1]) - 20 * tangent) < 1.5, name
+
+
+def test_rotation_keeps_lengths_in_images_that_are_not_square():
+    """A quarter turn of a point beside the centre brings it above: as many pixels away."""
+    images = torch.zeros(1, 1, 20, 40)
+    images[0, 0, 9:11, 25:27] = 1
+    turned = augment._warp(images, angle=math.pi / 2)
+    rows, columns = (turned[0, 0] > 0.5).nonzero().double().mean(0).tolist()
+    assert abs(columns - 19.5) < 0.6 and abs(abs(rows - 9.5) - 6) < 0.6

@@ -1,0 +1,88 @@
+"""Settings: YAML files, presets, what overrides what, and the message for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from sanm_train import TrainConfig
+from sanm_train.config import PRESETS, ConfigError, read_preset
+from sanm_train.train import CONFIG
+
+NAMES = list(yaml.safe_load(PRESETS.read_text()))
+
+
+def write(path, text: str):
+    file = path / "settings.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_every_setting_survives_writing_and_reading(tmp_path):
+    config = TrainConfig(lr=1e-5, ratio_low=0.01, confidence_weight=None, modulate=False, seed=3)
+    config.write(tmp_path / CONFIG)
+    assert TrainConfig.read(tmp_path / CONFIG) == config
+    saved = yaml.safe_load((tmp_path / CONFIG).read_text())
+    assert list(saved) == [entry.name for entry in dataclasses.fields(TrainConfig)]
+
+
+def test_options_over_file_over_preset_over_defaults(tmp_path):
+    file = write(tmp_path, "lr: 1e-3\nepochs: 5\nbatch_size: 32\n")
+    config = TrainConfig.read(file, "digits", epochs=7)
+    assert (config.lr, config.epochs, config.batch_size, config.momentum) == (0.001, 7, 32, 0.9)
+    assert isinstance(config.lr, float)
+    assert TrainConfig.read(write(tmp_path, "lr: 1\n")).lr == 1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_is_valid(name):
+    settings = read_preset(name)
+    settings |= {"dataset": "digits", "noise": "symmetric"}  # no data set is needed to check
+    TrainConfig.read(None, None, **settings)
+
+
+def test_presets_have_the_published_constants():
+    cifar = read_preset("cifar10-sym90")
+    assert (cifar["lr"], cifar["momentum"], cifar["weight_decay"]) == (0.02, 0.9, 5e-4)
+    assert (cifar["warmup"], cifar["threshold"], cifar["unlabeled_weight"]) == (10, 0.6, 150)
+    assert round(cifar["lr_drop"] * cifar["epochs"]) == 150 and cifar["batch_size"] == 2 * 64
+    assert read_preset("cifar100-sym50")["warmup"] == 20
+    assert read_preset("cifar10-asym40")["unlabeled_weight"] == 0
+    clothing = read_preset("clothing1m")
+    assert (clothing["lr"], clothing["weight_decay"], clothing["alpha"]) == (9e-4, 1e-3, 0.5)
+    assert clothing["lr_drop"] * clothing["epochs"] == 40 and clothing["batch_size"] == 2 * 32
+    mask = TrainConfig(mask=clothing["mask"]).mask_config
+    assert (mask.ratio_low, mask.ratio_high, mask.reconstruction_weight) == (0.06, 0.13, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", r"settings.yaml: there is no setting 'epoch'; did you mean 'epochs'\?"),
+        ("lr: fast", r"settings.yaml: lr must be of type float, got 'fast'"),
+        ("epochs: 2.5", r"epochs must be of type int, got 2.5"),
+        ("epochs: true", r"epochs must be of type int, got True"),
+        ("modulate: 1", r"modulate must be of type bool, got 1"),
+        ("recipe: 3", r"recipe must be of type str, got 3"),
+        ("epochs: null", r"epochs must be of type int, got None"),
+        ("- lr", r"must hold settings as 'name: value'"),
+        ("lr: [", r"cannot be read as YAML"),
+        ("rate: 2", r"rate must be in \[0, 1\], got 2"),
+        ("precision: half", r"precision must be one of float32, bfloat16, float16; got 'half'"),
+        ("augmentation: crops", r"augmentation must be one of .*did you mean 'crop'"),
+    ],
+)
+def test_mistakes_in_files(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        TrainConfig.read(write(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_unknown_preset(tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'no.yaml'} cannot be read")):
+        TrainConfig.read(tmp_path / "no.yaml")
+    with pytest.raises(ConfigError, match="did you mean 'cifar10-sym50'"):
+        TrainConfig.read(preset="cifar10-sym-50")

@@ -1,0 +1,181 @@
+"""Checkpoints: a run that was cut off anywhere goes on as if it had not been."""
+
+from __future__ import annotations
+
+import csv
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sanm_train import RECIPES, TrainConfig, checkpoint, train
+from sanm_train.cli import main
+from sanm_train.config import ConfigError
+from sanm_train.train import CONFIG, METRICS, load_run
+
+RECIPE_NAMES = sorted(RECIPES)
+
+
+class Killed(BaseException):
+    """What no code under test catches, as a kill would not be caught."""
+
+
+def metrics(folder) -> list[dict[str, str]]:
+    with (folder / METRICS).open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["seconds"]
+    return rows
+
+
+def cut_off(monkeypatch, config, out, passes: int, **options) -> None:
+    """Train until `passes` losses have been computed, then break off."""
+    kind = RECIPES[config.recipe]
+    original, left = kind.loss, [passes]
+
+    def loss(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "loss", loss)
+        with pytest.raises(Killed):
+            train(config, out, **options)
+
+
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_resumed_anywhere_nothing_changes(tiny, tmp_path, monkeypatch, recipe):
+    """Cut off inside the warm-up, inside a later epoch, and again while resumed."""
+    config = tiny(recipe=recipe, epochs=4, checkpoint_steps=2, average_losses=True, threshold=0.4)
+    whole = train(config, tmp_path / "whole")
+    steps = [row["steps"] for row in whole.history]
+    out = tmp_path / "cut"
+    cut_off(monkeypatch, config, out, steps[0] - 1)
+    cut_off(monkeypatch, config, out, steps[1] + 3, resume=True)
+    inside = checkpoint.load(out)
+    assert inside["epoch"] >= 1 or inside["step"] > 0
+    result = train(config, out, resume=True)
+    assert metrics(out) == metrics(tmp_path / "whole")
+    assert torch.equal(result.quality, whole.quality) and torch.equal(result.losses, whole.losses)
+    for ours, theirs in zip(result.recipe.networks, whole.recipe.networks, strict=True):
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_checkpoints_inside_an_epoch(tiny, tmp_path, monkeypatch):
+    config = tiny(recipe="ce", limit=330, checkpoint_steps=3)
+    cut_off(monkeypatch, config, tmp_path, 8)
+    state = checkpoint.load(tmp_path)
+    assert (state["epoch"], state["step"]) == (0, 6)
+
+
+def test_killed_five_times(tmp_path):
+    """kill -9 at random moments after the first checkpoint; no checkpoint is ever unreadable."""
+    settings = ["--epochs", "6", "--warmup", "2", "--limit", "400", "--batch-size", "32"]
+    command = [sys.executable, "-m", "sanm_train", "train", "--quiet", *settings]
+    command += ["--checkpoint-steps", "3", "--resume", "--out"]
+    moments = random.Random(0)
+    kills = 0
+    while kills < 5:
+        process = subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL)
+        file = tmp_path / "cut" / checkpoint.NAME
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if file.exists() and file.stat().st_mtime_ns != before:
+                time.sleep(moments.uniform(0, 0.2))
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        assert process.wait(60) in (0, -signal.SIGKILL)
+        assert checkpoint.load(tmp_path / "cut") is not None
+        if process.returncode == 0:  # done before the fifth kill
+            break
+        kills += 1
+    assert kills >= 3
+    for name in ("cut", "whole"):
+        subprocess.run([*command, str(tmp_path / name)], check=True, stdout=subprocess.DEVNULL)
+    assert len(metrics(tmp_path / "whole")) == 6
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert not [path.name for path in (tmp_path / "whole").iterdir() if "partial" in path.name]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, tmp_path):
+    config = tiny(recipe="ce", epochs=1)
+    train(config, tmp_path)
+    good = (tmp_path / checkpoint.NAME).read_bytes()
+    state = {**checkpoint.load(tmp_path), "more": torch.zeros(1 << 20)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint.pt cannot be written: .*the last good one"):
+            checkpoint.save(tmp_path, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / checkpoint.NAME).read_bytes() == good
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.NAME, CONFIG, METRICS]
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "half"])
+def test_a_broken_checkpoint_is_named(tiny, tmp_path, content):
+    config = tiny(recipe="ce", epochs=1)
+    train(config, tmp_path)
+    file = tmp_path / checkpoint.NAME
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    for read in (lambda: train(config, tmp_path, resume=True), lambda: load_run(tmp_path)):
+        with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint.pt cannot be read"):
+            read()
+
+
+def test_checkpoints_run_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("code of the file was run",)
+
+    torch.save({"format": 1, "evil": Evil()}, tmp_path / checkpoint.NAME)
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+        checkpoint.load(tmp_path)
+
+
+def test_only_the_same_run_is_resumed(tiny, tmp_path):
+    train(tiny(recipe="ce"), tmp_path)
+    with pytest.raises(ConfigError, match=r"resume: lr was 0.02 when the run began and is 0.1 now"):
+        train(tiny(recipe="ce", lr=0.1), tmp_path, resume=True)
+    done = train(tiny(recipe="ce", threads=2), tmp_path, resume=True)
+    assert len(done.history) == 2
+
+
+def test_a_run_read_back(tiny, tmp_path):
+    result = train(tiny(), tmp_path)
+    again = load_run(tmp_path)
+    assert again.history == result.history
+    assert torch.equal(again.quality, result.quality) and torch.equal(again.losses, result.losses)
+    images = result.data.test_images
+    assert torch.equal(again.recipe.predict(images), result.recipe.predict(images))
+    assert torch.equal(again.data.labels, result.data.labels)
+    with pytest.raises(checkpoint.CheckpointError, match="must be a folder with a checkpoint"):
+        load_run(tmp_path / "nowhere")
+
+
+def test_command_line(tmp_path, capsys):
+    out = ["--out", str(tmp_path), "--quiet"]
+    settings = ["--epochs", "1", "--limit", "130", "--recipe", "ce"]
+    assert main(["train", *out, *settings]) == 0
+    assert main(["train", *out, *settings]) == 2
+    assert "--resume continues, --overwrite replaces it" in capsys.readouterr().err
+    assert main(["train", *out, "--resume"]) == 0  # with the settings that are saved there
+    assert main(["train", *out, "--resume", "--overwrite"]) == 2
+    assert main(["train", *out, "--resume", "--epochs", "2"]) == 2
+    assert "epochs was 1 when the run began" in capsys.readouterr().err
+    assert main(["train", *out, *settings, "--overwrite", "--seed", "1"]) == 0
+    assert TrainConfig.read(tmp_path / CONFIG).seed == 1

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sanm: error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        hint = "try a smaller --lr; --resume goes on from the last checkpoint"
+        hint = "try a smaller --lr, with --resume from the last checkpoint if there is one"
         print(f"sanm: error: training failed: {error}; {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

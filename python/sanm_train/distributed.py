@@ -7,6 +7,7 @@ these and, for results, gathered values travel. Objects travel by gloo, gradient
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,9 @@ def processes(device: str) -> Iterator[torch.device]:
     finally:
         if own:
             dist.destroy_process_group()
+            # Gloo's threads may still let go of the last call's tensors, for which they need the
+            # interpreter: one that ends meanwhile takes the process down with it.
+            time.sleep(0.3)
 
 
 def rank() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from .files import prepare_folder, write_csv
 from .recipes import RECIPES, Recipe
 
 METRICS, CONFIG = "metrics.csv", "config.yaml"
-ANYTIME = {"workers", "threads", "device", "checkpoint_steps", "tensorboard"}
+ANYTIME = {"workers", "threads", "device", "checkpoint_steps", "tensorboard", "lr"}
 RESOLVED = {"model", "augmentation", "image_size"}  # by the data set, where they are not given
 
 
@@ -148,6 +149,9 @@ def build(config: TrainConfig) -> Result:
         data = data.select(torch.arange(min(config.limit, len(data))))
     if len(data) < 2 * ranks:
         raise ConfigError(f"{data.name}: {len(data)} samples are too few for {ranks} processes")
+    if data.noise_rate in (0.0, 1.0) and distributed.rank() == 0:
+        what = "right: there is no noise to find" if data.noise_rate == 0 else "wrong"
+        warnings.warn(f"{data.name}: all labels are {what} (noise {config.noise})", stacklevel=2)
     # Shuffled for good, so that a shard has all classes; on one process too, since the mixture's
     # fit depends on the order, and is to be the same on any number of ranks.
     order = torch.randperm(len(data), generator=generator(config.seed, "shards"))

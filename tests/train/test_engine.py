@@ -115,9 +115,11 @@ def test_tensorboard(tiny, tmp_path):
 
 
 def test_all_labels_right_and_all_wrong(tiny):
-    right = train(tiny(noise="none"))
+    with pytest.warns(UserWarning, match="digits: all labels are right"):
+        right = train(tiny(noise="none"))
     assert right.data.noise_rate == 0 and right.quality_auc is None
     assert "no noise added, 0.0% of the labels wrong" in right.noise
-    wrong = train(tiny(rate=1.0))
+    with pytest.warns(UserWarning, match=r"digits: all labels are wrong \(noise symmetric\)"):
+        wrong = train(tiny(rate=1.0))
     assert wrong.data.noise_rate == 1 and wrong.quality_auc is None
     assert "100.0% of the labels wrong" in wrong.noise

@@ -149,9 +149,9 @@ def test_checkpoints_run_no_code(tmp_path):
 
 def test_only_the_same_run_is_resumed(tiny, tmp_path):
     train(tiny(recipe="ce"), tmp_path)
-    with pytest.raises(ConfigError, match=r"resume: lr was 0.02 when the run began and is 0.1 now"):
-        train(tiny(recipe="ce", lr=0.1), tmp_path, resume=True)
-    done = train(tiny(recipe="ce", threads=2), tmp_path, resume=True)
+    with pytest.raises(ConfigError, match=r"momentum was 0.9 when the run began and is 0.8 now"):
+        train(tiny(recipe="ce", momentum=0.8), tmp_path, resume=True)
+    done = train(tiny(recipe="ce", threads=2, lr=0.01), tmp_path, resume=True)
     assert len(done.history) == 2
 
 

@@ -248,8 +248,9 @@ class LibraryWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    # What makes the package platform-dependent; BuildLibraries knows the real sources.
-    ext_modules=[Extension("sanm_kernels.lib", [])] if why_not_compiled() is None else [],
-    cmdclass={"build": Build, "build_ext": BuildLibraries, "bdist_wheel": LibraryWheel},
-)
+if __name__ == "__main__":  # tests/cpu_sanitized takes the flags from here
+    setup(
+        # What makes the package platform-dependent; BuildLibraries knows the real sources.
+        ext_modules=[Extension("sanm_kernels.lib", [])] if why_not_compiled() is None else [],
+        cmdclass={"build": Build, "build_ext": BuildLibraries, "bdist_wheel": LibraryWheel},
+    )

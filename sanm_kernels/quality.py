@@ -136,7 +136,8 @@ def fit_label_quality(
     Returns:
         :class:`LabelQuality`. Degenerate, with a clean probability of 1, are fewer than two
         samples (N = 0 included), losses that are all equal, and fits in which one component holds
-        less than half a sample or its standard deviation is below a millionth of the data's range.
+        less than half a sample, or its standard deviation or the distance between the means is
+        below a millionth of the data's range.
         Over a process group `clean_prob` is that of the rank's own samples, and all else has the
         same bits on every rank.
 

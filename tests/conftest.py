@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import cuda_host
 import pytest
@@ -13,6 +14,10 @@ if not torch.cuda.is_available():  # then Triton's kernels are tested in its int
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if cuda_host.why_not() is None:  # and the CUDA kernels compiled for the host
         os.environ.setdefault("SANM_KERNELS_CUDA_EMULATION", str(cuda_host.path()))
+if os.environ.get("SANM_TEST_CPU_LIBRARIES"):  # those of cpu_sanitized
+    from sanm_kernels.backends import cpu  # which looks at the variables above
+
+    cpu.LIBRARIES = Path(os.environ["SANM_TEST_CPU_LIBRARIES"])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

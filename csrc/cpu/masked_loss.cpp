@@ -245,11 +245,12 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
                                  weighted(weight.confidence, g)) / std::max<int64_t>(1, n));
     const A* grow = grad_rows ? in<A>(*grad_rows) : nullptr;
 
-    // The prior's part of h. A class without any probability gets none: its p cannot move.
+    // The prior's part of h. A class of no probability, or of so little that 1/p̄ overflows, gets
+    // none: its p cannot move.
     std::vector<A> slope(padded(K));
     const A *pi = prior ? in<A>(*prior) : nullptr, *pm = in<A>(p_mean);
     for (int64_t k = 0; k < K && gp != 0; ++k)
-      if (pm[k] != 0)
+      if (!(pm[k] < std::numeric_limits<A>::min()))
         slope[k] = static_cast<A>(-gp * (pi ? pi[k] : 1.0 / K) / (static_cast<double>(pm[k]) * n));
 
     const T* z = in<T>(logits);

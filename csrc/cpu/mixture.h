@@ -13,8 +13,8 @@ namespace sanm {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kMassOffset = 10 * std::numeric_limits<double>::epsilon();  // scikit-learn's
-constexpr double kMinMass = 0.5;        // less in a component, or a standard deviation below this
-constexpr double kMinDeviation = 1e-6;  // share of the range, make a fit degenerate
+constexpr double kMinMass = 0.5;        // less in a component, or a standard deviation or the means'
+constexpr double kMinDeviation = 1e-6;  // distance below this share of the range: a degenerate fit
 
 using Two = std::array<double, 2>;  // per component
 
@@ -26,7 +26,8 @@ struct Mixture {
   }
   // Two components of n samples that span [0, 1] can be told apart.
   bool sound(int64_t n) const {
-    return proper() && mean[0] != mean[1] && std::min(weight[0], weight[1]) * n >= kMinMass &&
+    return proper() && std::abs(mean[0] - mean[1]) > kMinDeviation &&
+           std::min(weight[0], weight[1]) * n >= kMinMass &&
            std::min(variance[0], variance[1]) > kMinDeviation * kMinDeviation;
   }
 };

@@ -294,8 +294,8 @@ struct Results {
   bool *converged, *degenerate;         // ()
 };
 
-// Sound: half a sample in each component, deviations above 1e-6 of the range, different means. Else
-// the mixture is one Gaussian and every label is clean. No comparison holds for NaN.
+// Sound: half a sample in each component, deviations and the means' distance above 1e-6 of the
+// range. Else the mixture is one Gaussian and every label is clean. No comparison holds for NaN.
 template <typename O>
 __global__ void __launch_bounds__(kThreads) posterior_kernel(
     const double* x, Split split,                // (≥ n,)
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kThreads) posterior_kernel(
   Mixture p = advance(*from, moments, split, tol, reg, shared_memory<double>());
   if (p.mean[1] < p.mean[0]) p.swap();
   const double deviation = (summary->high - summary->low) * kMinDeviation;
-  bool sound = p.mean[0] != p.mean[1];
+  bool sound = p.mean[1] - p.mean[0] > deviation;
 #pragma unroll
   for (int k = 0; k < 2; ++k)
     sound = sound && p.weight[k] * static_cast<double>(n) >= kMinMass &&

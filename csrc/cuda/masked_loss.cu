@@ -310,11 +310,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
   const A entropy_slope =
       static_cast<A>(upstream.at(upstream.confidence, confidence_weight) / static_cast<double>(n));
   const A prior_slope = static_cast<A>(-upstream.at(upstream.prior, prior_weight));
-  // A class of which no row has any probability gets no gradient: its p cannot move.
+  // A class of no probability, or of so little that 1/p̄ overflows, gets no gradient: its p cannot
+  // move.
+  constexpr A kLeast = sizeof(A) == 8 ? A(2.2250738585072014e-308) : A(1.17549435e-38);
   const auto slope = [&](int k) {
     if (prior_slope == 0) return A{0};
     const A mean_k = p_mean[k];
-    return mean_k == 0 ? A{0} : prior_slope * prior(k, K) / (mean_k * static_cast<A>(n));
+    return mean_k < kLeast ? A{0} : prior_slope * prior(k, K) / (mean_k * static_cast<A>(n));
   };
   A* const slopes = shared_memory<A>(kScratch);
   if (hold)

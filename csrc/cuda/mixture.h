@@ -15,8 +15,8 @@ constexpr int kOneBlock = 1024;        // threads where a block is alone
 constexpr int kLloydIterations = 300;  // these two are scikit-learn's
 constexpr double kLloydTolerance = 1e-4;
 constexpr double kMassOffset = 10 * 2.220446049250313e-16;
-constexpr double kMinMass = 0.5;        // less in a component, or a standard deviation below this
-constexpr double kMinDeviation = 1e-6;  // share of the range, make a fit degenerate
+constexpr double kMinMass = 0.5;        // less in a component, or a standard deviation or the means'
+constexpr double kMinDeviation = 1e-6;  // distance below this share of the range: a degenerate fit
 constexpr double kLargest = 1.7976931348623157e308;
 
 // ---- Sums.

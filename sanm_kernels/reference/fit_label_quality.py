@@ -23,7 +23,7 @@ LLOYD_TOLERANCE = 1e-4
 MASS_OFFSET = 10 * torch.finfo(torch.float64).eps
 #: A fit is degenerate if a component holds fewer samples than this …
 MIN_MASS = 0.5
-#: … or has a standard deviation below this share of the data's range.
+#: … or has a standard deviation below this share of the data's range, or the means are that close.
 MIN_DEVIATION = 1e-6
 
 
@@ -245,7 +245,7 @@ def quality(
     sound = (
         (p.weights.min() * ranks.n >= MIN_MASS)
         & (p.variances.min() > (MIN_DEVIATION * (high - low)).square())
-        & (p.means[0] < p.means[1])
+        & (p.means[1] - p.means[0] > MIN_DEVIATION * (high - low))
         & p.variances.isfinite().all()
     )
     one = Mixture(

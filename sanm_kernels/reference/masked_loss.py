@@ -181,8 +181,9 @@ def backward(
     c, labeled_rows = c[:, None], labeled_rows[:, None]
 
     pi = torch.full_like(p_mean, 1 / K) if prior is None else prior
-    # A class of which no row has any probability (p̄ = 0) gets no gradient: its p cannot move.
-    slope = torch.where(p_mean == 0, 0, -pi / (p_mean * max(n, 1)))
+    # A class of no probability (p̄ = 0, or so little that 1/p̄ overflows) gets no gradient: its p
+    # cannot move.
+    slope = torch.where(p_mean < torch.finfo(dtype).tiny, 0, -pi / (p_mean * max(n, 1)))
     h = upstream(grad_prior, prior_weight) * slope
     h = h + torch.where(p == 0, 0, upstream(grad_confidence, confidence_weight) / max(n, 1) * log_p)
     h = h + torch.where(labeled_rows, 0, c * (2 / K) * (p - t))

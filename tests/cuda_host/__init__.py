@@ -84,12 +84,13 @@ def ninja_file(sanitize: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ninja(name: str, text: str, target: Path) -> Path:
-    BUILD.mkdir(parents=True, exist_ok=True)
-    recipe = BUILD / f"{name}.ninja"
+def ninja(name: str, text: str, target: Path, folder: Path = BUILD) -> Path:
+    """`target`, built as the ninja file `text` says, which runs in `folder` as NAME.ninja."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = folder / f"{name}.ninja"
     recipe.write_text(text)
     try:
-        subprocess.run([str(NINJA), "--quiet", "-C", BUILD, "-j2", "-f", recipe.name], check=True)
+        subprocess.run([str(NINJA), "--quiet", "-C", folder, "-j2", "-f", recipe.name], check=True)
     except subprocess.CalledProcessError:
         target.unlink(missing_ok=True)  # that of an earlier build
         raise

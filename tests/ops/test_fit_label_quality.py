@@ -16,6 +16,7 @@ BACKENDS = ("reference", "cpu")
 KINDS = ("bimodal", "overlapping", "heavy", "skewed", "ties", "six values")
 FEW, MANY = 1237, 50_000  # below and above the size from which the CPU kernel uses its histogram
 TIGHT, FAST = 1e-9, 2e-5
+MERGING = {"reg_covar": 0.5, "max_iter": 30, "tol": 0.0}  # EM that brings the means together
 TENSORS = ("clean_prob", "means", "variances", "weights")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -213,6 +214,8 @@ def two_points(n: int, dtype: torch.dtype) -> torch.Tensor:
         (lambda t: torch.full((7,), 2.5, dtype=t), {"history": 2}),
         (lambda t: two_points(9, t), {"reg_covar": 0.0}),  # variances of zero
         (lambda t: two_points(20_000, t), {"reg_covar": 0.0}),
+        (lambda t: data("overlapping", FEW).to(t), MERGING),
+        (lambda t: data("overlapping", 20_000).to(t), MERGING),
     ),
     ids=str,
 )

@@ -18,6 +18,7 @@ needs_triton = pytest.mark.skipif(TRITON_DEVICE is None, reason="triton is not i
 KINDS = ("two modes", "skewed", "noise", "ties")
 EXACT = ("n_iter", "converged", "degenerate")
 DWINDLING = {"reg_covar": 0.1, "max_iter": 30, "tol": 0.0}  # EM that starves a component
+MERGING = {"reg_covar": 0.5, "max_iter": 30, "tol": 0.0}  # … and that brings the means together
 
 
 def data(kind: str, n: int) -> Tensor:
@@ -180,6 +181,7 @@ def test_few_values_on_a_grid(backend, n):
         ((torch.arange(9) % 3 == 0).float(), {"reg_covar": 0.9e-12}),  # deviations too small
         (torch.tensor([0.0, 0, 1, 1, 9]), DWINDLING),  # less than half a sample in the upper …
         (torch.tensor([9.0, 9, 8, 8, 0]), DWINDLING),  # … or the lower component
+        (data("noise", 1237), MERGING),
     ),
     ids=lambda v: str(v) if isinstance(v, dict) else f"{len(v)}",
 )

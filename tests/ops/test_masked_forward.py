@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,11 @@ def test_pixel_noise_is_normal():
     )
     v = torch.logspace(-10, 0, 50, dtype=torch.float64)
     torch.testing.assert_close(draws._log(v), v.log(), atol=1e-12, rtol=1e-12)
+
+
+def test_roots_are_rounded_once():
+    x = torch.rand(20_000, dtype=torch.float64) * 50
+    assert draws._sqrt(x).tolist() == [math.sqrt(v) for v in x.tolist()]
 
 
 def test_fma_rounds_once():

@@ -362,6 +362,14 @@ def test_classes_masked_by_minus_infinity(backend, K):
 
 
 @backends
+def test_a_class_of_next_to_no_probability_has_a_finite_gradient(backend):
+    z = torch.tensor([[0.0, -92.0, -1.0]], requires_grad=True)  # e⁻⁹²: its inverse overflows
+    for weight in (0.0, 1.0):
+        total = sk.masked_loss(z, torch.tensor([0]), prior_weight=weight, backend=backend).total
+        assert torch.autograd.grad(total, z)[0].isfinite().all()
+
+
+@backends
 def test_nan_logits_give_nan_in_their_row_only(backend):
     logits, targets = example(6, 20)
     logits[2, 7] = torch.nan

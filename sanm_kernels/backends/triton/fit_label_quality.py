@@ -343,7 +343,8 @@ def posterior_kernel(
     samples = n.to(tl.float64)
     # no comparison holds for NaN
     sound = (w0 * samples >= _MIN_MASS) & (w1 * samples >= _MIN_MASS)
-    sound = sound & (v0 > limit) & (v1 > limit) & (v0 <= _LARGEST) & (v1 <= _LARGEST) & (a != b)
+    sound = sound & (v0 > limit) & (v1 > limit) & (v0 <= _LARGEST) & (v1 <= _LARGEST)
+    sound = sound & (m1 - m0 > deviation)
 
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + i, mask=i < n, other=0.0)

@@ -277,9 +277,11 @@ def masked_loss_backward_kernel(
                     permutation is not None, SOFT, ACC,
                 )  # fmt: skip
                 mean = tl.load(p_mean + k, mask=k < K, other=1.0)
-                # a class of which no row has any probability gets no gradient: its p can't move
-                slope = -_prior(prior, k, K, ACC) / (tl.where(mean == 0, 1.0, mean) * rows)
-                h = prior_slope * tl.where(mean == 0, 0.0, slope)
+                # a class of no probability, or of so little that 1/p̄ overflows, gets no gradient:
+                # its p can't move
+                least = 2.2250738585072014e-308 if mean.dtype == tl.float64 else 1.17549435e-38
+                slope = -_prior(prior, k, K, ACC) / (tl.where(mean < least, 1.0, mean) * rows)
+                h = prior_slope * tl.where(mean < least, 0.0, slope)
                 h += tl.where(p == 0, 0.0, entropy_slope * log_p)
                 h += tl.where(is_labeled[:, None], 0.0, square * (p - t))
                 if sweep == 0:

@@ -26,10 +26,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not emulated or session.config.option.collectonly:
         return
     if any("cuda" in item.nodeid or "test_gpu_" in item.nodeid for item in session.items):
+        from sanm_kernels import backends
+
         try:
             cuda_host.library()
         except subprocess.CalledProcessError:  # the compiler has said why
-            print("the emulated CUDA kernels do not compile: their tests are going to fail")
+            pytest.exit("the emulated CUDA kernels do not compile", returncode=1)
+        reason = backends.load("cuda")  # remembered from before, if a test module asked already
+        if reason is not None:
+            pytest.exit(f"the emulated CUDA kernels do not load: {reason}", returncode=1)
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,11 @@ from differential import run
 from random_calls import SMALL, identical, random_call
 
 import sanm_kernels as sk
+from sanm_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_library = pytest.mark.skipif(
-    sk.available_backends()["cpu"] is not None, reason=str(sk.available_backends()["cpu"])
+    backends.load("cpu") is not None, reason=str(backends.load("cpu"))
 )
 #: Large enough to be shared between two of torch's threads.
 WORK = """

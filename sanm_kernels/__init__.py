@@ -1,6 +1,6 @@
 """Kernels for self-supervised adversarial noisy masking (SANM): learning from noisy labels."""
 
-from sanm_kernels.backends import available_backends, use_backend
+from sanm_kernels.backends import available_backends, set_cpu_cache_limit, use_backend
 from sanm_kernels.config import MaskConfig
 from sanm_kernels.functional import (
     ActivationStats,
@@ -35,5 +35,6 @@ __all__ = [
     "reconstruction_loss",
     "refine_targets",
     "sample_loss",
+    "set_cpu_cache_limit",
     "use_backend",
 ]

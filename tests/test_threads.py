@@ -15,18 +15,17 @@ import torch
 from differential import run
 from random_calls import SMALL, identical, random_call
 
-import sanm_kernels as sk
 from sanm_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_library = pytest.mark.skipif(
     backends.load("cpu") is not None, reason=str(backends.load("cpu"))
 )
-#: Large enough to be shared between two of torch's threads.
+#: Large enough to be shared between two of torch's threads, and for memory that is kept.
 WORK = """
 import torch, sanm_kernels as sk
 torch.manual_seed(0)
-features, images = torch.randn(8, 256, 7, 7), torch.rand(8, 3, 64, 64)
+features, images = torch.randn(8, 256, 7, 7), torch.rand(8, 3, 80, 80)
 logits, labels, clean = torch.randn(2000, 100), torch.randint(0, 100, (2000,)), torch.rand(8)
 def work():
     masked = sk.masked_forward(

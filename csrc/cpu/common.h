@@ -1,4 +1,4 @@
-// What every CPU kernel file needs besides stable.h: value checks, and how far to split a loop.
+// What every CPU kernel file needs: results, value checks, and how far to split a loop.
 //
 // Each kernel file is compiled once per instruction set (see setup.py) into a library of its own,
 // so nothing compiled for one instruction set can be linked into another. The flags forbid the
@@ -9,13 +9,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "stable.h"
+#include "cpu/memory.h"
 
 namespace sanm {
-
-inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType type) {
-  return torch::stable::empty({size.begin(), size.size()}, type);
-}
 
 // Work items per thread below which a loop stays on one thread: about 32k elements each.
 inline int64_t grain(int64_t elements_per_item) {

@@ -1,5 +1,5 @@
 // Gradients of masked_forward: of the targets, of the images, and of the one-pass classifier.
-#include "cpu/image.h"
+#include "cpu/common.h"
 #include "cpu/softmax.h"
 #include "math/modulation.h"
 #include "matrix.h"

@@ -3,7 +3,7 @@
 // targets, the masked views, and in the one-pass mode logits and loss.
 #include "cpu/activation.h"
 #include "cpu/energy.h"
-#include "cpu/image.h"
+#include "cpu/common.h"
 #include "cpu/painter.h"
 #include "cpu/softmax.h"
 #include "cpu/values.h"

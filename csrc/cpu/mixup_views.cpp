@@ -8,7 +8,6 @@
 // on in pieces that fit the first cache; large results are stored past the caches.
 #include "cpu/common.h"
 #include "cpu/convert.h"
-#include "cpu/image.h"
 #include "cpu/stream.h"
 
 namespace sanm {

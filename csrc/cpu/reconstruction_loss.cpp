@@ -6,7 +6,6 @@
 // double, and the samples' sums are added in order: the number of threads does not matter.
 #include "cpu/common.h"
 #include "cpu/convert.h"
-#include "cpu/image.h"
 
 namespace sanm {
 namespace {

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sanm_kernels.ops.base import BACKENDS, operators, value_checks
+from sanm_kernels.ops.base import BACKENDS, functions, operators, value_checks
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -115,8 +115,9 @@ def select(op: str, device: torch.device, backend: str | None) -> Any:
 def call(op: str, device: torch.device, backend: str | None, *arguments: Any) -> Any:
     """Run operator `op` on the overload that :func:`select` gives.
 
-    Where nothing is to be differentiated the autograd layer, which is Python and takes longer than
-    a small kernel, is passed over, just as it would itself do after a longer look.
+    torch.library's autograd layer, which is Python and takes longer than a small kernel, is passed
+    over: where nothing is to be differentiated, as it would itself do after a longer look, and
+    otherwise for a function of the same formulas, but for traced calls and those in a transform.
     """
     overload = select(op, device, backend)
     if torch.compiler.is_compiling():
@@ -124,7 +125,10 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
     if overload._overloadname in SILENT and op in value_checks:
         value_checks[op](*arguments)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        return overload(*arguments)
+        function = functions.get((op, overload._overloadname))
+        if function is None or torch._C._are_functorch_transforms_active():
+            return overload(*arguments)
+        return function.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*arguments)
 
@@ -160,6 +164,30 @@ def available_backends() -> dict[str, str | None]:
         Every backend's name, with None if it can be used or else the reason why it can't.
     """
     return {name: load(name) for name in BACKENDS}
+
+
+def set_cpu_cache_limit(mebibytes: int) -> None:
+    """Limit the memory that the CPU kernels keep for results to come; free what exceeds it.
+
+    Fresh memory costs a page fault per 4 KiB when it is first written to, which can take longer
+    than the kernel. So the memory of results of 1 MiB and more is kept when their last tensor is
+    gone, and given to the next result that it fits: 512 MiB at most, or as many MiB as the
+    environment variable ``SANM_KERNELS_CPU_CACHE`` says when the kernels are loaded. Tensors on
+    such memory cannot be enlarged by ``resize_``. Nothing is kept with torch 2.10, and other
+    backends do not use it.
+
+    Args:
+        mebibytes: the limit in MiB, ≥ 0; 0 keeps nothing.
+
+    Raises:
+        TypeError, ValueError: `mebibytes` is no integer, or out of range.
+    """
+    if isinstance(mebibytes, bool) or not isinstance(mebibytes, int):
+        raise TypeError(f"mebibytes: expected an int, got {type(mebibytes).__name__}")
+    if not 0 <= mebibytes < 2**40:
+        raise ValueError(f"mebibytes: expected a number in [0, 2⁴⁰), got {mebibytes}")
+    if load("cpu") is None:
+        importlib.import_module("sanm_kernels.backends.cpu").set_cache_limit(mebibytes)
 
 
 def table() -> dict[str, dict[str, str]]:

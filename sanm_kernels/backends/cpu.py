@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -22,6 +24,9 @@ def load() -> str | None:
     Returns None, or why no library was loaded.
     """
     global loaded
+    kept = os.environ.get("SANM_KERNELS_CPU_CACHE", "")
+    if kept and not kept.isdecimal():
+        raise ValueError(f"SANM_KERNELS_CPU_CACHE: expected a number of MiB, got {kept!r}")
     found = sorted(p.stem.removeprefix("cpu_") for p in LIBRARIES.glob("cpu_*.so"))
     if not found:
         note = LIBRARIES / "not_compiled.txt"  # written by the build
@@ -36,5 +41,14 @@ def load() -> str | None:
                 cause = error.__cause__ or error
                 return f"cpu_{isa}.so does not load with torch {torch.__version__}: {cause}"
             loaded = isa
+            if kept:
+                set_cache_limit(int(kept))
             return None
     return f"built for {', '.join(found)}, but this processor offers only {capability}"
+
+
+def set_cache_limit(mebibytes: int) -> int:
+    """What :func:`sanm_kernels.set_cpu_cache_limit` does; returns the bytes that are kept now."""
+    limit = ctypes.CDLL(str(LIBRARIES / f"cpu_{loaded}.so")).sanm_cpu_cache_limit
+    limit.argtypes, limit.restype = [ctypes.c_uint64], ctypes.c_uint64
+    return int(limit(mebibytes << 20))

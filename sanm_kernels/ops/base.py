@@ -22,6 +22,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 library = torch.library.Library(NAMESPACE, "DEF")
 operators: dict[str, str] = {}  # name → schema, in order of definition
 value_checks: dict[str, Callable[..., None]] = {}  # name → what `define` was given as `check`
+#: (name, backend) → the differentiable operator for calls that are not traced.
+functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 
 
 class Overloads:
@@ -63,15 +65,37 @@ def define(
         qualified = f"{NAMESPACE}::{overload}"
         library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(qualified, fake, lib=library)
-        if backward is not None:
+        if backward is not None and setup_context is not None:
             ops = Overloads(backend)
+            formula = functools.partial(backward, ops)
             torch.library.register_autograd(
-                qualified,
-                lambda ctx, *grads, _ops=ops: backward(_ops, ctx, *grads),
-                setup_context=setup_context,
-                lib=library,
+                qualified, formula, setup_context=setup_context, lib=library
             )
+            if "Tensor[]" not in schema:
+                functions[name, backend] = differentiable(ops, name, setup_context, formula)
     library.impl(f"{name}.reference", without_autocast(reference), "CompositeExplicitAutograd")
+
+
+def differentiable(
+    ops: Overloads, name: str, setup_context: Callable[..., None], formula: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """What torch.library makes of the two formulas, without its layers in Python.
+
+    They take as long as a small kernel. Tensors in lists are not differentiated.
+    """
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = getattr(ops, name)(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(formula)
+
+    Operator.__name__ = Operator.__qualname__ = name
+    return Operator
 
 
 def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,162 @@
+// The memory of large results, kept for later ones.
+//
+// For every large tensor the allocator maps fresh memory, and the operating system clears each page
+// of it when it is first written to: for two views of 64 images of 224×224 that takes several times
+// as long as computing them. A block of kPooledBytes or more is therefore kept when its tensor dies,
+// and given to the next result that it fits. What is kept is bounded; the oldest goes first.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+
+#include "stable.h"
+
+// torch ≥ 2.11 has it; with 2.10 the address is null, and nothing is kept.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+    int32_t layout, const uint8_t* metadata, int64_t metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
+
+namespace sanm {
+
+constexpr size_t kPooledBytes = 1 << 20;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr size_t kKeptBytes = 0;  // memory that is used again hides errors from them
+#else
+constexpr size_t kKeptBytes = size_t{512} << 20;
+#endif
+
+// Blocks without a tensor. Never waits for its lock: a child forked while another thread held it
+// would wait for ever. Whoever finds it taken uses the allocator.
+class Pool {
+ public:
+  // Of this library, for ever: tensors may die after static objects do.
+  static Pool& instance() {
+    static Pool* const pool = new Pool;
+    return *pool;
+  }
+
+  // A block of at least `bytes`, a multiple of kPage, and its size in `bytes`; null without memory.
+  void* take(size_t& bytes) {
+    if (std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+      auto best = free_.end();
+      for (auto block = free_.begin(); block != free_.end(); ++block)
+        if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4 &&
+            (best == free_.end() || block->bytes < best->bytes))
+          best = block;
+      if (best != free_.end()) {
+        void* const data = best->data;
+        bytes = best->bytes;
+        kept_ -= bytes;
+        free_.erase(best);
+        return data;
+      }
+    }
+    return std::aligned_alloc(kPage, bytes);
+  }
+
+  void give(void* data, size_t bytes) {
+    std::vector<Block> dropped;
+    if (std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+      free_.push_back({data, bytes});
+      kept_ += bytes;
+      dropped = excess();
+    } else {
+      dropped.push_back({data, bytes});
+    }
+    release(dropped);
+  }
+
+  // Keeps at most so many bytes from now on; returns how many it keeps.
+  size_t limit(size_t bytes) {
+    std::unique_lock lock(mutex_);
+    limit_ = bytes;
+    release(excess());
+    return kept_;
+  }
+
+  bool keeps(size_t bytes) const { return bytes >= kPooledBytes && bytes <= limit_; }
+
+  static constexpr size_t kPage = 4096;
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  // The oldest blocks beyond the limit, taken out of the pool.
+  std::vector<Block> excess() {
+    auto end = free_.begin();
+    for (; end != free_.end() && kept_ > limit_; ++end) kept_ -= end->bytes;
+    std::vector<Block> result(free_.begin(), end);
+    free_.erase(free_.begin(), end);
+    return result;
+  }
+
+  static void release(const std::vector<Block>& blocks) {
+    for (const Block& block : blocks) std::free(block.data);
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> free_;  // the oldest first
+  size_t kept_ = 0;
+  std::atomic<size_t> limit_{kKeptBytes};
+};
+
+inline size_t element_bytes(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: case ScalarType::Long: return 8;
+    case ScalarType::Float: case ScalarType::Int: return 4;
+    case ScalarType::Half: case ScalarType::BFloat16: return 2;
+    default: return 1;
+  }
+}
+
+// A dense tensor on memory of the pool; none if it is too small for that, or cannot be had.
+inline OptTensor pooled_tensor(const int64_t* size, int64_t dim, ScalarType type,
+                               bool channels_last) {
+  size_t bytes = element_bytes(type);
+  for (int64_t d = 0; d < dim; ++d) bytes *= static_cast<size_t>(size[d]);
+  bytes = (bytes + Pool::kPage - 1) / Pool::kPage * Pool::kPage;
+  Pool& pool = Pool::instance();
+  void* const data = torch_from_blob && pool.keeps(bytes) ? pool.take(bytes) : nullptr;
+  if (!data) return std::nullopt;
+  std::vector<int64_t> stride(dim, 1);
+  for (int64_t d = dim - 1; d > 0; --d) stride[d - 1] = stride[d] * size[d];
+  if (channels_last) stride = {stride[0], 1, size[3] * size[1], size[1]};
+  using torch::stable::detail::from, torch::stable::detail::to;
+  AtenTensorHandle handle;
+  const AOTITorchError error = torch_from_blob(
+      data, dim, size, stride.data(), 0, to<int32_t>(from(type)), aoti_torch_device_type_cpu(), -1,
+      &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* block, void* context) {
+        Pool::instance().give(block, reinterpret_cast<size_t>(context));
+      },
+      reinterpret_cast<void*>(bytes));
+  if (error) pool.give(data, bytes);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(handle);
+}
+
+// A dense tensor, not filled.
+inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType type) {
+  const int64_t dim = static_cast<int64_t>(size.size());
+  if (OptTensor pooled = pooled_tensor(size.begin(), dim, type, false)) return *pooled;
+  return torch::stable::empty({size.begin(), size.size()}, type);
+}
+
+// The same in a memory format that kernels read in place.
+inline Tensor new_image(const std::vector<int64_t>& size, ScalarType type, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  const int64_t dim = static_cast<int64_t>(size.size());
+  if (OptTensor pooled = pooled_tensor(size.data(), dim, type, channels_last)) return *pooled;
+  return torch::stable::empty(
+      size, type, std::nullopt, std::nullopt, std::nullopt,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+}  // namespace sanm

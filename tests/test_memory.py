@@ -1,0 +1,134 @@
+"""The memory of large results on the CPU: used again when nothing refers to it, and not before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import sanm_kernels as sk
+from sanm_kernels import backends
+from sanm_kernels.backends import cpu
+
+TORCH = tuple(int(x) for x in torch.__version__.split(".")[:2])
+needs_library = pytest.mark.skipif(
+    backends.load("cpu") is not None, reason=str(backends.load("cpu"))
+)
+keeps = pytest.mark.skipif(TORCH < (2, 11), reason="torch 2.10 cannot be told when a tensor dies")
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def empty() -> Iterator[None]:
+    """Each test begins and ends with nothing kept, and with the usual limit."""
+    sk.set_cpu_cache_limit(0)
+    sk.set_cpu_cache_limit(512)
+    yield
+    sk.set_cpu_cache_limit(0)
+    sk.set_cpu_cache_limit(512)
+
+
+def mixed(rows: int = 256, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """A result of `rows` × 4 KiB."""
+    x = torch.rand(rows, 4, 16, 16).contiguous(memory_format=layout)
+    return sk.mixup_views([x], 1.0, torch.arange(rows))
+
+
+@needs_library
+@keeps
+def test_memory_is_used_again() -> None:
+    first = mixed(300)
+    at, size = first.data_ptr(), 300 * 4096
+    assert cpu.set_cache_limit(512) == 0
+    del first
+    assert cpu.set_cache_limit(512) == size
+    small, large = mixed(255), mixed(400)  # not so large that they are kept; larger than what is
+    assert cpu.set_cache_limit(512) == size
+    second = mixed(256)
+    assert second.data_ptr() == at and cpu.set_cache_limit(512) == 0
+    third = mixed(256)
+    assert len({x.data_ptr() for x in (small, large, second, third)}) == 4
+
+
+@needs_library
+@keeps
+@pytest.mark.parametrize("hold", [
+    lambda x: x[7, 2:], lambda x: x.numpy(), lambda x: torch.from_dlpack(x),
+    lambda x: x.untyped_storage(), lambda x: x.detach(),
+    lambda x: (x * torch.ones((), requires_grad=True)).grad_fn,
+], ids=["slice", "numpy", "dlpack", "storage", "detach", "saved"])  # fmt: skip
+def test_not_while_anything_refers_to_it(hold) -> None:
+    result = mixed()
+    at, expected = result.data_ptr(), result.clone()
+    held = hold(result)
+    del result
+    other = mixed()
+    assert other.data_ptr() != at and not torch.equal(other, expected)
+    if isinstance(held, Tensor) and held.shape == expected.shape:
+        assert torch.equal(held, expected)
+    del held
+    assert mixed().data_ptr() == at
+
+
+@needs_library
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_tensors_are_like_any_other(layout) -> None:
+    x = torch.rand(256, 4, 16, 16).contiguous(memory_format=layout)
+    for _ in range(2):  # on new memory, and on such as was used
+        result = sk.mixup_views([x], 1.0, torch.arange(256))
+        assert torch.equal(result, x) and result.stride() == x.stride()
+        assert result.device == torch.device("cpu") and result.dtype == x.dtype
+        assert result.data_ptr() % 64 == 0 and not result.requires_grad
+        result.add_(1).requires_grad_()
+        result.sum().backward()
+        assert torch.equal(result.grad, torch.ones_like(x))
+
+
+@needs_library
+@keeps
+def test_no_more_is_kept_than_the_limit() -> None:
+    sk.set_cpu_cache_limit(5)
+    results = [mixed(256 * size) for size in (2, 1, 3)]
+    while results:
+        del results[0]  # the oldest goes when the third comes
+    assert cpu.set_cache_limit(5) == 4 * MIB
+    large = mixed(256 * 6)  # more than is ever kept
+    del large
+    assert cpu.set_cache_limit(5) == 4 * MIB
+    sk.set_cpu_cache_limit(0)
+    assert cpu.set_cache_limit(0) == 0
+    result = mixed()
+    del result
+    assert cpu.set_cache_limit(0) == 0
+
+
+@needs_library
+@pytest.mark.parametrize("value, kept", [("", MIB), ("0", 0), ("7", MIB)])
+def test_environment(value: str, kept: int) -> None:
+    code = (
+        "import torch, sanm_kernels as sk; from sanm_kernels.backends import cpu\n"
+        "sk.mixup_views([torch.rand(256, 1024)], 0.5, torch.arange(256))\n"
+        "print(cpu.set_cache_limit(512))"
+    )
+    environment = os.environ | {"SANM_KERNELS_CPU_CACHE": value}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == (kept if TORCH >= (2, 11) else 0)
+
+
+def test_wrong_limits() -> None:
+    for wrong, error in [("1", TypeError), (True, TypeError), (1.5, TypeError), (-1, ValueError)]:
+        with pytest.raises(error, match="mebibytes: expected"):
+            sk.set_cpu_cache_limit(wrong)
+    environment = os.environ | {"SANM_KERNELS_CPU_CACHE": "1.5"}
+    code = "import sanm_kernels; sanm_kernels.available_backends()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "SANM_KERNELS_CPU_CACHE: expected a number of MiB, got '1.5'" in done.stderr

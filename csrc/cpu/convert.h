@@ -12,6 +12,22 @@ constexpr int kWidened = 8;
 constexpr int kWidened = 4;
 #endif
 
+// So many buffers of a padded row each, from the start of a cache line on.
+template <typename A>
+class Rows {
+ public:
+  Rows(int64_t count, int64_t width)
+      : step_((width + 15) / 16 * 16), memory_(count * step_ + 64 / sizeof(A)),
+        first_(memory_.data() +
+               (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / sizeof(A)) {}
+  A* operator[](int64_t row) const { return first_ + row * step_; }
+
+ private:
+  const int64_t step_;
+  std::vector<A> memory_;
+  A* const first_;
+};
+
 // x (n), `stride` elements apart → out (n)
 template <typename T, typename A>
 inline void widen(const T* __restrict x, int64_t stride, int64_t n, A* __restrict out) {
@@ -33,9 +49,14 @@ template <typename T, typename A, typename Size>
 inline void widen_padded(const T* __restrict x, int64_t stride, int64_t K, A pad, Size width,
                          A* __restrict out) {
 #if defined(__AVX2__)
-  // Short rows by masked loads: element-wise stores would stall the vector loads that follow.
+  // Short rows by masked loads, and stored in one vector as it is loaded later: a load that spans
+  // several stores waits until they are in the cache.
   if constexpr (std::is_same_v<T, float> && std::is_same_v<A, float>) {
     if (width == 16 && stride == 1) {
+#if defined(__AVX512F__)
+      const __mmask16 mask = static_cast<__mmask16>((1u << K) - 1);
+      _mm512_storeu_ps(out, _mm512_mask_loadu_ps(_mm512_set1_ps(pad), mask, x));
+#else
       const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
       for (int k = 0; k < 16; k += 8) {
         const __m256i mask =
@@ -44,6 +65,7 @@ inline void widen_padded(const T* __restrict x, int64_t stride, int64_t K, A pad
         _mm256_storeu_ps(out + k, _mm256_blendv_ps(_mm256_set1_ps(pad), row,
                                                    _mm256_castsi256_ps(mask)));
       }
+#endif
       return;
     }
   }

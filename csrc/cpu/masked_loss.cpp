@@ -37,13 +37,11 @@ struct Scalars {
 // The buffers of one row.
 template <typename A>
 struct Scratch {
-  explicit Scratch(int64_t K)
-      : memory(4 * padded(K) + 16), x(align(memory.data())), p(x + padded(K)), t(p + padded(K)),
-        spare(t + padded(K)) {}
-  static A* align(A* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64 / sizeof(A); }
+  explicit Scratch(int64_t K) : rows(4, padded(K)) {}
 
-  std::vector<A> memory;
-  A *x, *p, *t, *spare;  // logits, probabilities, target, a second target
+  Rows<A> rows;
+  A *const x = rows[0], *const p = rows[1];      // logits, probabilities
+  A *const t = rows[2], *const spare = rows[3];  // target, a second target
 };
 
 // What a block of rows adds to the scalars.
@@ -53,8 +51,8 @@ struct Sums {
 
 double weighted(double weight, double term) { return weight == 0 ? 0 : weight * term; }
 
-// Blocks per task of parallel_for; a row costs as much as some 32 elements besides its own.
-int64_t block_grain(int64_t K) { return std::max<int64_t>(1, 16384 / (kBlockRows * (K + 32))); }
+// Blocks per task of parallel_for
+int64_t block_grain(int64_t K) { return std::max<int64_t>(1, row_grain(K) / kBlockRows); }
 
 // x (Kp) → p (Kp) its softmax, added to `column` (Kp); returns max, log-sum and Σ p log p.
 template <typename A, typename Size>

@@ -55,9 +55,9 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
         labels && labels->scalar_type() == ScalarType::Long ? in<int64_t>(*labels) : nullptr;
     A* refined = out<A>(result);
     with_width(K, [&](auto width) {
-      torch::stable::parallel_for(0, B, grain(K * V), [&](int64_t begin, int64_t end) {
-        std::vector<A> memory(3 * width);
-        A *buffer = memory.data(), *one = buffer + width, *p = one + width;
+      torch::stable::parallel_for(0, B, row_grain(K) / V + 1, [&](int64_t begin, int64_t end) {
+        const Rows<A> rows(3, width);
+        A *const buffer = rows[0], *const one = rows[1], *const p = rows[2];
         for (int64_t i = begin; i < end; ++i) {
           std::fill(p, p + width, A(0));
           for (int64_t v = 0; v < V; ++v) {

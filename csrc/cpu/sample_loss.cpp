@@ -21,10 +21,10 @@ std::tuple<Tensor, Tensor> sample_loss(const Tensor& logits_, const Tensor& labe
     const T* z = in<T>(logits);
     A *l = out<A>(loss), *norm = out<A>(normalizer);
     with_width(K, [&](auto width) {
-      torch::stable::parallel_for(0, B, grain(K), [&](int64_t begin, int64_t end) {
-        std::vector<A> buffer(width);
+      torch::stable::parallel_for(0, B, row_grain(K), [&](int64_t begin, int64_t end) {
+        const Rows<A> buffer(1, width);
         for (int64_t i = begin; i < end; ++i) {
-          const A* x = padded_row(z + i * K, K, kLowest<A>, width, buffer.data());
+          const A* x = padded_row(z + i * K, K, kLowest<A>, width, buffer[0]);
           const A top = row_max(x, width), log_sum = std::log(exp_sum(x, width, top));
           norm[2 * i] = top, norm[2 * i + 1] = log_sum;
           l[i] = log_sum - (x[y[i]] - top);
@@ -51,12 +51,12 @@ Tensor sample_loss_backward(const Tensor& grad_, const Tensor& logits_, const Te
     const A *g = in<A>(grad), *norm = in<A>(normalizer);
     T* d = out<T>(result);
     with_width(K, [&](auto width) {
-      torch::stable::parallel_for(0, B, grain(K), [&](int64_t begin, int64_t end) {
-        std::vector<A> buffer(width), p(width);
+      torch::stable::parallel_for(0, B, row_grain(K), [&](int64_t begin, int64_t end) {
+        const Rows<A> buffers(2, width);
         for (int64_t i = begin; i < end; ++i) {
-          const A* x = padded_row(z + i * K, K, kLowest<A>, width, buffer.data());
+          const A* x = padded_row(z + i * K, K, kLowest<A>, width, buffers[0]);
           const A top = norm[2 * i], log_sum = norm[2 * i + 1], scale = g[i];
-          A* __restrict v = p.data();
+          A* __restrict v = buffers[1];
 #pragma omp simd
           for (int64_t k = 0; k < width; ++k)
             v[k] = scale * exp_nonpositive((x[k] - top) - log_sum);

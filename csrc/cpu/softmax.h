@@ -12,15 +12,31 @@ namespace sanm {
 template <typename A>
 constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
-// The length of a padded row: whole vectors of 8, without a tail.
-inline int64_t padded(int64_t K) { return std::max<int64_t>(16, (K + 7) / 8 * 8); }
+// The length of a padded row: whole vectors; of 8 where rows are long, so that most need no copy.
+inline int64_t padded(int64_t K) {
+  const int64_t lanes = K > 256 ? 8 : kLanes;
+  return std::max<int64_t>(16, (K + lanes - 1) / lanes * lanes);
+}
 
-// Calls body(width) with it: a constant for the shortest, so that a row is two vectors and no loop.
+// A multiple of kLanes, as a type that tells the compiler so: its loops then have no tail.
+struct Width {
+  int64_t value;
+  operator int64_t() const { return value & -kLanes; }
+};
+using ShortWidth = std::integral_constant<int64_t, 16>;
+
+// Calls body(padded(K)); a constant for the shortest, so that a row is two vectors and no loop.
 template <typename Body>
 inline void with_width(int64_t K, const Body& body) {
-  if (padded(K) == 16) body(std::integral_constant<int64_t, 16>{});
-  else body(padded(K));
+  const int64_t width = padded(K);
+  if (width == 16) body(ShortWidth{});
+  else if (width % kLanes == 0) body(Width{width});
+  else body(width);
 }
+
+// Rows per thread below which a loop stays on one thread; a row costs as much as some 32 elements
+// besides its own.
+inline int64_t row_grain(int64_t K) { return std::max<int64_t>(1, 16384 / (K + 32)); }
 
 // a·b + c in one rounding where the processor can, else in two.
 inline float multiply_add(float a, float b, float c) {
@@ -56,7 +72,7 @@ inline float exp_nonpositive(float x) {
 }
 inline double exp_nonpositive(double x) { return std::exp(x); }
 
-// Lengths are int64_t, or std::integral_constant where the compiler is to know them.
+// Lengths are int64_t, or types that tell the compiler more.
 template <typename A, typename Size>
 inline A row_max(const A* x, Size K) {
   A m = x[0];

@@ -66,13 +66,26 @@ class Targets {
     const A own_there = same ? own.top : t[other.at] + own.add,
             other_here = same ? other.top : spare[own.at] + other.add;
     const A lam = lam_, rest = other_, add = own.add, other_add = other.add;
+    const A own_new = lam * own.top + rest * other_here,
+            other_new = lam * own_there + rest * other.top;
+    if constexpr (std::is_same_v<Size, ShortWidth>) {  // short: stored once, in one vector
+      const int32_t at = static_cast<int32_t>(own.at), other_at = static_cast<int32_t>(other.at);
+#pragma omp simd
+      for (int32_t k = 0; k < width; ++k) {
+        const A mixed = lam * (t[k] + add) + rest * (spare[k] + other_add);
+        const A inside = k < K ? mixed : A(0);
+        const A here = k == at ? own_new : inside;
+        t[k] = k == other_at ? other_new : here;
+      }
+      return;
+    }
 #pragma omp simd
     for (int32_t k = 0; k < width; ++k) {
       const A mixed = lam * (t[k] + add) + rest * (spare[k] + other_add);
       t[k] = k < K ? mixed : A(0);
     }
-    t[own.at] = lam * own.top + rest * other_here;
-    t[other.at] = lam * own_there + rest * other.top;
+    t[own.at] = own_new;
+    t[other.at] = other_new;
   }
 
  private:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import limit
+from sanm_kernels import set_cpu_cache_limit
 
 #: op → shapes, the smallest first; the arguments of `case` in bench_<op>.py.
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -224,8 +225,10 @@ def peak(function: Callable[[], object], device: str = "cpu") -> int:
         function()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
+    set_cpu_cache_limit(0)  # torch does not see memory that is kept for the next result
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = function()
+    set_cpu_cache_limit(512)
     del result
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0

@@ -106,12 +106,15 @@ class Targets {
       const A pad = r_ ? kLowest<A> : A(0);
       if (direct_) widen_padded(direct_ + offset_[m], stride_, K_, pad, width, t);
       else convert(m, pad, width, t);
-      if (r_) top = row_argmax(t, width);
+      if (r_ && !unchanged(m, t)) top = row_argmax(t, width);
     }
-    if (!r_) return {top, t[top], A(0)};
+    if (!r_ || unchanged(m, t)) return {top, t[top], A(0)};
     const Modulation<A> change = modulation(t[top], K_, r_[m], clamp_);
     return {top, change.top, change.add};
   }
+
+  // Nothing is dropped from row m, as from most of a step, whichever its largest target is.
+  bool unchanged(int64_t m, const A* t) const { return r_[m] == 0 && (!clamp_ || t[0] >= 0); }
 
   // Out of the way of the usual case, a row that needs no conversion.
   template <typename Size>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -228,7 +229,7 @@ def peak(function: Callable[[], object], device: str = "cpu") -> int:
     set_cpu_cache_limit(0)  # torch does not see memory that is kept for the next result
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = function()
-    set_cpu_cache_limit(512)
+    set_cpu_cache_limit(int(os.environ.get("SANM_KERNELS_CPU_CACHE") or 512))
     del result
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0

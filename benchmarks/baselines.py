@@ -1,13 +1,15 @@
-"""What one writes without this package: in NumPy with OpenCV, torch, scikit-learn.
+"""What one writes without this package: in NumPy with OpenCV, torch, scikit-learn; and random
+erasing by kornia and timm, which does less.
 
 The torch functions work on whole batches; they are also what torch.compile gets.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -84,6 +86,30 @@ def masked_forward_torch(
 
     fills = draws[:, 2:].split(channels, 1)
     return modulate(targets, ratio), view(cam.argmax(1), fills[0]), view(cam.argmin(1), fills[1])
+
+
+def random_erasing_kornia(images: Tensor) -> Tensor:
+    """images (B, C, H, W) with a random box of each set to 0; new memory."""
+    return _kornia_eraser()(images)
+
+
+def random_erasing_timm(images: Tensor) -> Tensor:
+    """The same by timm, sample by sample; it works in place, so on a copy."""
+    return _timm_eraser(images.device.type)(images.clone())
+
+
+@functools.cache
+def _kornia_eraser() -> Callable[[Tensor], Tensor]:
+    from kornia.augmentation import RandomErasing
+
+    return RandomErasing(scale=(LOW, HIGH), ratio=(ASPECT_LOW, ASPECT_HIGH), value=0.0, p=1.0)
+
+
+@functools.cache
+def _timm_eraser(device: str) -> Callable[[Tensor], Tensor]:
+    from timm.data.random_erasing import RandomErasing
+
+    return RandomErasing(1.0, LOW, HIGH, ASPECT_LOW, ASPECT_HIGH, mode="const", device=device)
 
 
 def modulate(targets: Tensor, ratio: Tensor) -> Tensor:

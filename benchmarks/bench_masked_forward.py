@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,11 +41,20 @@ def case(B: int, C: int, h: int, H: int, K: int) -> Case:
         "ours, new outputs": lambda x: ours(x[0], None),
         "OpenCV": lambda x: baselines.masked_forward_opencv(*x[0]),
         **with_compiled(baselines.masked_forward_torch, lambda f, x: f(*x[0])),
+        "kornia": lambda x: erased(baselines.random_erasing_kornia, x[0]),
+        "timm": lambda x: erased(baselines.random_erasing_timm, x[0]),
     }
     image = B * 3 * H * H
     read, written = 4 * (B * C * h * h + image + B * K), 4 * (2 * image + B * K)
     shape = f"B={B} C={C} h={h} H={H} K={K}"
-    return Case("masked_forward", shape, make, run, read, written, agree)
+    less = frozenset({"kornia", "timm"})  # random places, and labels as they were
+    return Case("masked_forward", shape, make, run, read, written, agree, less)
+
+
+def erased(function: Callable[[Tensor], Tensor], inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    """The targets as they are, and two views of the images, each with a random box erased."""
+    _, targets, _, images, _ = inputs
+    return targets, function(images), function(images)
 
 
 def agree(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +52,8 @@ class Case:
         run: name → a function of one set of inputs, which is timed; `OURS` is the first.
         read, written: bytes that have to move however it is computed.
         agree: raises AssertionError where two results differ.
+        less: names of baselines that do less than ours, so that their results cannot agree: they
+            are run once, and only the shapes of what they return are compared.
         axis: which size varies in a series of cases, and its value.
     """
 
@@ -63,6 +64,7 @@ class Case:
     read: int
     written: int
     agree: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = close
+    less: frozenset[str] = frozenset()
     axis: tuple[str, int] | None = None
 
     def sets(self, cache: int = CACHE, device: str = "cpu") -> list[Any]:
@@ -73,13 +75,19 @@ class Case:
             return [self.make() for _ in range(min(max(2, count), MAX_SETS))]
 
     def checked(self, inputs: Any) -> tuple[dict[str, Implementation], dict[str, str]]:
-        """What may be timed, since it agrees with ours; and why the rest can't be run here."""
+        """What may be timed, since it agrees with ours (of those in `less`: has ours' shapes); and
+        why the rest can't be run here."""
         torch.compiler.reset()  # so that every case is compiled for its own shape
         expected = [x.clone() for x in self.run[OURS](inputs)]
         able, unable = {}, {}
         for name, function in self.run.items():
             try:
-                self.agree(expected, function(inputs))
+                result = function(inputs)
+                if name in self.less:
+                    shapes, wanted = ([tuple(x.shape) for x in r] for r in (result, expected))
+                    assert shapes == wanted, f"shapes {shapes}, not {wanted}"
+                else:
+                    self.agree(expected, result)
                 able[name] = function
             except ImportError as error:
                 unable[name] = str(error)
@@ -209,7 +217,7 @@ def measure(
     keys = ("op", "shape", "axis", "read", "written")
     return {key: getattr(case, key) for key in keys} | {
         "sets": len(sets), "rounds": len(times[OURS]), "limit": best, "not_run": unable,
-        "results": results,
+        "less": sorted(case.less), "results": results,
     }  # fmt: skip
 
 
@@ -226,10 +234,10 @@ def peak(function: Callable[[], object], device: str = "cpu") -> int:
         function()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    set_cpu_cache_limit(0)  # torch does not see memory that is kept for the next result
+    before = set_cpu_cache_limit(0)  # torch does not see memory that is kept for the next result
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = function()
-    set_cpu_cache_limit(int(os.environ.get("SANM_KERNELS_CPU_CACHE") or 512))
+    set_cpu_cache_limit(before)
     del result
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0

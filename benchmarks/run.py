@@ -26,7 +26,7 @@ from sanm_kernels.__main__ import info
 
 HERE = Path(__file__).resolve().parent
 OPS = (*SHAPES, "growth")
-PACKAGES = ("numpy", "opencv-python-headless", "scikit-learn")
+PACKAGES = ("numpy", "opencv-python-headless", "scikit-learn", "kornia", "timm")
 
 
 def slug(*words: str) -> str:
@@ -104,6 +104,7 @@ def table(record: dict[str, Any]) -> str:
             row += f"{r['allocated'] / 2**20:9.2f} MiB"
         if "host_seconds" in r:
             row += f"   host {text(r['host_seconds'][1])}"
+        row += "  (does less)" * (name in record["less"])
         lines.append(row + ("  (the limit)" if name == record["limit"] else ""))
     lines += [f"  {name:18} not run: {why}" for name, why in record["not_run"].items()]
     return "\n".join(lines)

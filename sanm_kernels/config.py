@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 POSITIONS = ("center", "corner")
@@ -60,17 +61,18 @@ class MaskConfig:
         _one_of("position", self.position, POSITIONS)
         _one_of("fill", self.fill, FILLS)
         _one_of("drop", self.drop, DROPS)
-        if isinstance(self.views, str):
+        if isinstance(self.views, str) or not isinstance(self.views, Iterable):
             raise TypeError(f"views: expected a tuple such as ('max', 'min'), got {self.views!r}")
-        object.__setattr__(self, "views", tuple(v for v in VIEWS if v in tuple(self.views)))
-        if not self.views:
-            raise ValueError("views: expected at least one of 'max' and 'min', got none")
+        given = tuple(self.views)
+        if not given or not all(view in VIEWS for view in given):
+            raise ValueError(
+                f"views: expected at least one of 'max' and 'min', and no other, got {given!r}"
+            )
+        object.__setattr__(self, "views", tuple(view for view in VIEWS if view in given))
         for name in ("shared_draws", "quantize"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        value = self.fill_value
-        if not isinstance(value, (int, float)):
-            object.__setattr__(self, "fill_value", tuple(float(v) for v in value))
+        object.__setattr__(self, "fill_value", _fill_value(self.fill_value))
         for name in (
             "area_scale",
             "ratio_low",
@@ -147,6 +149,18 @@ class MaskConfig:
         """
         fills = len(self.views) * channels if self.fill == "uniform" else 0
         return 2 * self.draw_sets + fills
+
+
+def _fill_value(value: object) -> float | tuple[float, ...]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    try:
+        numbers = () if isinstance(value, (str, bool)) else tuple(map(float, value))  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        numbers = ()
+    if not numbers:
+        raise TypeError(f"fill_value: expected a number, or one per channel, got {value!r}")
+    return numbers
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -191,7 +191,7 @@ def masked_forward(
         validate.same_device(images, "images", device, "features")
         validate.length(images, "images", batch, "the batch of features")
         _non_empty(images, "images")
-        if size is not None and tuple(size) != tuple(images.shape[2:]):
+        if size is not None and _size(size) != tuple(images.shape[2:]):
             raise ValueError(
                 f"size: expected the images' {tuple(images.shape[2:])} or None, got {size}"
             )
@@ -352,8 +352,8 @@ def _size(size: tuple[int, int]) -> tuple[int, int]:
     for side in (height, width):
         if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
             raise TypeError(f"size: expected two integers, got {size!r}")
-        if side < 1:
-            raise ValueError(f"size: expected two integers ≥ 1, got {size!r}")
+        if not 1 <= side < 2**31:
+            raise ValueError(f"size: expected two integers ≥ 1 and < 2³¹, got {size!r}")
     return height, width
 
 
@@ -367,6 +367,8 @@ def _targets(
     """Targets as (B, K) floats or (B,) int64, and K."""
     validate.is_tensor(targets, "targets")
     validate.same_device(targets, "targets", device, "features")
+    if num_classes is not None:
+        num_classes = validate.whole(num_classes, "num_classes", 2)
     if targets.dim() == 1:
         targets = validate.integer(targets, "targets")
         if num_classes is None and weight is not None:
@@ -376,7 +378,7 @@ def _targets(
                 "num_classes: expected the number of classes where targets are "
                 "class indices, got None"
             )
-        classes = int(num_classes)
+        classes = num_classes
     else:
         validate.floating(targets, "targets", 2, shape="(B, K), or (B,) class indices")
         classes = targets.shape[1]

@@ -209,6 +209,7 @@ def masked_loss(
     prior_weight = validate.number(prior_weight, "prior_weight")
     confidence_weight = validate.number(confidence_weight, "confidence_weight")
     clamp = validate.one_of(drop, "drop", DROPS) == "clamped"
+    ignore_index = validate.whole(ignore_index, "ignore_index")
     validate.one_of(reduction, "reduction", ("mean", "sum", "none"))
     if reduction == "none" and (prior_weight != 0 or confidence_weight != 0):
         raise ValueError(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import numpy
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -53,15 +51,6 @@ def _uniforms(seed: int) -> list[float]:
     return list(_draw(seed))
 
 
-def _integer(x: Any, name: str, low: int, high: int | None = None) -> int:
-    if isinstance(x, bool) or not isinstance(x, (int, numpy.integer, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
-    if x < low or (high is not None and x >= high):
-        expected = f"at least {low}" if high is None else f"in [{low}, {high})"
-        raise ValueError(f"{name}: expected an int {expected}, got {x}")
-    return operator.index(x)  # a plain int also where torch.compile traces a symbolic one
-
-
 def _arguments(
     losses: Tensor,
     history: Tensor | None,
@@ -73,8 +62,8 @@ def _arguments(
 ) -> tuple[Tensor, Tensor | None, list[float], int, float, float, bool]:
     """The operator's arguments; an error names the wrong one."""
     validate.floating(losses, "losses", 1, shape="(N,)")
-    seed = _integer(seed, "seed", 0, 2**32)
-    max_iter = _integer(max_iter, "max_iter", 1)
+    seed = validate.whole(seed, "seed", 0, 2**32)
+    max_iter = validate.whole(max_iter, "max_iter", 1)
     tol = float(validate.number(tol, "tol", 0))
     reg_covar = float(validate.number(reg_covar, "reg_covar", 0))
     if not isinstance(normalize, bool):

@@ -6,9 +6,11 @@ Values are checked where the data is read (`reference.checks` and its C++ twin).
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -39,6 +41,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 def is_tensor(x: Any, name: str) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense torch.Tensor, got one of layout {x.layout}")
     return x
 
 
@@ -90,6 +94,16 @@ def number(x: Any, name: str, low: float | None = None, high: float | None = Non
         bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
         raise ValueError(f"{name}: expected a number in {bounds}, got {x}")
     return x  # type: ignore[return-value]
+
+
+def whole(x: Any, name: str, low: int = -(2**63), high: int = 2**63) -> int:
+    """`x` as an int in [low, high)."""
+    if isinstance(x, bool) or not isinstance(x, (int, numpy.integer, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+    if not low <= x < high:
+        expected = f"in [{low}, {high})" if high < 2**63 else f"of 64 bits, at least {low}"
+        raise ValueError(f"{name}: expected an int {expected}, got {x}")
+    return operator.index(x)  # a plain int also where torch.compile traces a symbolic one
 
 
 def one_of(x: Any, name: str, allowed: tuple[str, ...]) -> str:

@@ -105,6 +105,22 @@ CALLS = {
         "targets: expected an integer dtype"),
     "num_classes against the targets": (nothing, lambda a: forward(a, num_classes=7), ValueError,
                                         "num_classes: expected 5, the columns of targets"),
+    "num_classes a string": (
+        nothing, lambda a: forward(a, targets=a["labels"], num_classes="5"), TypeError,
+        "num_classes: expected an int, got str"),
+    "num_classes a fraction": (
+        nothing, lambda a: forward(a, targets=a["labels"], num_classes=5.5), TypeError,
+        "num_classes: expected an int, got float"),
+    "num_classes of 1": (
+        nothing, lambda a: forward(a, targets=a["labels"], num_classes=1), ValueError,
+        "num_classes: expected an int of 64 bits, at least 2, got 1"),
+    "features sparse": (
+        nothing, lambda a: sk.activation_stats(a["features"].to_sparse(), (8, 8)), TypeError,
+        "features: expected a dense torch.Tensor, got one of layout torch.sparse_coo"),
+    "size one number, with images": (nothing, lambda a: forward(a, size=8), ValueError,
+                                     "size: expected (H, W), got 8"),
+    "size beyond int32": (nothing, lambda a: forward(a, images=None, size=(2**31, 8)), ValueError,
+                          "size: expected two integers ≥ 1 and < 2³¹, got (2147483648, 8)"),
     "images of another batch": (put("images", lambda x: x[:2]), forward, ValueError,
                                 "images: expected 3 rows (the batch of features), got 2"),
     "images of 3 dimensions": (put("images", lambda x: x[:, 0]), forward, ValueError,
@@ -118,7 +134,7 @@ CALLS = {
     "size against the images": (nothing, lambda a: forward(a, size=(9, 9)), ValueError,
                                 "size: expected the images' (8, 8) or None, got (9, 9)"),
     "size of zero": (nothing, lambda a: forward(a, images=None, size=(0, 8)), ValueError,
-                     "size: expected two integers ≥ 1, got (0, 8)"),
+                     "size: expected two integers ≥ 1 and < 2³¹, got (0, 8)"),
     "size one number": (nothing, lambda a: forward(a, images=None, size=8), ValueError,
                         "size: expected (H, W), got 8"),
     "config a dict": (nothing, lambda a: forward(a, config={}), TypeError,
@@ -187,6 +203,9 @@ CALLS = {
     "num_labeled above the rows": (
         nothing, lambda a: sk.masked_loss(a["logits"], a["targets"], num_labeled=4), ValueError,
         "num_labeled"),
+    "ignore_index none": (
+        nothing, lambda a: sk.masked_loss(a["logits"], a["labels"], ignore_index=None), TypeError,
+        "ignore_index: expected an int, got NoneType"),
     "unknown drop": (nothing, lambda a: sk.masked_loss(a["logits"], a["targets"], drop="soft"),
                      ValueError, "drop: expected one of 'clamped', 'unclamped', got 'soft'"),
     "unknown reduction": (nothing, lambda a: sk.masked_loss(a["logits"], a["targets"],
@@ -224,6 +243,9 @@ CALLS = {
                            ValueError, "losses"),
     "max_iter of 0": (nothing, lambda a: sk.fit_label_quality(a["losses"], max_iter=0), ValueError,
                       "max_iter"),
+    "max_iter beyond int64": (
+        nothing, lambda a: sk.fit_label_quality(a["losses"], max_iter=2**63), ValueError,
+        "max_iter: expected an int of 64 bits, at least 1, got 9223372036854775808"),
     "unknown backend to force": (nothing, lambda a: sk.use_backend("fast").__enter__(), ValueError,
                                  "name: expected one of 'reference'"),
 }
@@ -270,6 +292,7 @@ def test_wrong_call(name, backend):
         ("fill", "noise", "fill: expected one of"),
         ("drop", None, "drop: expected one of"),
         ("views", (), "views: expected at least one of"),
+        ("views", ("max", "mid"), "views: expected at least one of 'max' and 'min', and no other"),
         ("ratio_low", 0.5, "ratio_low: expected"),
         ("ratio_high", 0.99, "ratio_high: expected ratio_high + ratio_gamma ≤ 1"),
         ("ratio_gamma", -0.1, "ratio_gamma: expected a finite number ≥ 0"),
@@ -284,7 +307,16 @@ def test_wrong_configuration(field, value, text):
 
 
 def test_wrong_types_of_a_configuration():
-    for field, value in (("views", "max"), ("quantize", 1), ("ratio_low", "0.1")):
-        with pytest.raises(TypeError, match=field):
+    for field, value in (
+        ("views", "max"),
+        ("views", 3),
+        ("quantize", 1),
+        ("ratio_low", "0.1"),
+        ("fill_value", "0.1"),
+        ("fill_value", None),
+        ("fill_value", ("red", 0, 0)),
+        ("fill_value", ()),
+    ):
+        with pytest.raises(TypeError, match=f"{field}: expected .*, got "):
             MaskConfig(**{field: value})
     assert len(CALLS) >= 40

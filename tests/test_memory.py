@@ -25,12 +25,12 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def empty() -> Iterator[None]:
-    """Each test begins and ends with nothing kept, and with the usual limit."""
-    sk.set_cpu_cache_limit(0)
-    sk.set_cpu_cache_limit(512)
+    """Each test begins and ends with nothing kept; in it 64 MiB may be, outside the usual limit."""
+    usual = sk.set_cpu_cache_limit(0)
+    sk.set_cpu_cache_limit(64)
     yield
     sk.set_cpu_cache_limit(0)
-    sk.set_cpu_cache_limit(512)
+    sk.set_cpu_cache_limit(usual)
 
 
 def mixed(rows: int = 256, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -44,13 +44,13 @@ def mixed(rows: int = 256, layout: torch.memory_format = torch.contiguous_format
 def test_memory_is_used_again() -> None:
     first = mixed(300)
     at, size = first.data_ptr(), 300 * 4096
-    assert cpu.set_cache_limit(512) == 0
+    assert cpu.kept_bytes() == 0
     del first
-    assert cpu.set_cache_limit(512) == size
+    assert cpu.kept_bytes() == size
     small, large = mixed(255), mixed(400)  # not so large that they are kept; larger than what is
-    assert cpu.set_cache_limit(512) == size
+    assert cpu.kept_bytes() == size
     second = mixed(256)
-    assert second.data_ptr() == at and cpu.set_cache_limit(512) == 0
+    assert second.data_ptr() == at and cpu.kept_bytes() == 0
     third = mixed(256)
     assert len({x.data_ptr() for x in (small, large, second, third)}) == 4
 
@@ -96,39 +96,70 @@ def test_no_more_is_kept_than_the_limit() -> None:
     results = [mixed(256 * size) for size in (2, 1, 3)]
     while results:
         del results[0]  # the oldest goes when the third comes
-    assert cpu.set_cache_limit(5) == 4 * MIB
+    assert cpu.kept_bytes() == 4 * MIB
     large = mixed(256 * 6)  # more than is ever kept
     del large
-    assert cpu.set_cache_limit(5) == 4 * MIB
+    assert cpu.kept_bytes() == 4 * MIB
     sk.set_cpu_cache_limit(0)
-    assert cpu.set_cache_limit(0) == 0
+    assert cpu.kept_bytes() == 0
     result = mixed()
     del result
-    assert cpu.set_cache_limit(0) == 0
+    assert cpu.kept_bytes() == 0
 
 
 @needs_library
-@pytest.mark.parametrize("value, kept", [("", MIB), ("0", 0), ("7", MIB)])
+def test_the_limit_before_is_returned() -> None:
+    limits = [64, 7, 0, 2**40 - 1, 3]  # the fixture's first
+    assert [sk.set_cpu_cache_limit(limit) for limit in limits[1:]] == limits[:-1]
+    with pytest.raises(ValueError, match="mebibytes"):
+        sk.set_cpu_cache_limit(2**40)
+    assert sk.set_cpu_cache_limit(3) == 3
+
+
+def test_without_the_library_there_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "load", lambda name: "it was never built")
+    assert sk.set_cpu_cache_limit(7) == sk.set_cpu_cache_limit(0) == 0
+    with pytest.raises(ValueError, match="mebibytes"):
+        sk.set_cpu_cache_limit(-1)
+
+
+def run(code: str, limit: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"SANM_KERNELS_CPU_CACHE": limit},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("value, kept", [("", MIB), ("0", 0), ("7", MIB), ("1099511627775", MIB)])
 def test_environment(value: str, kept: int) -> None:
     code = (
         "import torch, sanm_kernels as sk; from sanm_kernels.backends import cpu\n"
         "sk.mixup_views([torch.rand(256, 1024)], 0.5, torch.arange(256))\n"
-        "print(cpu.set_cache_limit(512))"
+        "print(cpu.kept_bytes(), sk.set_cpu_cache_limit(0))"
     )
-    environment = os.environ | {"SANM_KERNELS_CPU_CACHE": value}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) == (kept if TORCH >= (2, 11) else 0)
+    done = run(code, value)
+    assert done.returncode == 0, done.stderr
+    size, limit = done.stdout.split()
+    assert int(size) == (kept if TORCH >= (2, 11) else 0)
+    assert not value or limit == value
 
 
-def test_wrong_limits() -> None:
-    for wrong, error in [("1", TypeError), (True, TypeError), (1.5, TypeError), (-1, ValueError)]:
-        with pytest.raises(error, match="mebibytes: expected"):
-            sk.set_cpu_cache_limit(wrong)
-    environment = os.environ | {"SANM_KERNELS_CPU_CACHE": "1.5"}
-    code = "import sanm_kernels; sanm_kernels.available_backends()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert "SANM_KERNELS_CPU_CACHE: expected a number of MiB, got '1.5'" in done.stderr
+@pytest.mark.parametrize("wrong, error", [
+    ("1", TypeError), (True, TypeError), (1.5, TypeError), (-1, ValueError), (2**40, ValueError),
+])  # fmt: skip
+def test_wrong_limits(wrong: object, error: type[Exception]) -> None:
+    got = type(wrong).__name__ if error is TypeError else wrong
+    with pytest.raises(error, match=f"mebibytes: expected an int.*, got {got}"):
+        sk.set_cpu_cache_limit(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["1.5", "-1", "64MB", " ", "1099511627776", "9" * 5000])
+def test_wrong_limits_of_the_environment(wrong: str) -> None:
+    done = run("import sanm_kernels; sanm_kernels.available_backends()", wrong)
+    assert done.returncode != 0
+    assert "ValueError: SANM_KERNELS_CPU_CACHE: expected an integer in [0, 2" in done.stderr
+    assert f"in MiB, got {wrong!r}" in done.stderr

@@ -156,6 +156,21 @@ def test_each_instruction_set(capability: str) -> None:
     assert done.stdout.split() == [name, "True"], done.stderr
 
 
+@pytest.mark.skipif(not LIBRARIES, reason="no compiled library")
+def test_overloads_looked_up_before_the_library_is_loaded() -> None:
+    code = (
+        "import torch, sanm_kernels as sk\n"
+        "from sanm_kernels.ops.base import Overloads\n"
+        "ops, arguments = Overloads('cpu'), (torch.randn(3, 4), torch.arange(3))\n"
+        "try: ops.sample_loss(*arguments)\n"
+        "except NotImplementedError: print('not loaded')\n"
+        "expected = sk.sample_loss(*arguments)\n"
+        "print(torch.equal(ops.sample_loss(*arguments)[0], expected), 'sample_loss' in vars(ops))"
+    )
+    done = run(sys.executable, "-c", code)
+    assert done.stdout.splitlines() == ["not loaded", "True True"], done.stderr
+
+
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
 def test_libraries_need_the_stable_interface_only(library: Path) -> None:

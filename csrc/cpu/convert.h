@@ -12,7 +12,7 @@ constexpr int kWidened = 8;
 constexpr int kWidened = 4;
 #endif
 
-// So many buffers of a padded row each, from the start of a cache line on.
+// So many buffers of a row each, from the start of a cache line on and to the end of one.
 template <typename A>
 class Rows {
  public:
@@ -44,51 +44,12 @@ inline void widen(const T* __restrict x, int64_t stride, int64_t n, A* __restric
   for (; k < n; ++k) out[k] = static_cast<A>(x[k]);
 }
 
-// The same for a whole row of `width` numbers, a multiple of 16: those from K on are `pad`.
-template <typename T, typename A, typename Size>
-inline void widen_padded(const T* __restrict x, int64_t stride, int64_t K, A pad, Size width,
-                         A* __restrict out) {
-#if defined(__AVX2__)
-  // Short rows by masked loads, and stored in one vector as it is loaded later: a load that spans
-  // several stores waits until they are in the cache.
-  if constexpr (std::is_same_v<T, float> && std::is_same_v<A, float>) {
-    if (width == 16 && stride == 1) {
-#if defined(__AVX512F__)
-      const __mmask16 mask = static_cast<__mmask16>((1u << K) - 1);
-      _mm512_storeu_ps(out, _mm512_mask_loadu_ps(_mm512_set1_ps(pad), mask, x));
-#else
-      const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-      for (int k = 0; k < 16; k += 8) {
-        const __m256i mask =
-            _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(K) - k), index);
-        const __m256 row = _mm256_maskload_ps(x + k, mask);
-        _mm256_storeu_ps(out + k, _mm256_blendv_ps(_mm256_set1_ps(pad), row,
-                                                   _mm256_castsi256_ps(mask)));
-      }
-#endif
-      return;
-    }
-  }
-#endif
-  widen(x, stride, K, out);
-  for (int64_t k = K; k < width; ++k) out[k] = pad;
-}
-
-// A row of K numbers as A, padded: the row itself if it is that, else its copy in `buffer`.
-template <typename T, typename A, typename Size>
-inline const A* padded_row(const T* x, int64_t K, A pad, Size width, A* buffer) {
-  if constexpr (std::is_same_v<T, A>)
-    if (K == width) return x;
-  widen_padded(x, 1, K, pad, width, buffer);
-  return buffer;
-}
-
-// widen_padded from element `offset` of a tensor of any floating dtype.
-template <typename A, typename Size>
-inline void widen_padded(const void* x, ScalarType type, int64_t offset, int64_t stride, int64_t K,
-                         A pad, Size width, A* out) {
+// widen from element `offset` of a tensor of any floating dtype.
+template <typename A>
+inline void widen(const void* x, ScalarType type, int64_t offset, int64_t stride, int64_t n,
+                  A* out) {
   dispatch(type, [&](auto zero) {
-    widen_padded(static_cast<const decltype(zero)*>(x) + offset, stride, K, pad, width, out);
+    widen(static_cast<const decltype(zero)*>(x) + offset, stride, n, out);
   });
 }
 

@@ -2,8 +2,8 @@
 // what the box leaves visible, sample by sample while the map is in the cache; then the modulated
 // targets, the masked views, and in the one-pass mode logits and loss.
 #include "cpu/activation.h"
-#include "cpu/energy.h"
 #include "cpu/common.h"
+#include "cpu/energy.h"
 #include "cpu/painter.h"
 #include "cpu/softmax.h"
 #include "cpu/values.h"

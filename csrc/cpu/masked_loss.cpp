@@ -11,10 +11,10 @@
 // max z and log Σe are kept apart: their float32 sum would cost large logits their digits.
 //
 // Rows are worked on in blocks of a fixed size, whose sums are added in order: the result does not
-// depend on the number of threads. A row's buffers are padded to whole vectors, with logits of −∞
-// and targets of 0, which add nothing to any sum.
+// depend on the number of threads. The last pack of a row is filled with logits of −∞ and targets of
+// 0, which add nothing to any sum.
 #include "cpu/common.h"
-#include "cpu/convert.h"
+#include "cpu/pack.h"
 #include "cpu/softmax.h"
 #include "cpu/targets.h"
 #include "cpu/values.h"
@@ -22,7 +22,7 @@
 namespace sanm {
 namespace {
 
-constexpr int64_t kBlockRows = 64;
+constexpr int64_t kBlockRows = kMaxRows;
 
 // scalars (4,): λ, λ_u, ρ, ν
 struct Scalars {
@@ -34,14 +34,14 @@ struct Scalars {
   double lam, unlabeled, prior, confidence;
 };
 
-// The buffers of one row.
+// What a pass over some rows leaves for the next, and a row's converted targets.
 template <typename A>
 struct Scratch {
-  explicit Scratch(int64_t K) : rows(4, padded(K)) {}
+  explicit Scratch(int64_t K)
+      : count(rows_at_once(K)), p(count, padded(K)), q(count, padded(K)), targets(2, K) {}
 
-  Rows<A> rows;
-  A *const x = rows[0], *const p = rows[1];      // logits, probabilities
-  A *const t = rows[2], *const spare = rows[3];  // target, a second target
+  const int64_t count;
+  const Rows<A> p, q, targets;
 };
 
 // What a block of rows adds to the scalars.
@@ -54,44 +54,52 @@ double weighted(double weight, double term) { return weight == 0 ? 0 : weight * 
 // Blocks per task of parallel_for
 int64_t block_grain(int64_t K) { return std::max<int64_t>(1, row_grain(K) / kBlockRows); }
 
-// x (Kp) → p (Kp) its softmax, added to `column` (Kp); returns max, log-sum and Σ p log p.
-template <typename A, typename Size>
-std::tuple<A, A, A> softmax_row(const A* __restrict x, Size Kp, A* __restrict p,
-                                A* __restrict column) {
-  const A top = row_max(x, Kp);
-  A sum = 0, moment = 0;
-#pragma omp simd reduction(+ : sum, moment)
-  for (int64_t k = 0; k < Kp; ++k) {
-    const A centred = x[k] - top, e = exp_nonpositive(centred);
-    p[k] = e;
-    sum += e;
-    moment += e == 0 ? A(0) : e * centred;
-  }
-  const A scale = 1 / sum, log_sum = std::log(sum);
-#pragma omp simd
-  for (int64_t k = 0; k < Kp; ++k) {
-    p[k] *= scale;
-    column[k] += p[k];
-  }
-  return {top, log_sum, moment * scale - log_sum};
+// Of a row x (K): e (Kp), Σ e and Σ e (x − top)
+template <typename A, typename T>
+inline void exponentials(const T* x, int64_t K, A top, A* e, A& sum, A& moment) {
+  Pack<A> sums{}, moments{};
+  each_pack(K, [&](int64_t k, auto n) {
+    const Pack<A> centred = load_pack<A>(x + k, n, kLowest<A>) - top,
+                  power = exp_nonpositive(centred);
+    store_pack<A>(power, Whole{}, e + k);
+    sums += power;
+    moments += power == 0 ? Pack<A>{} : power * centred;  // 0·∞ = 0
+  });
+  sum = reduce_add<A>(sums), moment = reduce_add<A>(moments);
 }
 
-// Σ t (log-sum − (x − max)), where 0·∞ = 0
-template <typename A, typename Size>
-A cross_entropy(const A* __restrict x, const A* __restrict t, Size Kp, A top, A log_sum) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < Kp; ++k) sum += t[k] == 0 ? A(0) : t[k] * (log_sum - (x[k] - top));
-  return sum;
+// column (Kp) += Σ_j p_j, p_j = e_j / sum_j, over `count` rows e_j (Kp)
+template <typename A>
+inline void add_rows(const Rows<A>& e, const A* sum, int64_t count, int64_t K, A* column) {
+  A scale[kMaxRows];
+  for (int64_t j = 0; j < count; ++j) scale[j] = 1 / sum[j];
+  each_pack(padded(K), [&](int64_t k, auto n) {
+    Pack<A> total = load_pack<A>(column + k, n, A(0));
+    for (int64_t j = 0; j < count; ++j) total += load_pack<A>(e[j] + k, n, A(0)) * scale[j];
+    store_pack<A>(total, n, column + k);
+  });
 }
 
-// Σ (p − t)²
-template <typename A, typename Size>
-A squared_error(const A* __restrict p, const A* __restrict t, Size Kp) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < Kp; ++k) sum += (p[k] - t[k]) * (p[k] - t[k]);
-  return sum;
+// Σ t (log-sum − (x − top)), where 0·∞ = 0
+template <typename A, typename T>
+inline A cross_entropy(const T* x, const FinalTarget<A>& target, int64_t K, A top, A log_sum) {
+  Pack<A> sum{};
+  each_pack(K, [&](int64_t k, auto n) {
+    const Pack<A> t = target.pack(k, n), centred = load_pack<A>(x + k, n, kLowest<A>) - top;
+    sum += t == 0 ? Pack<A>{} : t * (log_sum - centred);
+  });
+  return reduce_add<A>(sum);
+}
+
+// Σ (p − t)², p = e·scale
+template <typename A>
+inline A squared_error(const A* e, const FinalTarget<A>& target, int64_t K, A scale) {
+  Pack<A> sum{};
+  each_pack(K, [&](int64_t k, auto n) {
+    const Pack<A> error = load_pack<A>(e + k, Whole{}, A(0)) * scale - target.pack(k, n);
+    sum += error * error;
+  });
+  return reduce_add<A>(sum);
 }
 
 // The weights in a row's gradient: of cross-entropy, of squared error (2c/K), of Σ p log p.
@@ -100,24 +108,33 @@ struct Slopes {
   A cross, square, entropy;
 };
 
-// x (Kp) and the target t (Kp) → dL/dx, in t's place; `prior` (Kp) is the prior's part of h.
-template <typename A, typename Size>
-void gradient_row(const A* __restrict x, const A* __restrict prior, Size Kp, A top, A log_sum,
-                  Slopes<A> c, A* __restrict p, A* __restrict h, A* __restrict t) {
-  A inner = 0, mass = 0;
-#pragma omp simd reduction(+ : inner, mass)
-  for (int64_t k = 0; k < Kp; ++k) {
-    const A log_p = (x[k] - top) - log_sum, p_k = exp_nonpositive(log_p);
-    const A entropy = p_k == 0 ? A(0) : c.entropy * log_p;
-    const A h_k = prior[k] + c.square * (p_k - t[k]) + entropy;
-    p[k] = p_k;
-    h[k] = h_k;
-    inner += p_k * h_k;
-    mass += t[k];
-  }
-  const A shift = c.cross * mass - inner;
-#pragma omp simd
-  for (int64_t k = 0; k < Kp; ++k) t[k] = p[k] * (h[k] + shift) - c.cross * t[k];
+// With q = p h − c t: p, q (Kp) of a row x (K), and Σ_k dL/dz_k − q_k = p_k · the returned shift.
+// `prior` (Kp) is the prior's part of h; the target is null if the row does not count.
+template <typename A, typename T>
+inline A gradient_parts(const T* x, const A* prior, int64_t K, A top, A log_sum, Slopes<A> c,
+                        const FinalTarget<A>* target, A* p_row, A* q_row) {
+  Pack<A> inner{}, mass{};
+  each_pack(K, [&](int64_t k, auto n) {
+    const Pack<A> log_p = (load_pack<A>(x + k, n, kLowest<A>) - top) - log_sum,
+                  p = exp_nonpositive(log_p), t = target ? target->pack(k, n) : Pack<A>{},
+                  entropy = p == 0 ? Pack<A>{} : c.entropy * log_p,
+                  h = load_pack<A>(prior + k, Whole{}, A(0)) + c.square * (p - t) + entropy,
+                  weighted = p * h;
+    inner += weighted;
+    mass += t;
+    store_pack<A>(p, Whole{}, p_row + k);
+    store_pack<A>(weighted - c.cross * t, Whole{}, q_row + k);
+  });
+  return c.cross * reduce_add<A>(mass) - reduce_add<A>(inner);
+}
+
+// d (K) = q + shift·p
+template <typename A, typename T>
+inline void gradient_row(const A* p, const A* q, int64_t K, A shift, T* d) {
+  each_pack(K, [&](int64_t k, auto n) {
+    store_pack<A>(load_pack<A>(q + k, Whole{}, A(0)) + shift * load_pack<A>(p + k, Whole{}, A(0)),
+                  n, d + k);
+  });
 }
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -140,8 +157,7 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
   dispatch(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
-    target.check(n);
+    const Targets<A> target(targets, ratio, permutation, n, K, weight.lam, clamp, ignore_index);
     const A* pi = prior ? in<A>(*prior) : nullptr;
     if (pi) check_unit_interval(pi, K, "prior");
 
@@ -150,29 +166,40 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
     std::vector<A> columns(blocks * Kp);
     std::vector<Sums> sums(blocks);
-    with_width(K, [&](auto width) {
-      torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
-        Scratch<A> s(K);
-        for (int64_t block = begin; block < end; ++block) {
-          A* column = columns.data() + block * Kp;
-          Sums sum;
-          const int64_t stop = std::min(n, (block + 1) * kBlockRows);
-          for (int64_t i = block * kBlockRows; i < stop; ++i) {
-            const A* x = padded_row(z + i * K, K, kLowest<A>, width, s.x);
-            const auto [top, log_sum, entropy] = softmax_row(x, width, s.p, column);
-            norm[2 * i] = top, norm[2 * i + 1] = log_sum;
-            sum.confidence += entropy;
-            rows[i] = 0;
-            if (!target.counts(i)) continue;
-            target.row(i, width, s.t, s.spare);
-            if (i < nx)
-              sum.labeled += rows[i] = cross_entropy(x, s.t, width, top, log_sum);
-            else
-              sum.unlabeled += rows[i] = squared_error(s.p, s.t, width) / K;
-          }
-          sums[block] = sum;
+    torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
+      const Scratch<A> s(K);
+      alignas(64) A top[kMaxRows], sum[kMaxRows], log_sum[kMaxRows], moment[kMaxRows];
+      std::fill_n(sum, kMaxRows, A(1));
+      const int64_t stop = std::min(n, end * kBlockRows);
+      for (int64_t first = begin * kBlockRows; first < stop; first += s.count) {
+        const int64_t count = std::min(stop - first, s.count);
+        const T* x = z + first * K;
+        for (int64_t j = 0; j < count; ++j) top[j] = row_max<A>(x + j * K, K);
+        for (int64_t j = 0; j < count; ++j)
+          exponentials(x + j * K, K, top[j], s.p[j], sum[j], moment[j]);
+        for (int64_t j = 0; j < count; j += kPack)
+          store_pack<A>(log_from_one(load_pack<A>(sum + j, Whole{}, A(1))), Whole{}, log_sum + j);
+        add_rows(s.p, sum, count, K, columns.data() + first / kBlockRows * Kp);
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t i = first + j;
+          rows[i] = 0;
+          if (!target.counts(i)) continue;
+          FinalTarget<A> t;
+          target.row(i, s.targets[0], s.targets[1], t);
+          rows[i] = i < nx ? cross_entropy(x + j * K, t, K, top[j], log_sum[j])
+                           : squared_error(s.p[j], t, K, 1 / sum[j]) / K;
         }
-      });
+        Sums& block = sums[first / kBlockRows];
+        Sums here = block;
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t i = first + j;
+          norm[2 * i] = top[j], norm[2 * i + 1] = log_sum[j];
+          here.confidence += moment[j] / sum[j] - log_sum[j];
+          here.labeled += i < nx ? rows[i] : A(0);
+          here.unlabeled += i < nx ? A(0) : rows[i];
+        }
+        block = here;
+      }
     });
 
     Sums sum;
@@ -229,8 +256,7 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
   dispatch(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
-    target.check(n);
+    const Targets<A> target(targets, ratio, permutation, n, K, weight.lam, clamp, ignore_index);
     const double g = upstream<A>(grad_total);
     double cx = upstream<A>(grad_labeled) + g,
            cu = upstream<A>(grad_unlabeled) + weighted(weight.unlabeled, g);
@@ -255,26 +281,29 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
     const A* norm = in<A>(normalizer);
     T* d = out<T>(result);
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
-    with_width(K, [&](auto width) {
-      torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
-        Scratch<A> s(K);
-        const int64_t stop = std::min(n, end * kBlockRows);
-        for (int64_t i = begin * kBlockRows; i < stop; ++i) {
-          const A* x = padded_row(z + i * K, K, kLowest<A>, width, s.x);
+    torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
+      const Scratch<A> s(K);
+      A shift[kMaxRows];
+      const int64_t stop = std::min(n, end * kBlockRows);
+      for (int64_t first = begin * kBlockRows; first < stop; first += s.count) {
+        const int64_t count = std::min(stop - first, s.count);
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t i = first + j;
+          const bool counts = target.counts(i);
+          FinalTarget<A> t;
           A c = 0;
-          if (target.counts(i)) {
-            target.row(i, width, s.t, s.spare);
+          if (counts) {
+            target.row(i, s.targets[0], s.targets[1], t);
             c = static_cast<A>(i < nx ? cx : cu) + (grow ? grow[i] : A(0));
-          } else {
-            std::fill(s.t, s.t + width, A(0));
           }
           const Slopes<A> slopes =
               i < nx ? Slopes<A>{c, A(0), gn} : Slopes<A>{A(0), 2 * c / K, gn};
-          gradient_row(x, slope.data(), width, norm[2 * i], norm[2 * i + 1], slopes, s.p,
-                       s.spare, s.t);
-          narrow(s.t, K, d + i * K);
+          shift[j] = gradient_parts(z + i * K, slope.data(), K, norm[2 * i], norm[2 * i + 1],
+                                    slopes, counts ? &t : nullptr, s.p[j], s.q[j]);
         }
-      });
+        for (int64_t j = 0; j < count; ++j)
+          gradient_row(s.p[j], s.q[j], K, shift[j], d + (first + j) * K);
+      }
     });
   });
   return result;

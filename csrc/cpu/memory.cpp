@@ -1,6 +1,11 @@
-// The pool's limit, for Python.
+// The pool's limit, and how much it keeps now, in bytes, for Python.
 #include "cpu/memory.h"
 
-extern "C" __attribute__((visibility("default"))) uint64_t sanm_cpu_cache_limit(uint64_t bytes) {
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// Returns the limit that held before.
+EXPORTED uint64_t sanm_cpu_cache_limit(uint64_t bytes) {
   return sanm::Pool::instance().limit(bytes);
 }
+
+EXPORTED uint64_t sanm_cpu_cache_kept() { return sanm::Pool::instance().kept(); }

@@ -70,11 +70,16 @@ class Pool {
     release(dropped);
   }
 
-  // Keeps at most so many bytes from now on; returns how many it keeps.
+  // Keeps at most so many bytes from now on; returns how many it might have kept before.
   size_t limit(size_t bytes) {
     std::unique_lock lock(mutex_);
-    limit_ = bytes;
+    const size_t before = limit_.exchange(bytes);
     release(excess());
+    return before;
+  }
+
+  size_t kept() {
+    std::unique_lock lock(mutex_);
     return kept_;
   }
 

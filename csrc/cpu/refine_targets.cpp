@@ -2,26 +2,52 @@
 // are given, then p^(1/T) / Σ p^(1/T). Row by row; dividing by the largest before the power keeps
 // the sum away from 0.
 #include "cpu/common.h"
-#include "cpu/convert.h"
+#include "cpu/pack.h"
 #include "cpu/softmax.h"
 #include "cpu/values.h"
 
 namespace sanm {
 namespace {
 
-// p (width) ← p^exponent / Σ p^exponent; 0 stays 0
-template <typename A, typename Size>
-void sharpen(A* __restrict p, Size width, A exponent) {
-  const A largest = row_max(p, width);
-  if (exponent == 2) {
-    for (int64_t k = 0; k < width; ++k) p[k] = (p[k] / largest) * (p[k] / largest);
-  } else {
-    for (int64_t k = 0; k < width; ++k) p[k] = p[k] == 0 ? 0 : std::pow(p[k] / largest, exponent);
-  }
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < width; ++k) sum += p[k];
-  for (int64_t k = 0; k < width; ++k) p[k] /= sum;
+// p^exponent, 0 stays 0
+template <typename A>
+inline Pack<A> power(Pack<A> p, A exponent) {
+  if (exponent == 2) return p * p;
+  for (int l = 0; l < kPack; ++l) p[l] = p[l] == 0 ? 0 : std::pow(p[l], exponent);
+  return p;
+}
+
+// p (Kp) ← p + softmax of x (K) · weight; e (Kp) is overwritten.
+template <typename A, typename T>
+void add_softmax(const T* x, int64_t K, A weight, A* e, A* p) {
+  const A top = row_max<A>(x, K);
+  Pack<A> sum{};
+  each_pack(K, [&](int64_t k, auto n) {
+    const Pack<A> e_k = exp_nonpositive(load_pack<A>(x + k, n, kLowest<A>) - top);
+    store_pack<A>(e_k, Whole{}, e + k);
+    sum += e_k;
+  });
+  const A scale = weight / reduce_add<A>(sum);
+  each_pack(padded(K), [&](int64_t k, auto n) {
+    const Pack<A> mean = load_pack<A>(p + k, n, A(0)) + scale * load_pack<A>(e + k, n, A(0));
+    store_pack<A>(mean, n, p + k);
+  });
+}
+
+// p (Kp) → p^exponent / Σ p^exponent in out (K); p is overwritten.
+template <typename A>
+void sharpen(A* p, int64_t K, A exponent, A* out) {
+  const A scale = 1 / row_max<A>(p, K);
+  Pack<A> sum{};
+  each_pack(padded(K), [&](int64_t k, auto n) {
+    const Pack<A> sharp = power<A>(load_pack<A>(p + k, n, A(0)) * scale, exponent);
+    store_pack<A>(sharp, n, p + k);
+    sum += sharp;
+  });
+  const A share = 1 / reduce_add<A>(sum);
+  each_pack(K, [&](int64_t k, auto n) {
+    store_pack<A>(load_pack<A>(p + k, n, A(0)) * share, n, out + k);
+  });
 }
 
 // logits (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither;
@@ -54,35 +80,25 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
     const int64_t* label =
         labels && labels->scalar_type() == ScalarType::Long ? in<int64_t>(*labels) : nullptr;
     A* refined = out<A>(result);
-    with_width(K, [&](auto width) {
-      torch::stable::parallel_for(0, B, row_grain(K) / V + 1, [&](int64_t begin, int64_t end) {
-        const Rows<A> rows(3, width);
-        A *const buffer = rows[0], *const one = rows[1], *const p = rows[2];
-        for (int64_t i = begin; i < end; ++i) {
-          std::fill(p, p + width, A(0));
-          for (int64_t v = 0; v < V; ++v) {
-            softmax(padded_row(z[v] + i * K, K, kLowest<A>, width, buffer), width, one);
-#pragma omp simd
-            for (int64_t k = 0; k < width; ++k) p[k] += one[k];
-          }
-#pragma omp simd
-          for (int64_t k = 0; k < width; ++k) p[k] /= static_cast<A>(V);
-          if (q) {
-            if (label) {
-              std::fill(one, one + width, A(0));
-              one[label[i]] = 1;
-            } else {
-              widen_padded(labels->const_data_ptr(), labels->scalar_type(), i * K, 1, K, A(0),
-                           width, one);
-            }
-            const A share = q[i], rest = 1 - share;
-#pragma omp simd
-            for (int64_t k = 0; k < width; ++k) p[k] = share * one[k] + rest * p[k];
-          }
-          sharpen(p, width, exponent);
-          narrow(p, K, refined + i * K);
+    torch::stable::parallel_for(0, B, row_grain(K) / V + 1, [&](int64_t begin, int64_t end) {
+      const Rows<A> rows(3, padded(K));
+      A *const e = rows[0], *const p = rows[1], *const given = rows[2];
+      for (int64_t i = begin; i < end; ++i) {
+        std::fill_n(p, padded(K), A(0));
+        for (int64_t v = 0; v < V; ++v) add_softmax(z[v] + i * K, K, A(1) / V, e, p);
+        if (q) {
+          if (!label)
+            widen(labels->const_data_ptr(), labels->scalar_type(), i * K, 1, K, given);
+          const A share = q[i], rest = 1 - share;
+          each_pack(K, [&](int64_t k, auto n) {
+            const Pack<A> mean = rest * load_pack<A>(p + k, n, A(0)),
+                          t = label ? (is_lane<A>(label[i], k) ? splat(share) : Pack<A>{})
+                                    : share * load_pack<A>(given + k, n, A(0));
+            store_pack<A>(t + mean, n, p + k);
+          });
         }
-      });
+        sharpen(p, K, exponent, refined + i * K);
+      }
     });
   });
   return result;

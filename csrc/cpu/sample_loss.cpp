@@ -20,16 +20,21 @@ std::tuple<Tensor, Tensor> sample_loss(const Tensor& logits_, const Tensor& labe
     using A = acc_t<T>;
     const T* z = in<T>(logits);
     A *l = out<A>(loss), *norm = out<A>(normalizer);
-    with_width(K, [&](auto width) {
-      torch::stable::parallel_for(0, B, row_grain(K), [&](int64_t begin, int64_t end) {
-        const Rows<A> buffer(1, width);
-        for (int64_t i = begin; i < end; ++i) {
-          const A* x = padded_row(z + i * K, K, kLowest<A>, width, buffer[0]);
-          const A top = row_max(x, width), log_sum = std::log(exp_sum(x, width, top));
-          norm[2 * i] = top, norm[2 * i + 1] = log_sum;
-          l[i] = log_sum - (x[y[i]] - top);
+    torch::stable::parallel_for(0, B, row_grain(K), [&](int64_t begin, int64_t end) {
+      const int64_t group = std::min<int64_t>(rows_at_once(K), kPack);
+      for (int64_t first = begin; first < end; first += group) {
+        const int64_t count = std::min(end - first, group);
+        const T* x = z + first * K;
+        Pack<A> top{}, sum = splat(A(1));
+        for (int64_t j = 0; j < count; ++j) top[j] = row_max<A>(x + j * K, K);
+        for (int64_t j = 0; j < count; ++j) sum[j] = exp_sum(x + j * K, K, top[j]);
+        const Pack<A> log_sum = log_from_one(sum);
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t i = first + j;
+          norm[2 * i] = top[j], norm[2 * i + 1] = log_sum[j];
+          l[i] = log_sum[j] - (static_cast<A>(x[j * K + y[i]]) - top[j]);
         }
-      });
+      }
     });
   });
   return {loss, normalizer};
@@ -50,20 +55,15 @@ Tensor sample_loss_backward(const Tensor& grad_, const Tensor& logits_, const Te
     const T* z = in<T>(logits);
     const A *g = in<A>(grad), *norm = in<A>(normalizer);
     T* d = out<T>(result);
-    with_width(K, [&](auto width) {
-      torch::stable::parallel_for(0, B, row_grain(K), [&](int64_t begin, int64_t end) {
-        const Rows<A> buffers(2, width);
-        for (int64_t i = begin; i < end; ++i) {
-          const A* x = padded_row(z + i * K, K, kLowest<A>, width, buffers[0]);
-          const A top = norm[2 * i], log_sum = norm[2 * i + 1], scale = g[i];
-          A* __restrict v = buffers[1];
-#pragma omp simd
-          for (int64_t k = 0; k < width; ++k)
-            v[k] = scale * exp_nonpositive((x[k] - top) - log_sum);
-          v[y[i]] = scale * (exp_nonpositive((x[y[i]] - top) - log_sum) - 1);
-          narrow(v, K, d + i * K);
-        }
-      });
+    torch::stable::parallel_for(0, B, row_grain(K), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const A top = norm[2 * i], log_sum = norm[2 * i + 1], scale = g[i];
+        each_pack(K, [&](int64_t k, auto n) {
+          const Pack<A> x = load_pack<A>(z + i * K + k, n, kLowest<A>),
+                        p = exp_nonpositive((x - top) - log_sum);
+          store_pack<A>(scale * (is_lane<A>(y[i], k) ? p - A(1) : p), n, d + i * K + k);
+        });
+      }
     });
   });
   return result;

@@ -3,37 +3,68 @@
 #pragma once
 
 #include "cpu/common.h"
-#include "cpu/convert.h"
+#include "cpu/pack.h"
 #include "cpu/softmax.h"
 #include "cpu/values.h"
 #include "math/modulation.h"
 
 namespace sanm {
 
+// A target row as it enters a final one: its values (K,), where its largest is, and what the label
+// modulation makes of that and adds to the others.
+template <typename A>
+struct Modulated {
+  const A* values;
+  int64_t at;
+  A top, add;
+
+  template <typename Count>
+  Pack<A> pack(int64_t k, Count n) const {
+    const Pack<A> changed = load_pack<A>(values + k, n, A(0)) + add;
+    return is_lane<A>(at, k) ? splat(top) : changed;
+  }
+};
+
+// The final target of a row, made pack by pack; 0 from K on.
+template <typename A>
+struct FinalTarget {
+  Modulated<A> own, other;
+  bool mixed;
+  A lam, rest;
+
+  template <typename Count>
+  Pack<A> pack(int64_t k, Count n) const {
+    Pack<A> t = own.pack(k, n);
+    if (mixed) t = lam * t + rest * other.pack(k, n);
+    if constexpr (std::is_same_v<Count, Whole>) {
+      return t;
+    } else {
+      return lanes<A>() < static_cast<Integer<A>>(n) ? t : Pack<A>{};
+    }
+  }
+};
+
 template <typename A>
 class Targets {
  public:
   // targets (…, K) floats of any strides, or (M,) int64; ratio (M,) in A; permutation (≥ n,) int64
-  Targets(const Tensor& targets, const std::optional<Tensor>& ratio,
-          const std::optional<Tensor>& permutation, int64_t K, double lam, bool clamp,
-          int64_t ignore_index)
-      : targets_(targets), type_(targets.scalar_type()), ratio_(ratio), permutation_(permutation), K_(K),
-        lam_(static_cast<A>(lam)), other_(static_cast<A>(1 - lam)), clamp_(clamp),
-        ignore_index_(ignore_index) {
-    if (ratio_) r_ = in<A>(*(ratio_ = packed(*ratio_)));
-    if (permutation_) partner_ = in<int64_t>(*(permutation_ = packed(*permutation_)));
+  Targets(const Tensor& targets, const OptTensor& ratio, const OptTensor& permutation, int64_t n,
+          int64_t K, double lam, bool clamp, int64_t ignore_index)
+      : targets_(targets), type_(targets.scalar_type()), ratio_(packed(ratio)),
+        permutation_(packed(permutation)), K_(K), lam_(static_cast<A>(lam)),
+        rest_(static_cast<A>(1 - lam)), clamp_(clamp), ignore_index_(ignore_index),
+        r_(in_or_null<A>(ratio_)), partner_(in_or_null<int64_t>(permutation_)) {
     if (type_ == ScalarType::Long) {
       labels_ = in<int64_t>(targets_ = packed(targets_));
       rows_ = targets_.size(0);
+      zeros_.resize(K_);
+      check_indices(labels_, rows_, K_, "targets", ignore_index_);
     } else {
       index_rows();
     }
-  }
-
-  void check(int64_t n) const {
-    if (labels_) check_indices(labels_, rows_, K_, "targets", ignore_index_);
     if (partner_) check_indices(partner_, n, rows_, "mix permutation");
     if (r_) check_unit_interval(r_, rows_, "ratio");
+    if (r_ && !labels_) find_largest();
   }
 
   // Whether row i counts: neither it nor its partner is to be ignored.
@@ -49,80 +80,36 @@ class Targets {
     return number;
   }
 
-  // The target of row i, which counts → t (width), zero from K on; `spare` (width) is overwritten.
-  template <typename Size>
-  __attribute__((always_inline)) inline void row(int64_t i, Size width, A* __restrict t, A* __restrict spare) const {
-    const int32_t K = static_cast<int32_t>(K_);
-    const Change own = load(i, width, t);
-    if (!partner_) {
-      if (!r_) return;
-#pragma omp simd
-      for (int32_t k = 0; k < width; ++k) t[k] = k < K ? t[k] + own.add : A(0);
-      t[own.at] = own.top;
-      return;
-    }
-    const Change other = load(partner_[i], width, spare);
-    const bool same = own.at == other.at;
-    const A own_there = same ? own.top : t[other.at] + own.add,
-            other_here = same ? other.top : spare[own.at] + other.add;
-    const A lam = lam_, rest = other_, add = own.add, other_add = other.add;
-    const A own_new = lam * own.top + rest * other_here,
-            other_new = lam * own_there + rest * other.top;
-    if constexpr (std::is_same_v<Size, ShortWidth>) {  // short: stored once, in one vector
-      const int32_t at = static_cast<int32_t>(own.at), other_at = static_cast<int32_t>(other.at);
-#pragma omp simd
-      for (int32_t k = 0; k < width; ++k) {
-        const A mixed = lam * (t[k] + add) + rest * (spare[k] + other_add);
-        const A inside = k < K ? mixed : A(0);
-        const A here = k == at ? own_new : inside;
-        t[k] = k == other_at ? other_new : here;
-      }
-      return;
-    }
-#pragma omp simd
-    for (int32_t k = 0; k < width; ++k) {
-      const A mixed = lam * (t[k] + add) + rest * (spare[k] + other_add);
-      t[k] = k < K ? mixed : A(0);
-    }
-    t[own.at] = own_new;
-    t[other.at] = other_new;
+  // The target of row i, which counts → t. Rows that need a conversion are kept in `buffer`, `spare`
+  // (K). Member by member: a struct that is copied is read before it has all been written.
+  void row(int64_t i, A* buffer, A* spare, FinalTarget<A>& t) const {
+    modulate(i, buffer, t.own);
+    t.mixed = partner_ != nullptr;
+    t.lam = lam_, t.rest = rest_;
+    if (t.mixed) modulate(partner_[i], spare, t.other);
   }
 
  private:
-  // How the modulation changes a row: at its largest element, and elsewhere.
-  struct Change {
-    int64_t at;
-    A top, add;
-  };
-
-  // Target row m as it is → t (width), and its change
-  template <typename Size>
-  __attribute__((always_inline)) inline Change load(int64_t m, Size width, A* __restrict t) const {
-    int64_t top = 0;
-    if (labels_) {
-      std::fill(t, t + width, A(0));
-      t[top = labels_[m]] = 1;
-    } else {
-      const A pad = r_ ? kLowest<A> : A(0);
-      if (direct_) widen_padded(direct_ + offset_[m], stride_, K_, pad, width, t);
-      else convert(m, pad, width, t);
-      if (r_ && !unchanged(m, t)) top = row_argmax(t, width);
-    }
-    if (!r_ || unchanged(m, t)) return {top, t[top], A(0)};
-    const Modulation<A> change = modulation(t[top], K_, r_[m], clamp_);
-    return {top, change.top, change.add};
+  const A* values(int64_t m, A* buffer) const {
+    if (labels_) return zeros_.data();
+    if (direct_) return direct_ + offset_[m];
+    widen(values_, type_, offset_[m], stride_, K_, buffer);
+    return buffer;
   }
 
-  // Nothing is dropped from row m, as from most of a step, whichever its largest target is.
-  bool unchanged(int64_t m, const A* t) const { return r_[m] == 0 && (!clamp_ || t[0] >= 0); }
-
-  // Out of the way of the usual case, a row that needs no conversion.
-  template <typename Size>
-  __attribute__((noinline)) void convert(int64_t m, A pad, Size width, A* t) const {
-    widen_padded(values_, type_, offset_[m], stride_, K_, pad, width, t);
+  void modulate(int64_t m, A* buffer, Modulated<A>& t) const {
+    t.values = values(m, buffer);
+    t.at = labels_ ? labels_[m] : r_ ? largest_[m] : 0;
+    t.top = labels_ ? A(1) : t.values[t.at];
+    t.add = 0;
+    if (!r_) return;
+    const Modulation<A> change = modulation(t.top, K_, r_[m], clamp_);
+    t.top = change.top;
+    t.add = change.add;
   }
 
-  // Where each row starts: expanded dimensions stay unfolded.
+  // Where each row starts, and which is the first with the same values: expanded dimensions stay
+  // unfolded.
   void index_rows() {
     const int64_t lead = targets_.dim() - 1;
     int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};
@@ -131,31 +118,52 @@ class Targets {
       stride[3 - lead + d] = targets_.stride(d);
     }
     values_ = targets_.const_data_ptr();
-    if (type_ == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float))
-      direct_ = static_cast<const A*>(values_);
     rows_ = size[0] * size[1] * size[2];
     stride_ = targets_.stride(lead);
+    if (type_ == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float) &&
+        (stride_ == 1 || K_ == 1))
+      direct_ = static_cast<const A*>(values_);
     offset_.reserve(rows_);
+    first_.reserve(rows_);
     for (int64_t a = 0; a < size[0]; ++a)
       for (int64_t b = 0; b < size[1]; ++b)
-        for (int64_t c = 0; c < size[2]; ++c)
+        for (int64_t c = 0; c < size[2]; ++c) {
           offset_.push_back(a * stride[0] + b * stride[1] + c * stride[2]);
+          first_.push_back(((stride[0] ? a : 0) * size[1] + (stride[1] ? b : 0)) * size[2] +
+                           (stride[2] ? c : 0));
+        }
+  }
+
+  // The first largest element of each row; once for rows that are the same.
+  void find_largest() {
+    std::vector<int64_t> different;
+    for (int64_t m = 0; m < rows_; ++m)
+      if (first_[m] == m) different.push_back(m);
+    largest_.resize(rows_);
+    const int64_t count = static_cast<int64_t>(different.size());
+    torch::stable::parallel_for(0, count, 4 * row_grain(K_), [&](int64_t begin, int64_t end) {
+      const Rows<A> buffer(1, direct_ ? 0 : K_);
+      for (int64_t d = begin; d < end; ++d)
+        largest_[different[d]] = row_argmax(values(different[d], buffer[0]), K_);
+    });
+    for (int64_t m = 0; m < rows_; ++m) largest_[m] = largest_[first_[m]];
   }
 
   Tensor targets_;
   const ScalarType type_;
-  std::optional<Tensor> ratio_, permutation_;
+  const OptTensor ratio_, permutation_;
   const int64_t K_;
-  const A lam_, other_;
+  const A lam_, rest_;
   const bool clamp_;
   const int64_t ignore_index_;
-  const A* r_ = nullptr;
-  const int64_t* partner_ = nullptr;
+  const A* const r_;
+  const int64_t* const partner_;
   const int64_t* labels_ = nullptr;
+  std::vector<A> zeros_;  // (K,) the values of every row, if targets are labels
   const void* values_ = nullptr;
-  const A* direct_ = nullptr;  // the values, if they are of type A
+  const A* direct_ = nullptr;  // the values, if rows can be read as they are
   int64_t stride_ = 1, rows_ = 0;
-  std::vector<int64_t> offset_;
+  std::vector<int64_t> offset_, first_, largest_;  // (M,)
 };
 
 }  // namespace sanm

@@ -10,6 +10,7 @@ import typing
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from inspect import getfile
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function: Any, name: str, help: str, out: str | None = None) -> Any:
-        added = commands.add_parser(name, help=help)
+    def command(function: Any, name: str, help: str, out: str | None = None, **more: Any) -> Any:
+        added = commands.add_parser(name, help=help, **more)
         added.set_defaults(command=function)
         if out is not None:
             default = Path(out) if out else None
@@ -89,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (%(default)s)")
     _add_settings(table, without=("recipe", "seed", "noise", "rate"))
     _add_settings(ablate, without=("recipe", "seed", "views", "box", "modulate", "reconstruct"))
+
+    # No word is an option of this parser, not even --help: all of them are benchmarks.run's.
+    text = "the repository's benchmarks; takes the options of python -m benchmarks.run"
+    bench = command(_bench, "bench", text, add_help=False, prefix_chars="\0")
+    bench.add_argument("words", nargs="*")
     return parser
 
 
@@ -186,6 +192,22 @@ def _ablate(options: argparse.Namespace) -> int:
     settings = _settings(options)
     noise = f"{settings.pop('noise', 'symmetric')}:{settings.pop('rate', 0.5)}"
     return compare(options.out, _seeds(options), [noise], ABLATION, **settings)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """`benchmarks.run` of the checkout that this package is imported from, or else of this folder:
+    the benchmarks are no part of the wheel."""
+    import sanm_kernels
+
+    beside = Path(getfile(sanm_kernels)).resolve().parents[1]
+    roots = [f for f in (beside, Path.cwd()) if (f / "benchmarks/run.py").is_file()]
+    if not roots:
+        raise FileNotFoundError(
+            "the benchmarks stand in the repository, not in the installed package: "
+            "run sanm bench in the root of a checkout"
+        )
+    sys.path.insert(0, str(roots[0]))
+    return int(importlib.import_module("benchmarks.run").main(options.words))
 
 
 def _seeds(options: argparse.Namespace) -> range:

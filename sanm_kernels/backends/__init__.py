@@ -166,28 +166,33 @@ def available_backends() -> dict[str, str | None]:
     return {name: load(name) for name in BACKENDS}
 
 
-def set_cpu_cache_limit(mebibytes: int) -> None:
+def set_cpu_cache_limit(mebibytes: int) -> int:
     """Limit the memory that the CPU kernels keep for results to come; free what exceeds it.
 
     Fresh memory costs a page fault per 4 KiB when it is first written to, which can take longer
     than the kernel. So the memory of results of 1 MiB and more is kept when their last tensor is
-    gone, and given to the next result that it fits: 512 MiB at most, or as many MiB as the
-    environment variable ``SANM_KERNELS_CPU_CACHE`` says when the kernels are loaded. Tensors on
+    gone, and given to the next result that it fits: no more than a default limit, or as many MiB as
+    the environment variable ``SANM_KERNELS_CPU_CACHE`` says when the kernels are loaded. Tensors on
     such memory cannot be enlarged by ``resize_``. Nothing is kept with torch 2.10, and other
     backends do not use it.
 
     Args:
         mebibytes: the limit in MiB, ≥ 0; 0 keeps nothing.
 
+    Returns:
+        The limit that held before, in MiB, to be set again later. Without the compiled library
+        there is nothing to limit, and it is 0.
+
     Raises:
-        TypeError, ValueError: `mebibytes` is no integer, or out of range.
+        TypeError, ValueError: `mebibytes`, or the environment variable, is no integer, or out of
+            range.
     """
+    cpu = importlib.import_module("sanm_kernels.backends.cpu")
     if isinstance(mebibytes, bool) or not isinstance(mebibytes, int):
         raise TypeError(f"mebibytes: expected an int, got {type(mebibytes).__name__}")
-    if not 0 <= mebibytes < 2**40:
-        raise ValueError(f"mebibytes: expected a number in [0, 2⁴⁰), got {mebibytes}")
-    if load("cpu") is None:
-        importlib.import_module("sanm_kernels.backends.cpu").set_cache_limit(mebibytes)
+    if mebibytes not in cpu.LIMITS:
+        raise ValueError(f"mebibytes: expected {cpu.IN_LIMITS}, got {mebibytes}")
+    return int(cpu.set_cache_limit(mebibytes)) if load("cpu") is None else 0
 
 
 def table() -> dict[str, dict[str, str]]:

@@ -33,7 +33,10 @@ class Overloads:
         self.backend = backend
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(getattr(torch.ops.sanm_kernels, name), self.backend)
+        overload = getattr(getattr(torch.ops.sanm_kernels, name), self.backend)
+        # Looked up once: a kernel that is loaded later is the dispatcher's, not the overload's.
+        self.__dict__[name] = overload
+        return overload
 
 
 def define(

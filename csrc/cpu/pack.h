@@ -1,0 +1,232 @@
+// Rows of numbers worked on in packs: as many as one vector register holds, the last pack of a row
+// partly filled. Written with GCC's vector types, so that one source serves every instruction set;
+// intrinsics only where the compiler has no words for it.
+#pragma once
+
+#include <limits>
+#include <utility>
+
+#include "cpu/convert.h"
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)  // clang, GCC 12
+#define SANM_HAS_SHUFFLE 1
+#endif
+#endif
+
+namespace sanm {
+
+// Floats in a pack: one register's. Longer vectors than a register are taken apart element by element.
+#if defined(__AVX__)
+constexpr int kPack = kLanes;
+#else
+constexpr int kPack = 4;
+#endif
+
+template <typename A>
+using Pack = typename VectorOf<A, kPack>::type;
+// Integers as wide as A: what comparing packs gives, and indices.
+template <typename A>
+using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+template <typename A>
+using Index = typename VectorOf<Integer<A>, kPack>::type;
+// How many numbers of a pack are there: all of them, known to the compiler, or an int64_t.
+using Whole = std::integral_constant<int64_t, kPack>;
+
+// The length of a row in whole packs
+inline int64_t padded(int64_t K) { return (K + kPack - 1) / kPack * kPack; }
+
+// body(k, n) for each pack of a row of K: its first element and how many there are.
+template <typename Body>
+inline void each_pack(int64_t K, const Body& body) {
+  int64_t k = 0;
+  for (; k + kPack <= K; k += kPack) body(k, Whole{});
+  if (k < K) body(k, K - k);
+}
+
+// x in every lane
+template <typename A>
+inline Pack<A> splat(A x) { return x - Pack<A>{}; }
+
+// 0, 1, 2, …
+template <typename A>
+inline Index<A> lanes() {
+  Index<A> index{};
+  for (int l = 0; l < kPack; ++l) index[l] = l;
+  return index;
+}
+
+// Which lane of the pack that starts at element k is element `at`, if any
+template <typename A>
+inline Index<A> is_lane(int64_t at, int64_t k) {
+  return lanes<A>() == static_cast<Integer<A>>(at - k);
+}
+
+// p (kPack) of any floating dtype
+template <typename A, typename T>
+inline Pack<A> load_pack(const T* p, Whole, A) {
+  Pack<A> v;
+  if constexpr (std::is_same_v<A, T>) {
+    std::memcpy(&v, p, sizeof v);
+  } else if constexpr (std::is_same_v<A, float> && sizeof(T) == 2) {
+    v = load<kPack>(p);
+  } else {
+    for (int l = 0; l < kPack; ++l) v[l] = static_cast<A>(p[l]);
+  }
+  return v;
+}
+
+// p (n), n < kPack; the other lanes are `pad`.
+template <typename A, typename T>
+inline Pack<A> load_pack(const T* p, int64_t n, A pad) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>)
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(pad), static_cast<__mmask16>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>) {
+    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)),
+                                             (__m256i)lanes<float>());
+    return _mm256_blendv_ps(_mm256_set1_ps(pad), _mm256_maskload_ps(p, there), (__m256)there);
+  }
+#endif
+  A some[kPack];
+  for (int64_t l = 0; l < kPack; ++l) some[l] = l < n ? static_cast<A>(p[l]) : pad;
+  return load_pack<A>(some, Whole{}, pad);
+}
+
+// v → p, rounded to nearest even
+template <typename A, typename T>
+inline void store_pack(Pack<A> v, Whole, T* p) {
+  if constexpr (std::is_same_v<A, T>) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    A some[kPack];
+    std::memcpy(some, &v, sizeof v);
+    narrow(some, kPack, p);
+  }
+}
+template <typename A, typename T>
+inline void store_pack(Pack<A> v, int64_t n, T* p) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#endif
+  A some[kPack];
+  std::memcpy(some, &v, sizeof v);
+  narrow(some, n, p);
+}
+
+// Lanes N/2·part … of v. Not by memcpy where it can be helped: a vector whose address is taken stays
+// in memory, and so would the sum of a loop.
+template <int part, typename E, int N, size_t... l>
+inline typename VectorOf<E, N / 2>::type half(const typename VectorOf<E, N>::type& v,
+                                              std::index_sequence<l...>) {
+#if SANM_HAS_SHUFFLE
+  return __builtin_shufflevector(v, v, static_cast<int>(N / 2 * part + l)...);
+#else
+  typename VectorOf<E, N / 2>::type x;
+  std::memcpy(&x, reinterpret_cast<const char*>(&v) + part * sizeof x, sizeof x);
+  return x;
+#endif
+}
+
+// The lanes of v joined by `op`, halves first
+template <typename E, int N, typename Op>
+inline E reduce(typename VectorOf<E, N>::type v, const Op& op) {
+  if constexpr (N == 2) {
+    return op(v[0], v[1]);
+  } else {
+    const std::make_index_sequence<N / 2> l;
+    return reduce<E, N / 2>(op(half<0, E, N>(v, l), half<1, E, N>(v, l)), op);
+  }
+}
+template <typename A>
+inline A reduce_add(Pack<A> v) {
+  return reduce<A, kPack>(v, [](auto a, auto b) { return a + b; });
+}
+template <typename A>
+inline A reduce_max(Pack<A> v) {
+  return reduce<A, kPack>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// a·b + c in one rounding where the processor can, else in two.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline Pack<float> multiply_add(Pack<float> a, Pack<float> b, Pack<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x for x ≤ 0, within 2 ulp, and 0 where it would be subnormal: x = n·ln2 + r, a degree-6
+// polynomial in r, 2^n by its bits. Adding 1.5·2^23 rounds to an integer and leaves it in the low
+// bits. Coefficients: the minimax fit of e^r on |r| ≤ ln2/2 that Cephes' expf publishes.
+// V is a float or a pack, Bits the unsigned integers of its size.
+template <typename V, typename Bits>
+inline V exp_by_bits(V x) {
+  const auto all = [](float c) { return c - V{}; };
+  constexpr float kRound = 12582912.0f, kSmallest = -87.3f;
+  const V clipped = x < kSmallest ? all(kSmallest) : x;
+  const V shifted = multiply_add(clipped, all(1.44269504088896341f), all(kRound));
+  const V n = shifted - kRound;
+  const V r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), clipped));
+  V p = all(1.9875691500e-4f);
+  p = multiply_add(p, r, all(1.3981999507e-3f));
+  p = multiply_add(p, r, all(8.3334519073e-3f));
+  p = multiply_add(p, r, all(4.1665795894e-2f));
+  p = multiply_add(p, r, all(1.6666665459e-1f));
+  p = multiply_add(p, r, all(5.0000001201e-1f));
+  p = multiply_add(p, r * r, r) + 1.0f;
+  Bits bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127u) << 23;
+  V scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return x < kSmallest ? V{} : p * scale;
+}
+inline float exp_nonpositive(float x) { return exp_by_bits<float, uint32_t>(x); }
+inline double exp_nonpositive(double x) { return std::exp(x); }
+inline Pack<float> exp_nonpositive(Pack<float> x) {
+  return exp_by_bits<Pack<float>, VectorOf<uint32_t, kPack>::type>(x);
+}
+inline Pack<double> exp_nonpositive(Pack<double> x) {
+  for (int l = 0; l < kPack; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+
+// log x for x ≥ 1, within 2 ulp; NaN and ∞ stay. x = m·2^n with m in [√½, √2), a degree-8 polynomial
+// in f = m − 1 and n·ln2 in two parts. Coefficients: those of Cephes' logf.
+inline Pack<float> log_from_one(Pack<float> x) {
+  const Index<float> bits = (Index<float>)x;
+  const Pack<float> m = (Pack<float>)((bits & 0x7fffff) | 0x3f800000);  // in [1, 2)
+  const Index<float> large = m > 1.41421356f;
+  const Pack<float> n = __builtin_convertvector((bits >> 23) - 127 - large, Pack<float>);
+  const Pack<float> f = (large ? 0.5f * m : m) - 1.0f, square = f * f;
+  Pack<float> p = splat(7.0376836292e-2f);
+  p = multiply_add(p, f, splat(-1.1514610310e-1f));
+  p = multiply_add(p, f, splat(1.1676998740e-1f));
+  p = multiply_add(p, f, splat(-1.2420140846e-1f));
+  p = multiply_add(p, f, splat(1.4249322787e-1f));
+  p = multiply_add(p, f, splat(-1.6668057665e-1f));
+  p = multiply_add(p, f, splat(2.0000714765e-1f));
+  p = multiply_add(p, f, splat(-2.4999993993e-1f));
+  p = multiply_add(p, f, splat(3.3333331174e-1f));
+  const Pack<float> rest = multiply_add(splat(-0.5f), square, p * f * square) - 2.12194440e-4f * n;
+  const Pack<float> result = multiply_add(n, splat(0.693359375f), f + rest);
+  return x < std::numeric_limits<float>::infinity() ? result : x;
+}
+inline Pack<double> log_from_one(Pack<double> x) {
+  for (int l = 0; l < kPack; ++l) x[l] = std::log(x[l]);
+  return x;
+}
+
+}  // namespace sanm

@@ -62,6 +62,11 @@ def _tensors(x: object, name: str, what: str) -> list[Tensor]:
     return [validate.is_tensor(item, f"{name}[{i}]") for i, item in enumerate(x)]
 
 
+def _detached(x: Tensor) -> Tensor:
+    """`x` without its gradient; detaching takes time even where there is none."""
+    return x.detach() if x.requires_grad else x
+
+
 def _permutation(x: Tensor, name: str, rows: int, device: torch.device, other: str) -> Tensor:
     """Integers (≥ rows,) on `device`, as int64."""
     x = validate.integer(x, name, shape="(at least one entry per row,)")
@@ -417,7 +422,7 @@ def refine_targets(
         validate.floating(clean_prob, "clean_prob", 1, shape="(B,)")
         validate.same_device(clean_prob, "clean_prob", first.device, "logits")
         validate.length(clean_prob, "clean_prob", B, "the rows of logits")
-        labels, clean_prob = labels.detach(), clean_prob.detach()
+        labels, clean_prob = _detached(labels), _detached(clean_prob)
     temperature = validate.number(temperature, "temperature", 0)
     if temperature == 0:
         raise ValueError("temperature: expected a number > 0, got 0")
@@ -425,7 +430,7 @@ def refine_targets(
         "refine_targets",
         first.device,
         backend,
-        [z.detach() for z in rows],
+        [_detached(z) for z in rows],
         labels,
         clean_prob,
         _scalars(temperature),

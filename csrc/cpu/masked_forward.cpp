@@ -1,6 +1,9 @@
-// masked_forward: energy → statistics → peak and trough → ratio and box → (one-pass mode) pooling of
-// what the box leaves visible, sample by sample while the map is in the cache; then the modulated
-// targets, the masked views, and in the one-pass mode logits and loss.
+// masked_forward, sample by sample: energy → statistics → peak and trough → ratio and box → (one-pass
+// mode) pooling of what the box leaves visible → modulated targets → masked views, so that a thread
+// computes while its last views are still being written. Then, in the one-pass mode, logits and loss.
+#include <functional>
+#include <memory>
+
 #include "cpu/activation.h"
 #include "cpu/common.h"
 #include "cpu/energy.h"
@@ -74,21 +77,23 @@ void cross_entropy(const A* logits, const T* targets, int64_t B, int64_t K, A* l
   *loss = static_cast<A>(sum / std::max<int64_t>(B, 1));
 }
 
-// Energy, statistics, peak and trough of every sample; then body(i, the sample's map, positions),
-// while the map is in the cache. stats (5, B), positions (2, B, 2).
-template <typename F, typename Body>
+// Energy, statistics, peak and trough of every sample; then body(i, its features, positions) while
+// they are in the cache. Each thread takes a body of its own from make_body(), which is to work on
+// `further` more elements a sample. stats (5, B), positions (2, B, 2).
+template <typename F, typename MakeBody>
 void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const Tensor& stats,
-             const Tensor& positions, const Body& body) {
+             const Tensor& positions, int64_t further, const MakeBody& make_body) {
   using A = acc_t<F>;
   const Tensor& x = features.tensor;
   const int64_t B = x.size(0), C = x.size(1), h = x.size(2), w = x.size(3), n = h * w;
   const F* first = in<F>(x);
   A* stat = out<A>(stats);
   int32_t* position = out<int32_t>(positions);
-  torch::stable::parallel_for(0, B, grain(C * n), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, B, grain(C * n + further), [&](int64_t begin, int64_t end) {
     Locator locator(h, w, H, W, quantize);
     std::vector<A> e(n);
     std::vector<float> map(n);
+    const auto body = make_body();
     for (int64_t i = begin; i < end; ++i) {
       const F* f = first + i * C * n;
       energy(f, C, n, features.channels_last, e.data());
@@ -99,6 +104,7 @@ void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const T
       std::copy_n(found.trough, 2, position + 2 * (B + i));
       body(i, f, found);
     }
+    stream_fence();
   });
 }
 
@@ -143,36 +149,33 @@ void place(const Inputs& in, const Positions& found, const Draws& draw, float cl
   }
 }
 
-// targets (B, K) or int64 (B,), ratio (S, B) → result (S, B, K).
+// targets (B, K) or int64 (B,), ratio (S, B) → row i of result (S, B, K).
 template <typename Y>
-void modulate(const Tensor& targets, const float* ratio, bool clamp, int64_t S, int64_t B,
+void modulate(const Tensor& targets, const float* ratio, bool clamp, int64_t S, int64_t i,
               int64_t K, Y* result) {
+  const int64_t B = targets.size(0);
   const bool soft = targets.scalar_type() != ScalarType::Long;
-  torch::stable::parallel_for(0, S * B, grain(K), [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t i = k % B;
-      new_targets<Y>(soft ? in<Y>(targets) + i * K : nullptr, soft ? 0 : in<int64_t>(targets)[i],
-                     K, ratio[k], clamp, result + k * K);
-    }
-  });
+  for (int64_t k = i; k < S * B; k += B)
+    new_targets<Y>(soft ? in<Y>(targets) + i * K : nullptr, soft ? 0 : in<int64_t>(targets)[i], K,
+                   ratio[k], clamp, result + k * K);
 }
 
+// What paints the views (V·B, Cin, H, W) of one sample of the images (B, Cin, H, W).
+using PaintSample = std::function<void(int64_t)>;
+
 template <typename T>
-void paint(const Inputs& in, const Image& images, const int32_t* boxes, const DrawSource& draws,
-           T* views) {
+PaintSample painter(const Inputs& in, const Image& images, const int32_t* boxes,
+                    const DrawSource& draws, T* views) {
   const int64_t B = images.tensor.size(0), V = in.settings.view_count();
   const int64_t channels = images.tensor.size(1), pixels = channels * in.H * in.W;
   const bool stream = V * B * pixels * int64_t{sizeof(T)} >= kStreamBytes;
   const T* x = sanm::in<T>(images.tensor);
-  torch::stable::parallel_for(0, B, grain(V * pixels), [&](int64_t begin, int64_t end) {
-    Painter<T> painter(in.settings, in.fill_value, in.H, in.W, channels, images.channels_last,
-                       stream);
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t* box[2] = {boxes + 4 * i, boxes + 4 * ((V - 1) * B + i)};
-      painter.paint(x + i * pixels, views + i * pixels, B * pixels, box, draws(i));
-    }
-    if (stream) stream_fence();
-  });
+  const auto painter = std::make_shared<Painter<T>>(in.settings, in.fill_value, in.H, in.W,
+                                                    channels, images.channels_last, stream);
+  return [=, &draws](int64_t i) {
+    const int32_t* box[2] = {boxes + 4 * i, boxes + 4 * ((V - 1) * B + i)};
+    painter->paint(x + i * pixels, views + i * pixels, B * pixels, box, draws(i));
+  };
 }
 
 // logits (B, K) = pooled (B, C)·Wᵀ + bias.
@@ -211,27 +214,36 @@ void run(const Inputs& in, const Outputs& out) {
 
   float* ratio = sanm::out<float>(out.ratio);
   int32_t* boxes = sanm::out<int32_t>(out.boxes);
+  const std::optional<Image> images = in.images ? std::optional<Image>(*in.images) : std::nullopt;
+  const auto make_painter = [&] {
+    PaintSample paint = [](int64_t) {};
+    if (images)
+      dispatch(images->tensor.scalar_type(), [&](auto zero) {
+        paint = painter(in, *images, boxes, draws, sanm::out<decltype(zero)>(out.views));
+      });
+    return paint;
+  };
   dispatch(in.features.scalar_type(), [&](auto zero) {
     using F = decltype(zero);
     using A = acc_t<F>;
     A* visible = sanm::out<A>(out.visible);
     A* pooled = sanm::out<A>(out.pooled);
-    analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions,
-               [&](int64_t i, const F* f, const Positions& found) {
-                 place(in, found, draws(i), q[i], i, B, ratio, boxes);
-                 if (!one_pass) return;
-                 visibility(boxes + 4 * i, h, w, in.H, in.W, visible + i * h * w);
-                 pool(f, C, h * w, features.channels_last, visible + i * h * w, pooled + i * C);
-               });
-  });
-  dispatch(out.targets.scalar_type(), [&](auto zero) {
-    modulate(targets, ratio, s.clamp, s.draw_sets(), B, K,
-             sanm::out<decltype(zero)>(out.targets));
-  });
-  if (in.images)
-    dispatch(in.images->scalar_type(), [&](auto zero) {
-      paint(in, Image(*in.images), boxes, draws, sanm::out<decltype(zero)>(out.views));
+    const int64_t further = K + (images && B ? out.views.numel() / B : 0);
+    analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions, further, [&] {
+      return [&, paint = make_painter()](int64_t i, const F* f, const Positions& found) {
+        place(in, found, draws(i), q[i], i, B, ratio, boxes);
+        if (one_pass) {
+          visibility(boxes + 4 * i, h, w, in.H, in.W, visible + i * h * w);
+          pool(f, C, h * w, features.channels_last, visible + i * h * w, pooled + i * C);
+        }
+        dispatch(out.targets.scalar_type(), [&](auto target_zero) {
+          modulate(targets, ratio, s.clamp, s.draw_sets(), i, K,
+                   sanm::out<decltype(target_zero)>(out.targets));
+        });
+        paint(i);
+      };
     });
+  });
   if (!one_pass) return;
   dispatch(acc_type(in.features), [&](auto acc_zero) {
     using A = acc_t<decltype(acc_zero)>;
@@ -265,8 +277,8 @@ std::tuple<Tensor, Tensor> activation_stats(const Tensor& features_, int64_t H, 
   const Tensor stats = new_tensor({5, B}, acc_type(features_)),
                positions = new_tensor({2, B, 2}, ScalarType::Int);
   dispatch(features_.scalar_type(), [&](auto zero) {
-    analyse<decltype(zero)>(features, H, W, quantize, stats, positions,
-                            [](int64_t, const auto*, const Positions&) {});
+    analyse<decltype(zero)>(features, H, W, quantize, stats, positions, 0,
+                            [] { return [](int64_t, const auto*, const Positions&) {}; });
   });
   return {stats, positions};
 }

@@ -42,7 +42,7 @@ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kBl
 
 // n bytes from src to dst, streamed where `stream` and dst's alignment allow.
 inline void copy_bytes(char* dst, const char* src, int64_t n, bool stream) {
-  if (!stream || n < 4 * kBlock) {
+  if (!stream || (n < 4 * kBlock && !(aligned(dst) && n % kBlock == 0))) {
     std::memcpy(dst, src, n);
     return;
   }

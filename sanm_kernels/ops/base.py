@@ -95,7 +95,9 @@ def differentiable(
             setup_context(ctx, args, output)
             return output
 
-        backward = staticmethod(formula)
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:  # compiled autograd takes only a function
+            return formula(ctx, *grads)
 
     Operator.__name__ = Operator.__qualname__ = name
     return Operator

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from inputs import DTYPES, LAYOUTS, lay_out, upstreams
 from tolerances import assert_accurate, assert_parallel
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sanm_kernels as sk
@@ -144,6 +145,16 @@ def test_compiles_once_for_any_batch(backend):
         assert torch.equal(a, b)
         assert torch.equal(*(torch.autograd.grad(x.sum(), z)[0] for x in (a, b)))
     assert counter.frame_count == 1
+
+
+@backends
+def test_compiled_autograd_is_the_same(backend):
+    torch._dynamo.reset()
+    z, labels = torch.randn(8, 6, requires_grad=True), torch.randint(0, 6, (8,))
+    (expected,) = torch.autograd.grad(sk.sample_loss(z, labels, backend=backend).sum(), z)
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        sk.sample_loss(z, labels, backend=backend).sum().backward()
+    assert torch.equal(z.grad, expected)
 
 
 @backends

@@ -77,19 +77,33 @@ void cross_entropy(const A* logits, const T* targets, int64_t B, int64_t K, A* l
   *loss = static_cast<A>(sum / std::max<int64_t>(B, 1));
 }
 
+// What is read of every sample besides its features: sample i's bytes from first + i·bytes on.
+struct Further {
+  const char* first = nullptr;
+  int64_t bytes = 0;
+
+  // Asks for as much of sample i as memory can bring while the peak is sought.
+  void prefetch(int64_t i) const {
+    constexpr int64_t kMost = 16384, kLine = 64;
+    for (int64_t k = 0; k < std::min(bytes, kMost); k += kLine)
+      sanm::prefetch(first + i * bytes, k);
+  }
+};
+
 // Energy, statistics, peak and trough of every sample; then body(i, its features, positions) while
 // they are in the cache. Each thread takes a body of its own from make_body(), which is to work on
-// `further` more elements a sample. stats (5, B), positions (2, B, 2).
+// `work` more elements a sample and reads `further`. stats (5, B), positions (2, B, 2).
 template <typename F, typename MakeBody>
 void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const Tensor& stats,
-             const Tensor& positions, int64_t further, const MakeBody& make_body) {
+             const Tensor& positions, int64_t work, const Further& further,
+             const MakeBody& make_body) {
   using A = acc_t<F>;
   const Tensor& x = features.tensor;
   const int64_t B = x.size(0), C = x.size(1), h = x.size(2), w = x.size(3), n = h * w;
   const F* first = in<F>(x);
   A* stat = out<A>(stats);
   int32_t* position = out<int32_t>(positions);
-  torch::stable::parallel_for(0, B, grain(C * n + further), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, B, grain(C * n + work), [&](int64_t begin, int64_t end) {
     Locator locator(h, w, H, W, quantize);
     std::vector<A> e(n);
     std::vector<float> map(n);
@@ -97,6 +111,7 @@ void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const T
     for (int64_t i = begin; i < end; ++i) {
       const F* f = first + i * C * n;
       energy(f, C, n, features.channels_last, e.data());
+      further.prefetch(i);
       statistics(e.data(), n, stat + i, B);
       std::copy(e.begin(), e.end(), map.begin());
       const Positions found = locator.find(map.data());
@@ -228,8 +243,12 @@ void run(const Inputs& in, const Outputs& out) {
     using A = acc_t<F>;
     A* visible = sanm::out<A>(out.visible);
     A* pooled = sanm::out<A>(out.pooled);
-    const int64_t further = K + (images && B ? out.views.numel() / B : 0);
-    analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions, further, [&] {
+    const int64_t work = K + (images && B ? out.views.numel() / B : 0);
+    Further further;
+    if (images && B)
+      further = {static_cast<const char*>(images->tensor.const_data_ptr()),
+                 images->tensor.numel() / B * images->tensor.element_size()};
+    analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions, work, further, [&] {
       return [&, paint = make_painter()](int64_t i, const F* f, const Positions& found) {
         place(in, found, draws(i), q[i], i, B, ratio, boxes);
         if (one_pass) {
@@ -277,7 +296,7 @@ std::tuple<Tensor, Tensor> activation_stats(const Tensor& features_, int64_t H, 
   const Tensor stats = new_tensor({5, B}, acc_type(features_)),
                positions = new_tensor({2, B, 2}, ScalarType::Int);
   dispatch(features_.scalar_type(), [&](auto zero) {
-    analyse<decltype(zero)>(features, H, W, quantize, stats, positions, 0,
+    analyse<decltype(zero)>(features, H, W, quantize, stats, positions, 0, {},
                             [] { return [](int64_t, const auto*, const Positions&) {}; });
   });
   return {stats, positions};

@@ -34,16 +34,6 @@ struct Scalars {
   double lam, unlabeled, prior, confidence;
 };
 
-// What a pass over some rows leaves for the next, and a row's converted targets.
-template <typename A>
-struct Scratch {
-  explicit Scratch(int64_t K)
-      : count(rows_at_once(K)), p(count, padded(K)), q(count, padded(K)), targets(2, K) {}
-
-  const int64_t count;
-  const Rows<A> p, q, targets;
-};
-
 // What a block of rows adds to the scalars.
 struct Sums {
   double labeled = 0, unlabeled = 0, confidence = 0;
@@ -53,32 +43,6 @@ double weighted(double weight, double term) { return weight == 0 ? 0 : weight * 
 
 // Blocks per task of parallel_for
 int64_t block_grain(int64_t K) { return std::max<int64_t>(1, row_grain(K) / kBlockRows); }
-
-// Of a row x (K): e (Kp), Σ e and Σ e (x − top)
-template <typename A, typename T>
-inline void exponentials(const T* x, int64_t K, A top, A* e, A& sum, A& moment) {
-  Pack<A> sums{}, moments{};
-  each_pack(K, [&](int64_t k, auto n) {
-    const Pack<A> centred = load_pack<A>(x + k, n, kLowest<A>) - top,
-                  power = exp_nonpositive(centred);
-    store_pack<A>(power, Whole{}, e + k);
-    sums += power;
-    moments += power == 0 ? Pack<A>{} : power * centred;  // 0·∞ = 0
-  });
-  sum = reduce_add<A>(sums), moment = reduce_add<A>(moments);
-}
-
-// column (Kp) += Σ_j p_j, p_j = e_j / sum_j, over `count` rows e_j (Kp)
-template <typename A>
-inline void add_rows(const Rows<A>& e, const A* sum, int64_t count, int64_t K, A* column) {
-  A scale[kMaxRows];
-  for (int64_t j = 0; j < count; ++j) scale[j] = 1 / sum[j];
-  each_pack(padded(K), [&](int64_t k, auto n) {
-    Pack<A> total = load_pack<A>(column + k, n, A(0));
-    for (int64_t j = 0; j < count; ++j) total += load_pack<A>(e[j] + k, n, A(0)) * scale[j];
-    store_pack<A>(total, n, column + k);
-  });
-}
 
 // Σ t (log-sum − (x − top)), where 0·∞ = 0
 template <typename A, typename T>
@@ -115,6 +79,7 @@ inline A gradient_parts(const T* x, const A* prior, int64_t K, A top, A log_sum,
                         const FinalTarget<A>* target, A* p_row, A* q_row) {
   Pack<A> inner{}, mass{};
   each_pack(K, [&](int64_t k, auto n) {
+    prefetch(x + k);
     const Pack<A> log_p = (load_pack<A>(x + k, n, kLowest<A>) - top) - log_sum,
                   p = exp_nonpositive(log_p), t = target ? target->pack(k, n) : Pack<A>{},
                   entropy = p == 0 ? Pack<A>{} : c.entropy * log_p,
@@ -167,34 +132,45 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
     std::vector<A> columns(blocks * Kp);
     std::vector<Sums> sums(blocks);
     torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
-      const Scratch<A> s(K);
-      alignas(64) A top[kMaxRows], sum[kMaxRows], log_sum[kMaxRows], moment[kMaxRows];
+      const int64_t group = rows_at_once(K);
+      const Rows<A> e(group, Kp), converted(2, K);
+      alignas(64) A top[kMaxRows], sum[kMaxRows], scale[kMaxRows], log_sum[kMaxRows],
+          moment[kMaxRows];
       std::fill_n(sum, kMaxRows, A(1));
       const int64_t stop = std::min(n, end * kBlockRows);
-      for (int64_t first = begin * kBlockRows; first < stop; first += s.count) {
-        const int64_t count = std::min(stop - first, s.count);
+      for (int64_t first = begin * kBlockRows; first < stop; first += group) {
+        const int64_t count = std::min(stop - first, group);
         const T* x = z + first * K;
         for (int64_t j = 0; j < count; ++j) top[j] = row_max<A>(x + j * K, K);
-        for (int64_t j = 0; j < count; ++j)
-          exponentials(x + j * K, K, top[j], s.p[j], sum[j], moment[j]);
-        for (int64_t j = 0; j < count; j += kPack)
-          store_pack<A>(log_from_one(load_pack<A>(sum + j, Whole{}, A(1))), Whole{}, log_sum + j);
-        add_rows(s.p, sum, count, K, columns.data() + first / kBlockRows * Kp);
+        for (int64_t j = 0; j < count; ++j) {
+          Pack<A> moments{};
+          const auto add = [&](Pack<A> centred, Pack<A> power) {
+            moments += power == 0 ? Pack<A>{} : power * centred;  // 0·∞ = 0
+          };
+          sum[j] = exponentials(x + j * K, K, top[j], e[j], group, add);
+          moment[j] = reduce_add<A>(moments);
+        }
+        for (int64_t j = 0; j < count; j += kPack) {
+          const Pack<A> some = load_pack<A>(sum + j, Whole{}, A(1));
+          store_pack<A>(log_from_one(some), Whole{}, log_sum + j);
+          store_pack<A>(1 / some, Whole{}, scale + j);
+        }
+        add_rows(e, scale, count, K, columns.data() + first / kBlockRows * Kp);
         for (int64_t j = 0; j < count; ++j) {
           const int64_t i = first + j;
           rows[i] = 0;
           if (!target.counts(i)) continue;
           FinalTarget<A> t;
-          target.row(i, s.targets[0], s.targets[1], t);
+          target.row(i, converted[0], converted[1], t);
           rows[i] = i < nx ? cross_entropy(x + j * K, t, K, top[j], log_sum[j])
-                           : squared_error(s.p[j], t, K, 1 / sum[j]) / K;
+                           : squared_error(e[j], t, K, scale[j]) / K;
         }
         Sums& block = sums[first / kBlockRows];
         Sums here = block;
         for (int64_t j = 0; j < count; ++j) {
           const int64_t i = first + j;
           norm[2 * i] = top[j], norm[2 * i + 1] = log_sum[j];
-          here.confidence += moment[j] / sum[j] - log_sum[j];
+          here.confidence += moment[j] * scale[j] - log_sum[j];
           here.labeled += i < nx ? rows[i] : A(0);
           here.unlabeled += i < nx ? A(0) : rows[i];
         }
@@ -282,27 +258,28 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
     T* d = out<T>(result);
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
     torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
-      const Scratch<A> s(K);
+      const int64_t group = rows_at_once(K);
+      const Rows<A> p(group, padded(K)), q(group, padded(K)), converted(2, K);
       A shift[kMaxRows];
       const int64_t stop = std::min(n, end * kBlockRows);
-      for (int64_t first = begin * kBlockRows; first < stop; first += s.count) {
-        const int64_t count = std::min(stop - first, s.count);
+      for (int64_t first = begin * kBlockRows; first < stop; first += group) {
+        const int64_t count = std::min(stop - first, group);
         for (int64_t j = 0; j < count; ++j) {
           const int64_t i = first + j;
           const bool counts = target.counts(i);
           FinalTarget<A> t;
           A c = 0;
           if (counts) {
-            target.row(i, s.targets[0], s.targets[1], t);
+            target.row(i, converted[0], converted[1], t);
             c = static_cast<A>(i < nx ? cx : cu) + (grow ? grow[i] : A(0));
           }
           const Slopes<A> slopes =
               i < nx ? Slopes<A>{c, A(0), gn} : Slopes<A>{A(0), 2 * c / K, gn};
           shift[j] = gradient_parts(z + i * K, slope.data(), K, norm[2 * i], norm[2 * i + 1],
-                                    slopes, counts ? &t : nullptr, s.p[j], s.q[j]);
+                                    slopes, counts ? &t : nullptr, p[j], q[j]);
         }
         for (int64_t j = 0; j < count; ++j)
-          gradient_row(s.p[j], s.q[j], K, shift[j], d + (first + j) * K);
+          gradient_row(p[j], q[j], K, shift[j], d + (first + j) * K);
       }
     });
   });

@@ -5,9 +5,11 @@
 // so each row is written once, by one thread, and nothing is added to memory.
 //
 // A row is a run of E elements, the same for every view: NCHW or NHWC does not matter. It is worked
-// on in pieces that fit the first cache; large results are stored past the caches.
+// on in pieces that fit the first cache; large results are stored past the caches. Every row is read
+// twice, as itself and as a partner; the next row to work on is the partner of the last, which is
+// still in a cache.
 #include "cpu/common.h"
-#include "cpu/convert.h"
+#include "cpu/pack.h"
 #include "cpu/stream.h"
 
 namespace sanm {
@@ -22,49 +24,67 @@ struct Share {
   double own, partner;
 };
 
-// own·x + partner·y for n ≤ kPiece elements; a null pointer adds nothing.
+// own·x + partner·y for n ≤ kPiece elements; a null pointer adds nothing. `buffer` (kPiece).
 template <typename T>
-void mix_piece(const T* x, const T* y, int64_t n, const Share& share, T* out) {
+void mix_piece(const T* x, const T* y, int64_t n, const Share& share, bool stream, T* buffer,
+               T* out) {
   using A = acc_t<T>;
   const A a = static_cast<A>(share.own), b = static_cast<A>(share.partner);
-  if constexpr (std::is_same_v<T, A>) {
-    if (x && y) {
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) out[k] = a * x[k] + b * y[k];
-    } else if (x || y) {
-      const T* one = x ? x : y;
-      const A scale = x ? a : b;
-      for (int64_t k = 0; k < n; ++k) out[k] = scale * one[k];
-    } else {
-      std::memset(out, 0, n * sizeof(T));
-    }
-  } else {
-    A left[kPiece], right[kPiece];
-    std::memset(left, 0, n * sizeof(A));
-    std::memset(right, 0, n * sizeof(A));
-    if (x) widen(x, 1, n, left);
-    if (y) widen(y, 1, n, right);
-    for (int64_t k = 0; k < n; ++k) left[k] = a * left[k] + b * right[k];
-    narrow(left, n, out);
-  }
+  const bool direct = stream && std::is_same_v<T, A> && aligned(out);
+  const auto run = [&](const auto& value) {
+    each_pack(n, [&](int64_t k, auto count) {
+      if constexpr (std::is_same_v<T, A> && std::is_same_v<decltype(count), Whole>)
+        if (direct) return stream_pack(value(k, count), out + k);
+      store_pack<A>(value(k, count), count, (stream && !direct ? buffer : out) + k);
+    });
+  };
+  if (x && y)
+    run([&](int64_t k, auto count) {
+      prefetch(x + k), prefetch(y + k);
+      return a * load_pack<A>(x + k, count, A(0)) + b * load_pack<A>(y + k, count, A(0));
+    });
+  else if (x || y)
+    run([&](int64_t k, auto count) {
+      return (x ? a : b) * load_pack<A>((x ? x : y) + k, count, A(0));
+    });
+  else
+    run([](int64_t, auto) { return Pack<A>{}; });
+  if (stream && !direct)
+    copy_bytes(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(buffer), n * sizeof(T),
+               true);
 }
 
-// Mixes `rows` rows of E elements; row(i) gives the two sources and the destination of row i.
+// 0 … rows − 1, each number i followed by next[i] where that is one of them and comes after no other
+// number. `before` is the inverse of `next`, −1 where there is none: where chains begin.
+std::vector<int64_t> in_chains(const int64_t* next, const int64_t* before, int64_t rows) {
+  std::vector<int64_t> order;
+  std::vector<bool> seen(rows);
+  order.reserve(rows);
+  for (const bool begins : {true, false})  // then what is left: rings
+    for (int64_t first = 0; first < rows; ++first)
+      if (!begins || before[first] < 0)
+        for (int64_t i = first; 0 <= i && i < rows && !seen[i]; i = next[i]) {
+          seen[i] = true;
+          order.push_back(i);
+        }
+  return order;
+}
+
+// Mixes rows of E elements in this order; row(i) gives the two sources and the destination of row i.
 template <typename T, typename Sources>
-void mix_rows(int64_t rows, int64_t E, const Share& share, const Sources& row) {
+void mix_rows(const std::vector<int64_t>& order, int64_t E, const Share& share,
+              const Sources& row) {
+  const int64_t rows = static_cast<int64_t>(order.size());
   const int64_t pieces = (E + kPiece - 1) / kPiece;
   const bool stream = rows * E * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   torch::stable::parallel_for(0, rows * pieces, grain(std::min(E, kPiece)),
                               [&](int64_t begin, int64_t end) {
     alignas(64) T buffer[kPiece];
     for (int64_t item = begin; item < end; ++item) {
-      const auto [x, y, out] = row(item / pieces);
-      const int64_t at = item % pieces * kPiece, n = std::min(kPiece, E - at);
-      T* target = stream ? buffer : out + at;
-      mix_piece(x ? x + at : x, y ? y + at : y, n, share, target);
-      if (stream)
-        copy_bytes(reinterpret_cast<char*>(out + at), reinterpret_cast<const char*>(buffer),
-                   n * sizeof(T), true);
+      const auto [x, y, out] = row(order[item / pieces]);
+      const int64_t at = item % pieces * kPiece;
+      mix_piece(x ? x + at : x, y ? y + at : y, std::min(kPiece, E - at), share, stream, buffer,
+                out + at);
     }
     if (stream) stream_fence();
   });
@@ -101,7 +121,7 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
   }
   channels_last = channels_last && !contiguous;
   const Tensor permutation = packed(permutation_);
-  inverse(permutation, rows, total);
+  const std::vector<int64_t> before = inverse(permutation, rows, total);
   const Tensor result = empty_like_rows(views[0], rows, channels_last);
   const int64_t E = row_elements(views[0]);
   dispatch(views[0].scalar_type(), [&](auto zero) {
@@ -115,7 +135,7 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
     }
     const int64_t* p = in<int64_t>(permutation);
     T* out_ = out<T>(result);
-    mix_rows<T>(rows, E, Share(lam), [&](int64_t i) {
+    mix_rows<T>(in_chains(p, before.data(), rows), E, Share(lam), [&](int64_t i) {
       return std::tuple<const T*, const T*, T*>(source[i], source[p[i]], out_ + i * E);
     });
   });
@@ -132,6 +152,8 @@ std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
   int64_t total = 0;
   for (const int64_t size : sizes) total += size;
   const std::vector<int64_t> source = inverse(permutation, rows, total);
+  std::vector<int64_t> partner(total, -1);
+  std::copy_n(in<int64_t>(permutation), rows, partner.begin());
   std::vector<Tensor> results;
   for (const int64_t size : sizes) results.push_back(empty_like_rows(grad, size, channels_last));
   dispatch(grad.scalar_type(), [&](auto zero) {
@@ -142,7 +164,7 @@ std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
       for (int64_t i = 0; i < result.size(0); ++i)
         destination.push_back(out<T>(result) + i * E);
     const T* g = in<T>(grad);
-    mix_rows<T>(total, E, Share(lam), [&](int64_t i) {
+    mix_rows<T>(in_chains(source.data(), partner.data(), total), E, Share(lam), [&](int64_t i) {
       return std::tuple<const T*, const T*, T*>(i < rows ? g + i * E : nullptr,
                                                 source[i] >= 0 ? g + source[i] * E : nullptr,
                                                 destination[i]);

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cpu/convert.h"
+#include "cpu/stream.h"
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)  // clang, GCC 12
@@ -114,6 +115,13 @@ inline void store_pack(Pack<A> v, int64_t n, T* p) {
   A some[kPack];
   std::memcpy(some, &v, sizeof v);
   narrow(some, n, p);
+}
+
+// v → p, aligned to blocks, past the caches
+template <typename A>
+inline void stream_pack(Pack<A> v, A* p) {
+  for (size_t at = 0; at < sizeof v; at += kBlock)
+    stream_block(reinterpret_cast<char*>(p) + at, load_block(reinterpret_cast<char*>(&v) + at));
 }
 
 // Lanes N/2·part … of v. Not by memcpy where it can be helped: a vector whose address is taken stays

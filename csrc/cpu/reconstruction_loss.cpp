@@ -5,7 +5,7 @@
 // the whole image a single one. Each sample's sum is taken by one thread, in pieces added up in
 // double, and the samples' sums are added in order: the number of threads does not matter.
 #include "cpu/common.h"
-#include "cpu/convert.h"
+#include "cpu/pack.h"
 
 namespace sanm {
 namespace {
@@ -112,10 +112,14 @@ Tensor reconstruction_loss(const Tensor& reconstruction, const Tensor& images,
         a.runs(i, [&](int64_t first, int64_t length) {
           pieces(r + i * E + first, a.images, i % a.B * E + first, length, left, right,
                  [&](const A* rp, const A* xp, int64_t n, int64_t) {
-                   A sum = 0;
-#pragma omp simd reduction(+ : sum)
-                   for (int64_t k = 0; k < n; ++k) sum += (rp[k] - xp[k]) * (rp[k] - xp[k]);
-                   total += sum;
+                   Pack<A> sum{};
+                   each_pack(n, [&](int64_t k, auto count) {
+                     prefetch(rp + k), prefetch(xp + k);
+                     const Pack<A> error =
+                         load_pack<A>(rp + k, count, A(0)) - load_pack<A>(xp + k, count, A(0));
+                     sum += error * error;
+                   });
+                   total += reduce_add<A>(sum);
                  });
         });
         sums[i] = total;
@@ -147,6 +151,7 @@ Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruc
     std::vector<A> scale;
     for (int64_t v = 0; v < a.views(); ++v)
       scale.push_back(2 * *in<A>(grad) / std::max<int64_t>(1, a.count(v)));
+    const bool stream = a.N * E * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
     torch::stable::parallel_for(0, a.N, grain(E), [&](int64_t begin, int64_t end) {
       A left[kPiece], right[kPiece];
       for (int64_t i = begin; i < end; ++i) {
@@ -156,16 +161,20 @@ Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruc
           T* run = d + i * E + first;
           pieces(r + i * E + first, a.images, i % a.B * E + first, length, left, right,
                  [&](const A* rp, const A* xp, int64_t n, int64_t at) {
-                   if constexpr (std::is_same_v<T, A>) {
-#pragma omp simd
-                     for (int64_t k = 0; k < n; ++k) run[at + k] = s * (rp[k] - xp[k]);
-                   } else {
-                     for (int64_t k = 0; k < n; ++k) left[k] = s * (rp[k] - xp[k]);
-                     narrow(left, n, run + at);
-                   }
+                   T* const out = run + at;
+                   const bool direct = stream && aligned(out);
+                   each_pack(n, [&](int64_t k, auto count) {
+                     prefetch(rp + k), prefetch(xp + k);
+                     const Pack<A> slope = s * (load_pack<A>(rp + k, count, A(0)) -
+                                                load_pack<A>(xp + k, count, A(0)));
+                     if constexpr (std::is_same_v<T, A> && std::is_same_v<decltype(count), Whole>)
+                       if (direct) return stream_pack(slope, out + k);
+                     store_pack<A>(slope, count, out + k);
+                   });
                  });
         });
       }
+      if (stream) stream_fence();
     });
   });
   return result;

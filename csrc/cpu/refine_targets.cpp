@@ -17,23 +17,6 @@ inline Pack<A> power(Pack<A> p, A exponent) {
   return p;
 }
 
-// p (Kp) ← p + softmax of x (K) · weight; e (Kp) is overwritten.
-template <typename A, typename T>
-void add_softmax(const T* x, int64_t K, A weight, A* e, A* p) {
-  const A top = row_max<A>(x, K);
-  Pack<A> sum{};
-  each_pack(K, [&](int64_t k, auto n) {
-    const Pack<A> e_k = exp_nonpositive(load_pack<A>(x + k, n, kLowest<A>) - top);
-    store_pack<A>(e_k, Whole{}, e + k);
-    sum += e_k;
-  });
-  const A scale = weight / reduce_add<A>(sum);
-  each_pack(padded(K), [&](int64_t k, auto n) {
-    const Pack<A> mean = load_pack<A>(p + k, n, A(0)) + scale * load_pack<A>(e + k, n, A(0));
-    store_pack<A>(mean, n, p + k);
-  });
-}
-
 // p (Kp) → p^exponent / Σ p^exponent in out (K); p is overwritten.
 template <typename A>
 void sharpen(A* p, int64_t K, A exponent, A* out) {
@@ -81,11 +64,15 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
         labels && labels->scalar_type() == ScalarType::Long ? in<int64_t>(*labels) : nullptr;
     A* refined = out<A>(result);
     torch::stable::parallel_for(0, B, row_grain(K) / V + 1, [&](int64_t begin, int64_t end) {
-      const Rows<A> rows(3, padded(K));
-      A *const e = rows[0], *const p = rows[1], *const given = rows[2];
+      const Rows<A> e(V, padded(K)), rows(2, padded(K));
+      A *const p = rows[0], *const given = rows[1];
+      std::vector<A> top(V), scale(V);
       for (int64_t i = begin; i < end; ++i) {
+        for (int64_t v = 0; v < V; ++v) top[v] = row_max<A>(z[v] + i * K, K);
+        for (int64_t v = 0; v < V; ++v)
+          scale[v] = 1 / (V * exponentials(z[v] + i * K, K, top[v], e[v], 1, [](auto, auto) {}));
         std::fill_n(p, padded(K), A(0));
-        for (int64_t v = 0; v < V; ++v) add_softmax(z[v] + i * K, K, A(1) / V, e, p);
+        add_rows(e, scale.data(), V, K, p);
         if (q) {
           if (!label)
             widen(labels->const_data_ptr(), labels->scalar_type(), i * K, 1, K, given);

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> sample_loss(const Tensor& logits_, const Tensor& labe
         const T* x = z + first * K;
         Pack<A> top{}, sum = splat(A(1));
         for (int64_t j = 0; j < count; ++j) top[j] = row_max<A>(x + j * K, K);
-        for (int64_t j = 0; j < count; ++j) sum[j] = exp_sum(x + j * K, K, top[j]);
+        for (int64_t j = 0; j < count; ++j) sum[j] = exp_sum(x + j * K, K, top[j], group);
         const Pack<A> log_sum = log_from_one(sum);
         for (int64_t j = 0; j < count; ++j) {
           const int64_t i = first + j;

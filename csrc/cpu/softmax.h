@@ -9,9 +9,9 @@ namespace sanm {
 template <typename A>
 constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
-// Rows per thread below which a loop stays on one thread; a row costs as much as some 32 elements
+// Rows per thread below which a second thread costs more than it brings; a row counts as 32 elements
 // besides its own.
-inline int64_t row_grain(int64_t K) { return std::max<int64_t>(1, 16384 / (K + 32)); }
+inline int64_t row_grain(int64_t K) { return std::max<int64_t>(1, 65536 / (K + 32)); }
 
 // Rows to work on together, pass by pass, a power of two: the passes of one row wait for each other,
 // those of several do not, and what they keep stays in the first cache.
@@ -48,14 +48,41 @@ inline int64_t row_argmax(const A* x, int64_t K) {
   return index < K ? index : 0;
 }
 
-// Σ_k e^{x_k − m}, m the largest x_k
+// Σ_k e^{x_k − m}, m the largest x_k. Asks for the row `ahead` rows on, which is wanted next.
 template <typename A, typename T>
-inline A exp_sum(const T* x, int64_t K, A m) {
+inline A exp_sum(const T* x, int64_t K, A m, int64_t ahead = 0) {
   Pack<A> sum{};
   each_pack(K, [&](int64_t k, auto n) {
+    prefetch(x + k, ahead * K * static_cast<int64_t>(sizeof(T)));
     sum += exp_nonpositive(load_pack<A>(x + k, n, kLowest<A>) - m);
   });
   return reduce_add<A>(sum);
+}
+
+// Σ e, e (Kp) ← e^{x − top} of a row x (K), top its largest; `also(x − top, e)` sees each pack.
+// Asks for the row `ahead` rows on.
+template <typename A, typename T, typename Also>
+inline A exponentials(const T* x, int64_t K, A top, A* e, int64_t ahead, const Also& also) {
+  Pack<A> sum{};
+  each_pack(K, [&](int64_t k, auto n) {
+    prefetch(x + k, ahead * K * static_cast<int64_t>(sizeof(T)));
+    const Pack<A> centred = load_pack<A>(x + k, n, kLowest<A>) - top,
+                  power = exp_nonpositive(centred);
+    store_pack<A>(power, Whole{}, e + k);
+    sum += power;
+    also(centred, power);
+  });
+  return reduce_add<A>(sum);
+}
+
+// total (Kp) += Σ_j scale_j e_j over `count` rows e_j (Kp)
+template <typename A>
+inline void add_rows(const Rows<A>& e, const A* scale, int64_t count, int64_t K, A* total) {
+  each_pack(padded(K), [&](int64_t k, auto n) {
+    Pack<A> sum = load_pack<A>(total + k, n, A(0));
+    for (int64_t j = 0; j < count; ++j) sum += load_pack<A>(e[j] + k, n, A(0)) * scale[j];
+    store_pack<A>(sum, n, total + k);
+  });
 }
 
 // log Σ_k e^{x_k}; the maximum is taken out first, so nothing overflows.

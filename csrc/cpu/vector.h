@@ -60,6 +60,8 @@ inline Vec<N> load(const Half* p) {
 }
 
 // Asks for the cache line a few KB ahead: the hardware prefetcher stops at page ends.
-inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 4096); }
+inline void prefetch(const void* p, int64_t ahead = 4096) {
+  __builtin_prefetch(static_cast<const char*>(p) + ahead);
+}
 
 }  // namespace sanm

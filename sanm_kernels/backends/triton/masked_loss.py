@@ -71,20 +71,9 @@ def masked_loss_kernel(
             targets, ratio, permutation, start, last, K, M, ignore_index, s_1, s_2, t_0, t_1, t_2,
             t_k, SOFT, CLAMP, ROWS, CLASSES, ACC,
         )  # fmt: skip
-        top = tl.full((ROWS,), -float("inf"), ACC)
-        for first in range(0, K, CLASSES):
-            k = first + tl.arange(0, CLASSES)[None, :]
-            inside = exists[:, None] & (k < K)
-            offsets = b[:, None] * z_b + k.to(tl.int64) * z_k
-            z = tl.load(logits + offsets, mask=inside, other=-float("inf")).to(ACC)
-            top = tl.maximum(top, tl.max(z, 1))
-        total = tl.zeros((ROWS,), ACC)
-        for first in range(0, K, CLASSES):
-            k = first + tl.arange(0, CLASSES)[None, :]
-            inside = exists[:, None] & (k < K)
-            offsets = b[:, None] * z_b + k.to(tl.int64) * z_k
-            z = tl.load(logits + offsets, mask=inside, other=0.0).to(ACC)
-            total += tl.sum(tl.where(inside, tl.exp(z - top[:, None]), 0.0), 1)
+        top, total = numeric.softmax_normalizer(
+            logits, b, exists, K, z_b, z_k, ROWS, CLASSES, ACC
+        )
         log_sum = numeric.log(total).to(ACC)
         scale = 1.0 / total
         tl.store(normalizer + 2 * b, top, mask=exists)

@@ -92,3 +92,31 @@ def total(values, count, BLOCK: tl.constexpr):
         i = start + tl.arange(0, BLOCK)
         result += tl.load(values + i, mask=i < count, other=0.0)
     return tl.sum(result, 0)
+
+
+@triton.jit
+def softmax_normalizer(
+    logits,  # (·, K)
+    b,  # (ROWS,) int64
+    exists,  # (ROWS,)
+    K, z_b, z_k, ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of rows b: the maximum and Σ e^(z − maximum), in ACC. NaN comes out in the sum.
+
+    Whole tiles, reduced after their loop: one reduction a row, and triton 3.7's compiler fails on a
+    reduction inside a loop whose result is used twice.
+    """
+    highest = tl.full((ROWS, CLASSES), -float("inf"), ACC)
+    for first in range(0, K, CLASSES):
+        k = (first + tl.arange(0, CLASSES)).to(tl.int64)[None, :]
+        inside = exists[:, None] & (k < K)
+        z = tl.load(logits + b[:, None] * z_b + k * z_k, mask=inside, other=-float("inf")).to(ACC)
+        highest = tl.maximum(highest, z)
+    top = tl.max(highest, 1)
+    power = tl.zeros((ROWS, CLASSES), ACC)
+    for first in range(0, K, CLASSES):
+        k = (first + tl.arange(0, CLASSES)).to(tl.int64)[None, :]
+        inside = exists[:, None] & (k < K)
+        z = tl.load(logits + b[:, None] * z_b + k * z_k, mask=inside, other=0.0).to(ACC)
+        power += tl.where(inside, tl.exp(z - top[:, None]), 0.0)
+    return top, tl.sum(power, 1)

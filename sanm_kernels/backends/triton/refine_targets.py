@@ -30,22 +30,7 @@ def _normalize(
     B, K, z_b, z_k, ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What one view's softmax of these rows takes."""
-    # Whole tiles, reduced after their loop: triton 3.7's compiler fails on reductions inside a loop
-    # whose result is used twice.
-    highest = tl.full((ROWS, CLASSES), -float("inf"), ACC)
-    for first in range(0, K, CLASSES):
-        k = (first + tl.arange(0, CLASSES)).to(tl.int64)[None, :]
-        inside = (b < B)[:, None] & (k < K)
-        z = tl.load(logits + b[:, None] * z_b + k * z_k, mask=inside, other=-float("inf")).to(ACC)
-        highest = tl.maximum(highest, z)
-    top = tl.max(highest, 1)
-    sums = tl.zeros((ROWS, CLASSES), ACC)
-    for first in range(0, K, CLASSES):
-        k = (first + tl.arange(0, CLASSES)).to(tl.int64)[None, :]
-        inside = (b < B)[:, None] & (k < K)
-        z = tl.load(logits + b[:, None] * z_b + k * z_k, mask=inside, other=0.0).to(ACC)
-        sums += tl.where(inside, tl.exp(z - top[:, None]), 0.0)
-    total = tl.sum(sums, 1)
+    top, total = numeric.softmax_normalizer(logits, b, b < B, K, z_b, z_k, ROWS, CLASSES, ACC)
     tl.store(statistics + 2 * b, top, mask=b < B)
     tl.store(statistics + 2 * b + 1, numeric.divide(total * 0 + 1, total), mask=b < B)
 

@@ -34,27 +34,11 @@ def sample_loss_kernel(
     """Program i: rows i·ROWS and on. A label outside [0, K) gives NaN."""
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     y = tl.load(labels + b * y_b, mask=b < B, other=0)
-    top = tl.full((ROWS,), -float("inf"), ACC)
-    nan = tl.zeros((ROWS,), ACC)
-    for first in range(0, K, CLASSES):
-        k = first + tl.arange(0, CLASSES)
-        inside = (b < B)[:, None] & (k < K)[None, :]
-        offsets = b[:, None] * z_b + k[None, :].to(tl.int64) * z_k
-        z = tl.load(logits + offsets, mask=inside, other=-float("inf")).to(ACC)
-        top = tl.maximum(top, tl.max(z, 1))
-        nan += tl.sum(tl.where(z == z, 0.0, 1.0).to(ACC), 1)  # tl.max passes NaN over
-    top = tl.where(nan > 0, float("nan"), top)
-    total = tl.zeros((ROWS,), ACC)
-    own = tl.full((ROWS,), 0.0, ACC)
-    for first in range(0, K, CLASSES):
-        k = first + tl.arange(0, CLASSES)
-        inside = (b < B)[:, None] & (k < K)[None, :]
-        offsets = b[:, None] * z_b + k[None, :].to(tl.int64) * z_k
-        z = tl.load(logits + offsets, mask=inside, other=-float("inf")).to(ACC) - top[:, None]
-        total += tl.sum(tl.where(inside, tl.exp(z), 0.0), 1)
-        own += tl.sum(tl.where(k[None, :] == y[:, None], z, 0.0), 1)
+    top, total = numeric.softmax_normalizer(logits, b, b < B, K, z_b, z_k, ROWS, CLASSES, ACC)
     log_sum = numeric.log(total).to(ACC)
-    value = tl.where((y >= 0) & (y < K), log_sum - own, float("nan"))
+    known = (y >= 0) & (y < K)
+    own = tl.load(logits + b * z_b + y * z_k, mask=(b < B) & known, other=0.0).to(ACC)
+    value = tl.where(known, log_sum - (own - top), float("nan"))
     tl.store(loss + b, value, mask=b < B)
     tl.store(normalizer + 2 * b, top, mask=b < B)
     tl.store(normalizer + 2 * b + 1, log_sum, mask=b < B)

@@ -43,7 +43,7 @@ TABLE: dict[str, dict[int, list[tuple[float, Config]]]] = {
     # softmax rows with two rows of targets each and their modulation, which take many registers
     "masked_loss": {
         80: [
-            (64, {"TILE": 512, "num_warps": 4}),
+            (64, {"TILE": 256, "num_warps": 4}),
             (math.inf, {"TILE": 1024, "num_warps": 8}),
         ]
     },

@@ -9,9 +9,9 @@ namespace sanm {
 template <typename A>
 constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
-// Rows per thread below which a second thread costs more than it brings; a row counts as 32 elements
+// Rows per thread below which a loop stays on one thread; a row costs as much as some 32 elements
 // besides its own.
-inline int64_t row_grain(int64_t K) { return std::max<int64_t>(1, 65536 / (K + 32)); }
+inline int64_t row_grain(int64_t K) { return std::max<int64_t>(1, 16384 / (K + 32)); }
 
 // Rows to work on together, pass by pass, a power of two: the passes of one row wait for each other,
 // those of several do not, and what they keep stays in the first cache.

@@ -78,7 +78,7 @@ def activation_stats(
     features: Tensor,
     size: tuple[int, int],
     *,
-    config: MaskConfig = _PAPER,
+    config: MaskConfig | None = None,
     backend: str | None = None,
 ) -> ActivationStats:
     """Statistics, peak and trough of each sample's feature map (section 1 of the method).
@@ -87,7 +87,7 @@ def activation_stats(
         features: (B, C, h, w), any floating dtype and strides; contiguous and channels_last are
             read in place.
         size: (H, W) of the image, in whose pixels the positions are given.
-        config: only `quantize` is used. Default: the paper's.
+        config: only `quantize` is used. None: the paper's.
         backend: force a backend; see :func:`sanm_kernels.use_backend`.
 
     Returns:
@@ -121,7 +121,7 @@ def masked_forward(
     images: Tensor | None = None,
     classifier: tuple[Tensor, Tensor | None] | None = None,
     size: tuple[int, int] | None = None,
-    config: MaskConfig = _PAPER,
+    config: MaskConfig | None = None,
     num_classes: int | None = None,
     draws: Tensor | None = None,
     generator: torch.Generator | int | Tensor | None = None,
@@ -147,7 +147,7 @@ def masked_forward(
         classifier: (weight (K, C), bias (K,) or None); asks for logits and loss of the one-pass
             mode. Needs the max view.
         size: (H, W) of the image; only where `images` is not given.
-        config: the semantics. Default: the paper's.
+        config: the semantics. None: the paper's.
         num_classes: K; only for class indices.
         draws: (B, D) explicit uniforms in [0, 1), D = `config.num_draws(Cin)`, in the order given
             there. Without images the columns after the areas and aspects may be left out.
@@ -311,9 +311,11 @@ def _check_out(out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...
                 raise ValueError(f"out: shares its {name} with the argument {argument}")
 
 
-def _config(config: MaskConfig) -> MaskConfig:
+def _config(config: MaskConfig | None) -> MaskConfig:
+    if config is None:
+        return _PAPER
     if not isinstance(config, MaskConfig):
-        raise TypeError(f"config: expected a MaskConfig, got {type(config).__name__}")
+        raise TypeError(f"config: expected a MaskConfig or None, got {type(config).__name__}")
     return config
 
 

@@ -138,7 +138,7 @@ CALLS = {
     "size one number": (nothing, lambda a: forward(a, images=None, size=8), ValueError,
                         "size: expected (H, W), got 8"),
     "config a dict": (nothing, lambda a: forward(a, config={}), TypeError,
-                      "config: expected a MaskConfig, got dict"),
+                      "config: expected a MaskConfig or None, got dict"),
     "fill_value for other channels": (
         nothing, lambda a: forward(a, config=MaskConfig(fill_value=(0.1, 0.2))), ValueError,
         "config: expected fill_value of 1 or 3 numbers for images of 3 channels, got 2"),

@@ -82,7 +82,7 @@ struct Further {
   const char* first = nullptr;
   int64_t bytes = 0;
 
-  // Asks for as much of sample i as memory can bring while the peak is sought.
+  // Asks for as much of sample i as comes from memory while the peak is sought.
   void prefetch(int64_t i) const {
     constexpr int64_t kMost = 16384, kLine = 64;
     for (int64_t k = 0; k < std::min(bytes, kMost); k += kLine)
@@ -247,7 +247,7 @@ void run(const Inputs& in, const Outputs& out) {
     Further further;
     if (images && B)
       further = {static_cast<const char*>(images->tensor.const_data_ptr()),
-                 images->tensor.numel() / B * images->tensor.element_size()};
+                 images->tensor.numel() / B * static_cast<int64_t>(images->tensor.element_size())};
     analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions, work, further, [&] {
       return [&, paint = make_painter()](int64_t i, const F* f, const Positions& found) {
         place(in, found, draws(i), q[i], i, B, ratio, boxes);

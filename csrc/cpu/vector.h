@@ -59,7 +59,8 @@ inline Vec<N> load(const Half* p) {
   return v;
 }
 
-// Asks for the cache line a few KB ahead: the hardware prefetcher stops at page ends.
+// Asks for a cache line further on, by default one beyond the page, where the hardware's prefetcher
+// stops.
 inline void prefetch(const void* p, int64_t ahead = 4096) {
   __builtin_prefetch(static_cast<const char*>(p) + ahead);
 }

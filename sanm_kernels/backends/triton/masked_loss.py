@@ -71,9 +71,7 @@ def masked_loss_kernel(
             targets, ratio, permutation, start, last, K, M, ignore_index, s_1, s_2, t_0, t_1, t_2,
             t_k, SOFT, CLAMP, ROWS, CLASSES, ACC,
         )  # fmt: skip
-        top, total = numeric.softmax_normalizer(
-            logits, b, exists, K, z_b, z_k, ROWS, CLASSES, ACC
-        )
+        top, total = numeric.softmax_normalizer(logits, b, exists, K, z_b, z_k, ROWS, CLASSES, ACC)
         log_sum = numeric.log(total).to(ACC)
         scale = 1.0 / total
         tl.store(normalizer + 2 * b, top, mask=exists)

@@ -209,12 +209,35 @@ def _erase_for(original: Any) -> Any:
     return attention_erase_map_clothing1m if count == 3 else attention_erase_map
 
 
+def _semi_loss_for(module: ModuleType) -> type[SemiLoss]:
+    """SemiLoss with the weight of the module's own: its constructor's, or its `linear_rampup`'s."""
+    original = getattr(module, "SemiLoss", None)
+    if original is None or "lambda_u" in inspect.signature(original).parameters:
+        return SemiLoss
+    if not callable(getattr(module, "linear_rampup", None)):
+        raise ValueError(
+            "module: expected a SemiLoss(lambda_u=…) or a linear_rampup(epoch, warm_up), for the "
+            f"weight of the unlabelled loss, got {module.__name__}, which has neither"
+        )
+
+    class RampedSemiLoss(SemiLoss):
+        """SemiLoss whose weight is what the script's `linear_rampup` returns."""
+
+        def __call__(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor, float]:
+            bound = inspect.signature(SemiLoss.__call__).bind(self, *arguments, **named).arguments
+            labeled, unlabeled, _ = super().__call__(*arguments, **named)
+            return labeled, unlabeled, module.linear_rampup(bound["epoch"], bound["warm_up"])
+
+    return RampedSemiLoss
+
+
 def patch(module: ModuleType, *, verbose: bool = True) -> Patch:
     """Put this module's functions in place of the same names in `module`.
 
     Replaced are, where they exist, `attention_erase_map` (by the Clothing1M variant if it takes
-    three arguments), `attention_erase_map_clothing1m`, `SemiLoss` and `NegEntropy`. Objects made
-    from the old classes before the call stay what they are.
+    three arguments), `attention_erase_map_clothing1m`, `SemiLoss` and `NegEntropy`. Where the
+    module's own `SemiLoss` takes no `lambda_u`, the weight goes on coming from its `linear_rampup`.
+    Objects made from the old classes before the call stay what they are.
 
     Args:
         module: the module whose globals are changed, for instance an imported training script.
@@ -225,14 +248,15 @@ def patch(module: ModuleType, *, verbose: bool = True) -> Patch:
 
     Raises:
         TypeError: `module` is no module.
-        ValueError: it has none of the names.
+        ValueError: it has none of the names, or a `SemiLoss` whose weight cannot be known; nothing
+            is replaced then.
     """
     if not isinstance(module, ModuleType):
         raise TypeError(f"module: expected a module, got {type(module).__name__}")
     ours = {
         "attention_erase_map": _erase_for(getattr(module, "attention_erase_map", None)),
         "attention_erase_map_clothing1m": attention_erase_map_clothing1m,
-        "SemiLoss": SemiLoss,
+        "SemiLoss": _semi_loss_for(module),
         "NegEntropy": NegEntropy,
     }
     present = {name: getattr(module, name) for name in ours if hasattr(module, name)}

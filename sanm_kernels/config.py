@@ -153,14 +153,20 @@ class MaskConfig:
 
 def _fill_value(value: object) -> float | tuple[float, ...]:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
+        return _finite("fill_value", value)
     try:
         numbers = () if isinstance(value, (str, bool)) else tuple(map(float, value))  # type: ignore[call-overload]
     except (TypeError, ValueError):
         numbers = ()
     if not numbers:
         raise TypeError(f"fill_value: expected a number, or one per channel, got {value!r}")
-    return numbers
+    return tuple(_finite("fill_value", number) for number in numbers)
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected finite numbers, got {value!r}")
+    return value
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

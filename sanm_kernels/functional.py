@@ -153,7 +153,8 @@ def masked_forward(
             there. Without images the columns after the areas and aspects may be left out.
         generator: where random numbers come from if not from `draws`: a seed, a 0-d int64 tensor
             on the features' device holding one, a torch.Generator from which one is drawn, or None
-            for torch's default generator. The pixel fill always draws from it.
+            for torch's default generator. The pixel fill always draws from it. torch.compile takes
+            no torch.Generator.
         sample_index: (B,) global indices (any int64) that key the draws, so that a sample's box
             depends on neither batch nor rank. Default: 0 … B − 1.
         out: an earlier result of a call with the same arguments' shapes, dtypes and devices, whose
@@ -230,6 +231,9 @@ def masked_forward(
     if out is not None:
         _check_out(out, config, arguments)
         call("masked_forward_out", device, backend, *arguments, *out.buffers)
+        if not torch.compiler.is_compiling():
+            # below autograd nobody counts: a graph that saved what was overwritten must not run
+            torch.autograd.graph.increment_version(out.buffers)
         return out
     outputs = call("masked_forward", device, backend, *arguments)
     return _unpack(config, outputs, images is not None, weight is not None)

@@ -378,7 +378,8 @@ def refine_targets(
 
     Args:
         logits: (B, K), or a sequence of them: the predictions of several views and networks.
-        labels: None, or integers (B,) in [0, K), or soft labels (B, K).
+        labels: None, or integers (B,) in [0, K), or soft labels (B, K), rows of
+            values in [0, 1] that sum to 1; the sum is not checked.
         clean_prob: q (B,) in [0, 1]; given exactly when `labels` are.
         temperature: T > 0; 1 leaves p as it is.
         backend: force a backend; see :func:`sanm_kernels.use_backend`.

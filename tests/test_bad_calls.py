@@ -139,6 +139,8 @@ CALLS = {
                         "size: expected (H, W), got 8"),
     "config a dict": (nothing, lambda a: forward(a, config={}), TypeError,
                       "config: expected a MaskConfig or None, got dict"),
+    "fill_value nan": (nothing, lambda a: MaskConfig(fill_value=(0.0, NAN, 0.0)), ValueError,
+                       "fill_value: expected finite numbers, got nan"),
     "fill_value for other channels": (
         nothing, lambda a: forward(a, config=MaskConfig(fill_value=(0.1, 0.2))), ValueError,
         "config: expected fill_value of 1 or 3 numbers for images of 3 channels, got 2"),
@@ -222,6 +224,10 @@ CALLS = {
     "labels without clean_prob": (
         nothing, lambda a: sk.refine_targets(a["logits"], labels=a["labels"]), ValueError,
         "clean_prob"),
+    "soft labels that are no probabilities": (
+        nothing, lambda a: sk.refine_targets(a["logits"], labels=a["targets"] - 1,
+                                             clean_prob=a["q"]), ValueError,
+        "labels: expected values in [0, 1], got -"),
     "temperature of 0": (nothing, lambda a: sk.refine_targets(a["logits"], temperature=0),
                          ValueError, "temperature"),
     "box bigger than the image": (

@@ -136,7 +136,8 @@ def script(name="their_script", **names):
 def test_patch_says_what_it_replaced_and_can_be_undone(capsys):
     def attention_erase_map(images, outputs, gmmweight, target_mask): ...
 
-    class SemiLoss: ...
+    class SemiLoss:
+        def __init__(self, lambda_u=25): ...
 
     module = script(attention_erase_map=attention_erase_map, SemiLoss=SemiLoss, other=1)
     done = compat.patch(module)
@@ -158,7 +159,29 @@ def test_patch_tells_the_clothing1m_variant_by_its_arguments():
         assert module.attention_erase_map is compat.attention_erase_map_clothing1m
 
 
+def test_patch_keeps_the_weight_of_a_script_s_own_ramp():
+    class SemiLoss: ...
+
+    args = types.SimpleNamespace(lambda_u=150)
+
+    def linear_rampup(current, warm_up, length=16):
+        return args.lambda_u * min(max((current - warm_up) / length, 0.0), 1.0)
+
+    module = script(SemiLoss=SemiLoss, linear_rampup=linear_rampup)
+    z, t = torch.randn(3, 2), torch.softmax(torch.randn(3, 2), 1)
+    with compat.patch(module, verbose=False):
+        criterion = module.SemiLoss()
+        args.lambda_u = 75
+        got = criterion(z, t, z, t, 18, warm_up=10)
+    expected = compat.SemiLoss(75)(z, t, z, t, 18, 10)
+    assert got == expected and got[2] == 37.5
+
+
 def test_patch_refuses_what_it_cannot_patch():
+    unknown = script(SemiLoss=type("SemiLoss", (), {}), NegEntropy=int)
+    with pytest.raises(ValueError, match=r"module: expected a SemiLoss\(lambda_u=…\) or a linear_"):
+        compat.patch(unknown)
+    assert unknown.NegEntropy is int
     with pytest.raises(TypeError, match="module: expected a module, got str"):
         compat.patch("train")
     with pytest.raises(ValueError, match="module: expected one with some of"):

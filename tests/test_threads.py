@@ -15,6 +15,7 @@ import torch
 from differential import run
 from random_calls import SMALL, identical, random_call
 
+import sanm_kernels as sk
 from sanm_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,3 +126,15 @@ rows = torch.stack(list(DataLoader(Losses(), batch_size=None, num_workers=2)))
 print(torch.equal(rows, torch.stack([Losses()[i] for i in range(6)])))
 """
     assert run_python(code, 2) == "True\n"
+
+
+@needs_library
+def test_blocks_that_force_a_backend_may_overlap():
+    """As those of two threads do: each takes back what it forced, not what came last."""
+    early, late = sk.use_backend("reference"), sk.use_backend("cpu")
+    early.__enter__()
+    late.__enter__()
+    early.__exit__(None, None, None)
+    assert backends.forced(None) == "cpu"
+    late.__exit__(None, None, None)
+    assert backends.forced(None) is None

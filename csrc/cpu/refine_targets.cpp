@@ -45,6 +45,10 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
     clean_prob = torch::stable::to(packed(*clean_prob_), type);
     if (labels->scalar_type() == ScalarType::Long)
       check_indices(in<int64_t>(*labels), B, K, "labels");
+    else
+      dispatch(labels->scalar_type(), [&](auto zero) {
+        check_unit_interval(in<decltype(zero)>(*labels), B * K, "labels", K);
+      });
   }
   const Tensor result = new_tensor({B, K}, type);
   dispatch(logits[0].scalar_type(), [&](auto zero) {

@@ -18,10 +18,12 @@ inline std::string place_of(int64_t i, int64_t columns) {
 template <typename T>
 inline void check_unit_interval(const T* x, int64_t n, const char* name, int64_t columns = 1,
                                 bool open_end = false) {
-  for (int64_t i = 0; i < n; ++i)
-    if (!(x[i] >= 0 && (open_end ? x[i] < 1 : x[i] <= 1)))
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = static_cast<acc_t<T>>(x[i]);
+    if (!(v >= 0 && (open_end ? v < 1 : v <= 1)))
       value_error(name, ": expected values in ", open_end ? "[0, 1)" : "[0, 1]", ", got ",
-                  static_cast<double>(x[i]), " at index ", place_of(i, columns));
+                  static_cast<double>(v), " at index ", place_of(i, columns));
+  }
 }
 
 // No element of x (n) is NaN or infinite: x − x would be NaN.

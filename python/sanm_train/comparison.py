@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .config import ConfigError, TrainConfig
-from .files import prepare_folder, write_csv
+from .files import prepare_folder, replacing, write_csv
 from .recipes import RECIPES
 from .report import mean_and_spread, print_rows
 from .train import train
@@ -39,11 +41,15 @@ def compare(
 
     Args:
         out: folder for runs.csv, which gets a row after each run; runs it has already are not
-            repeated, so an interrupted table goes on where it was.
+            repeated, so an interrupted table goes on where it was. settings.json says with which
+            settings; other ones need another folder.
         noises: kind and rate, as "symmetric:0.5".
         variants: name → settings of its own.
 
     Returns the exit status, 130 when interrupted.
+
+    Raises:
+        ConfigError: a setting cannot be used, or `out` holds runs with other settings.
     """
     variants = {name: {"recipe": name} for name in RECIPES} if variants is None else variants
     cells = [(noise, *_noise(noise)) for noise in noises]
@@ -55,8 +61,11 @@ def compare(
         for noise, kind, rate in cells
         for name, changes in variants.items()
     }
-    path = prepare_folder(out) / "runs.csv"
+    folder = prepare_folder(out)
+    path = folder / "runs.csv"
     rows = _read(path)
+    resolved = {name: asdict(config) for (_, name, _), config in configs.items()}
+    _check_settings(folder / "settings.json", resolved, started=bool(rows))
     done = {(row["noise"], row["variant"], int(row["seed"])) for row in rows}
     for (noise, name, seed), config in configs.items():
         if (noise, name, seed) in done:
@@ -80,7 +89,7 @@ def compare(
         write_csv(path, rows)
     rows = _read(path)
     for noise in noises:
-        cell = [row for row in rows if row["noise"] == noise]
+        cell = [row for row in rows if row["noise"] == noise and int(row["seed"]) in seeds]
         table = [_summary(name, [r for r in cell if r["variant"] == name]) for name in variants]
         wrong = statistics.mean(float(row["wrong_labels"]) for row in cell)
         print_rows(f"{noise}, {wrong:.1%} wrong labels, mean ± deviation over seeds", table)
@@ -99,7 +108,36 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        missing = {"noise", "variant", "seed"} - set(reader.fieldnames or ())
+        if missing:
+            raise ConfigError(f"out: {path} has no column {', '.join(sorted(missing))}")
+        return list(reader)
+
+
+def _check_settings(path: Path, variants: dict[str, dict[str, Any]], started: bool) -> None:
+    """The variants' settings are those of the runs that are there; kept at `path` for later ones.
+
+    Noise, rate and seed stand in each run's row, and may be others.
+    """
+    own = ("noise", "rate", "seed")
+    new = {name: {k: v for k, v in s.items() if k not in own} for name, s in variants.items()}
+    try:
+        old = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"out: {path} cannot be read: {error}") from None
+    if started and not old:
+        raise ConfigError(f"out: {path.parent} has runs, but no {path.name} that says of what")
+    for name in new.keys() & old.keys():
+        for key in sorted(new[name].keys() | old[name].keys()):
+            before, now = old[name].get(key), new[name].get(key)
+            if before != now:
+                raise ConfigError(
+                    f"out: {path.parent} has runs of {name} with {key} {before!r}, not {now!r}; "
+                    "name another folder"
+                )
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(old | new, indent=1))
 
 
 def _summary(name: str, rows: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -62,7 +62,7 @@ class TrainConfig:
     noise_set: str = setting("", "noise file: which of its label sets, e.g. worse_label")
     rate: float = setting(0.5, "share of labels redrawn, in [0, 1]", low=0, high=1)
     include_true: bool = setting(False, "symmetric noise may redraw the true class")
-    seed: int = setting(0, "seed of noise, networks, order and augmentation", low=0)
+    seed: int = setting(0, "seed of noise, networks, order and augmentation", low=0, high=2**32 - 1)
     limit: int = setting(0, "use only the first N training samples; 0: all", low=0)
     device: str = setting("cpu", "torch device")
     threads: int = setting(1, "CPU threads; small networks gain nothing from more", low=1)
@@ -95,7 +95,7 @@ class TrainConfig:
     warmup: int = setting(10, "epochs of plain cross-entropy first", low=0)
     warmup_clip: float = setting(1.0, "DivideMix: clip in the warm-up", low=0)
     confidence_weight: float | None = setting(
-        None, "DivideMix: ν of the warm-up; default: 1 for asymmetric noise, else 0"
+        None, "DivideMix: ν of the warm-up; default: 1 for asymmetric noise, else 0", low=0
     )
     threshold: float = setting(
         0.5, "clean probability above which a sample counts as labelled", low=0, high=1
@@ -257,11 +257,15 @@ def _check(
     high: float = math.inf,
     above: float = -math.inf,
 ) -> None:
+    if value is None:
+        return
     if low is not None and not low <= value <= high:
         wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ConfigError(f"{name} must be {wanted}, got {value}")
     if above > -math.inf and not value > above:
         raise ConfigError(f"{name} must be above {above}, got {value}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {value}")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -135,21 +135,28 @@ class SANM(nn.Module):
         clean_prob: Tensor | None = None,
         *,
         features: Tensor | None = None,
+        generator: torch.Generator | int | Tensor | None = None,
         **options: Any,
     ) -> sk.MaskedForward:
         """Statistics, boxes, masked views and modulated targets of `images` (sections 1–4).
 
         features are computed when not given. clean_prob None stands for 1, "surely right".
-        options go to `sk.masked_forward`: num_classes, generator, sample_index, draws, ...
+        generator and options go to `sk.masked_forward`: num_classes, sample_index, draws, ...
         """
         if self.random_box:  # noise of the image's own size: any pixel may be the peak
-            features = torch.rand(len(images), 1, *images.shape[2:], device=images.device)
+            features = _noise(images, generator)
         elif features is None:
             features = self.forward_features(images)[1]
         if clean_prob is None:
             clean_prob = torch.ones(len(images), device=images.device)
         return sk.masked_forward(
-            features, targets, clean_prob, images=images, config=self.config, **options
+            features,
+            targets,
+            clean_prob,
+            images=images,
+            config=self.config,
+            generator=generator,
+            **options,
         )
 
     def reconstruct(self, features: Tensor, image_shape: Sequence[int]) -> Tensor:
@@ -200,7 +207,7 @@ class SANM(nn.Module):
         reconstruction, view_logits = self.reconstruction_loss(masked, images)
         ratios = self.view_ratios(masked)
         if targets.ndim == 1:
-            targets = F.one_hot(targets, logits.shape[1]).to(logits.dtype)
+            targets = F.one_hot(targets.long(), logits.shape[1]).to(logits.dtype)
         classification = sk.masked_loss(
             torch.cat([logits, view_logits]),
             targets.expand(1 + len(ratios), *targets.shape),
@@ -222,6 +229,15 @@ class SANM(nn.Module):
         finally:
             for module, training in modes:  # one by one: some layers may be frozen in eval mode
                 module.training = training
+
+
+def _noise(images: Tensor, generator: torch.Generator | int | Tensor | None) -> Tensor:
+    """U[0, 1) of the shape (B, 1, H, W), drawn from `generator` on its own device."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        generator = torch.Generator(images.device).manual_seed(int(generator))
+    device = images.device if generator is None else generator.device
+    shape = (len(images), 1, *images.shape[2:])
+    return torch.rand(shape, generator=generator, device=device).to(images.device)
 
 
 def masked_views(masked: sk.MaskedForward) -> list[Tensor]:

@@ -177,7 +177,8 @@ def load_run(folder: str | Path, device: str = "cpu") -> Result:
     saved = checkpoint.load(folder)
     if saved is None:
         raise checkpoint.CheckpointError(f"run must be a folder with a checkpoint, got {folder}")
-    config = TrainConfig.read(**{**saved["config"], "device": device, "pretrained": ""})
+    here = {"device": device, "pretrained": "", "sync_batchnorm": False}
+    config = TrainConfig.read(**{**saved["config"], **here})
     result = build(config)
     recipe = result.recipe
     for network, state in zip(recipe.networks, saved["networks"], strict=True):

@@ -27,6 +27,11 @@ if os.environ.get("SANM_KERNELS_CUDA_EMULATION"):  # then the CUDA kernels run o
 #: Backends whose kernels run on a device and cannot report a wrong value.
 SILENT = ("triton", "cuda")
 
+
+class _Forced(str):
+    """A forced backend's name; each entry of `_forced` is told from the others by identity."""
+
+
 _forced: list[str] = []  # innermost use_backend last
 
 
@@ -150,11 +155,12 @@ def use_backend(name: str) -> Iterator[None]:
     reason = load(_check_name(name, "name"))
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
-    _forced.append(name)
+    own = _Forced(name)
+    _forced.append(own)
     try:
         yield
-    finally:
-        _forced.pop()
+    finally:  # another thread's block may have begun later and be open still
+        _forced[:] = [other for other in _forced if other is not own]
 
 
 def available_backends() -> dict[str, str | None]:

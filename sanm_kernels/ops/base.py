@@ -70,13 +70,52 @@ def define(
         torch.library.register_fake(qualified, fake, lib=library)
         if backward is not None and setup_context is not None:
             ops = Overloads(backend)
-            formula = functools.partial(backward, ops)
+            formula = differentiable_once(name, functools.partial(backward, ops))
             torch.library.register_autograd(
                 qualified, formula, setup_context=setup_context, lib=library
             )
             if "Tensor[]" not in schema:
                 functions[name, backend] = differentiable(ops, name, setup_context, formula)
     library.impl(f"{name}.reference", without_autocast(reference), "CompositeExplicitAutograd")
+
+
+class _Refuse(torch.autograd.Function):
+    """`result`, which depends on `reasons` in a way that is not known: its gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, result: Tensor, *reasons: Tensor) -> Tensor:
+        ctx.name = name
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"sanm_kernels.{ctx.name} can be differentiated once, not twice")
+
+
+def differentiable_once(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """`formula`, whose results raise when they are differentiated in turn.
+
+    Kernels of backward have no derivative, which torch would take for 0. Its own
+    `once_differentiable` does not refuse where the upstream gradient is a constant.
+    """
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():  # without create_graph
+            return formula(ctx, *grads)
+        reasons = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        with torch.no_grad():
+            results = formula(ctx, *grads)
+
+        def refuse(x: Any) -> Any:
+            if isinstance(x, list):
+                return [refuse(item) for item in x]
+            if x is None:
+                return None
+            return _Refuse.apply(name, x, *reasons)  # type: ignore[no-untyped-call]
+
+        return tuple(map(refuse, results)) if isinstance(results, tuple) else refuse(results)
+
+    return backward
 
 
 def differentiable(

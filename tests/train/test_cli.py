@@ -30,7 +30,7 @@ TINY = ["--epochs", "2", "--warmup", "1", "--limit", "130", "--quiet"]
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--lr", "0"], "lr must be above 0"),
         (["--batch-size", "1"], "batch_size must be at least 2"),
-        (["--seed", "-1"], "seed must be at least 0"),
+        (["--seed", "-1"], r"seed must be in \[0, 4294967295\], got -1"),
         (["--ratio-low", "0.9"], "ratio_low"),
         (["--device", "nonsense"], "device"),
         (["--dataset", "cifar10"], "data_root must be the folder that holds cifar-10-batches-py/"),
@@ -103,6 +103,23 @@ def test_ablate_writes_a_row_per_run(tmp_path, capsys):
     assert main(["ablate", "--out", str(tmp_path), *arguments]) == 0
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 10
     assert main(["ablate", "--out", str(tmp_path), "--seeds", "0"]) == 2
+
+
+def test_compare_keeps_runs_of_other_settings_apart(tmp_path, capsys):
+    arguments = ["compare", "--out", str(tmp_path), "--recipes", "ce", "--noises", "symmetric:0.5"]
+    arguments += ["--limit", "100", "--epochs"]
+    of_two_seeds = re.compile(r"│ +\d+\.\d, \d+\.\d │")
+    assert main([*arguments, "1", "--seeds", "2"]) == 0
+    assert of_two_seeds.search(capsys.readouterr().out)
+    assert main([*arguments, "1", "--seeds", "1"]) == 0  # shows the seeds that were asked for
+    assert not of_two_seeds.search(capsys.readouterr().out)
+    assert main([*arguments, "2", "--seeds", "1"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "has runs of ce with epochs 1, not 2; name another folder" in error
+    (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
+    assert main([*arguments, "1", "--seeds", "1"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "runs.csv has no column noise, seed, variant" in error
 
 
 def test_compare_goes_on_where_it_was(tmp_path, capsys):

@@ -369,3 +369,12 @@ def test_mixtures_are_drawn_over_the_losses_they_were_fitted_to(odd, tiny, avera
             assert at[curve.argmax()] == pytest.approx(mean, abs=0.002)
         area = sum(line.get_ydata().sum() for line in axis.lines) / 599  # of 600 points in [0, 1]
         assert area == pytest.approx(len(x) / 60, rel=0.25)  # the tails beyond 0 and 1 are cut off
+
+
+def test_a_run_with_synchronised_statistics_is_read_without_a_gpu(odd, tmp_path):
+    """The setting is for training: one process has nothing to synchronise."""
+    shutil.copytree(odd, tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / NAME, weights_only=False)
+    saved["config"]["sync_batchnorm"] = True
+    torch.save(saved, tmp_path / "run" / NAME)
+    assert not load_run(tmp_path / "run").config.sync_batchnorm

@@ -139,6 +139,19 @@ def test_random_box_ignores_the_network():
     assert len(peaks.unique()) > 55  # of 64 pixels
 
 
+def test_random_boxes_come_from_the_generator():
+    sanm, images = SANM(SmallCNN(), random_box=True), torch.rand(50, 1, 8, 8)
+    targets = torch.zeros(50, dtype=torch.int32)
+    batch = Batch(images, targets, torch.rand(50))
+    boxes = [
+        sanm.losses(batch, generator=g).masked.box_max
+        for g in (5, torch.tensor(5), 6, torch.Generator().manual_seed(1))
+    ]
+    again = sanm.losses(batch, generator=torch.Generator().manual_seed(1)).masked.box_max
+    assert torch.equal(boxes[0], boxes[1]) and torch.equal(boxes[3], again)
+    assert not torch.equal(boxes[0], boxes[2])
+
+
 def test_lazy_decoder_and_a_user_s_own():
     sanm = SANM(SmallCNN())
     assert sanm.decoder is None

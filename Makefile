@@ -28,7 +28,7 @@ test: setup  ## run the tests
 	$(RUN) -m pytest $(ARGS)
 
 demo: setup  ## train on noisy digits, without and with SANM; results in runs/demo
-	$(VENV)/bin/sanm demo --out runs/demo $(ARGS)
+	$(VENV)/bin/sanm demo --overwrite --out runs/demo $(ARGS)
 
 docs: setup  ## the pages of docs/ in build/docs/html; a broken link is an error
 	$(RUN) -m sphinx -M html docs build/docs --quiet --fresh-env --fail-on-warning --keep-going

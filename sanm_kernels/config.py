@@ -153,19 +153,19 @@ class MaskConfig:
 
 def _fill_value(value: object) -> float | tuple[float, ...]:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _finite("fill_value", value)
+        return _finite(value)
     try:
         numbers = () if isinstance(value, (str, bool)) else tuple(map(float, value))  # type: ignore[call-overload]
     except (TypeError, ValueError):
         numbers = ()
     if not numbers:
         raise TypeError(f"fill_value: expected a number, or one per channel, got {value!r}")
-    return tuple(_finite("fill_value", number) for number in numbers)
+    return tuple(_finite(number) for number in numbers)
 
 
-def _finite(name: str, value: float) -> float:
+def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{name}: expected finite numbers, got {value!r}")
+        raise ValueError(f"fill_value: expected finite numbers, got {value!r}")
     return value
 
 

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=int, help="epochs of both runs")
     demo.add_argument("--limit", type=int, default=0, help="use only the first N training samples")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--overwrite", action="store_true", help="replace runs already in --out")
 
     for function, name, help in (
         (_inspect, "inspect", "label quality of every sample, figures and a report of a run"),
@@ -125,21 +126,17 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from . import checkpoint
     from .config import ConfigError, TrainConfig
     from .report import print_table
-    from .train import CONFIG, METRICS, train
+    from .train import CONFIG, check_free, train
 
     if options.resume and options.overwrite:
         raise ConfigError("resume and overwrite exclude each other")
-    begun = [name for name in (CONFIG, METRICS, checkpoint.NAME) if (options.out / name).exists()]
-    if begun and not (options.resume or options.overwrite):
-        raise FileExistsError(
-            f"out: {options.out} holds a run already; --resume continues, --overwrite replaces it"
-        )
-    file = options.config
-    if options.resume and CONFIG in begun and file is None and options.preset is None:
-        file = options.out / CONFIG
+    if not (options.resume or options.overwrite):
+        check_free(options.out, "--resume continues, --overwrite replaces it")
+    file, kept = options.config, options.out / CONFIG
+    if options.resume and file is None and options.preset is None and kept.exists():
+        file = kept
     config = TrainConfig.read(file, options.preset, **_settings(options))
     result = train(config, options.out, progress=not options.quiet, resume=options.resume)
     if result.interrupted:
@@ -157,7 +154,7 @@ def _demo(options: argparse.Namespace) -> int:
     settings = {"seed": options.seed, "limit": options.limit}
     if options.epochs is not None:
         settings["epochs"] = options.epochs
-    return demo(options.out, **settings)
+    return demo(options.out, overwrite=options.overwrite, **settings)
 
 
 def _inspect(options: argparse.Namespace) -> int:

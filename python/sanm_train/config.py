@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Iterable
@@ -131,6 +132,11 @@ class TrainConfig:
         from .models import MODELS
         from .recipes import RECIPES
 
+        for entry in fields(self):
+            value = _typed(entry.name, getattr(self, entry.name), "settings")
+            object.__setattr__(self, entry.name, value)
+        if not self.noise and (self.noise_file or self.noise_set):
+            object.__setattr__(self, "noise", "file")
         if not self.noise:
             clean = self.dataset in ("digits", "cifar10", "cifar100")
             object.__setattr__(self, "noise", "symmetric" if clean else "none")
@@ -149,6 +155,9 @@ class TrainConfig:
             check_choice(name, getattr(self, name), known)
         for entry in fields(self):
             _check(entry.name, getattr(self, entry.name), **entry.metadata["limits"])
+        for name in ("noise_file", "noise_set"):
+            if getattr(self, name) and self.noise != "file":
+                raise ConfigError(f"{name} goes with noise file, got noise {self.noise}")
         check_root(self)
         if self.pretrained and not Path(self.pretrained).is_file():
             raise ConfigError(f"pretrained must be a file, got {self.pretrained!r}")
@@ -230,9 +239,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return found
 
 
+@functools.cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
+
+
 def _typed(name: str, value: Any, source: str) -> Any:
     """`value` as the type of the setting `name`; whole numbers serve as floats."""
-    types = typing.get_type_hints(TrainConfig)
+    types = _types()
     if name not in types:
         near = difflib.get_close_matches(str(name), types, 1, 0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -120,8 +120,12 @@ def in_memory(
 
 def generator(seed: int, purpose: str, rank: int = 0) -> torch.Generator:
     """A source of draws for one purpose: with the same seed for two, the order of the samples would
-    be the one in which label noise picks them, and one rank would get all wrong labels."""
-    return torch.Generator().manual_seed(seed + (rank << 32) + (zlib.crc32(purpose.encode()) << 24))
+    be the one in which label noise picks them, and one rank would get all wrong labels.
+
+    torch uses the low 32 bits of a seed; ranks are spread over them by 2³² over the golden ratio.
+    """
+    mixed = seed + (zlib.crc32(purpose.encode()) << 24) + rank * 0x9E3779B1
+    return torch.Generator().manual_seed(mixed % 2**32)
 
 
 def batches(index: Tensor, number: int, generator: torch.Generator) -> list[Tensor]:

@@ -10,16 +10,22 @@ from .figure import save_figure
 from .files import prepare_folder
 from .inspection import inspect
 from .report import print_table
-from .train import train
+from .train import check_free, train
 
 
-def demo(out: str | Path, **settings: Any) -> int:
+def demo(out: str | Path, overwrite: bool = False, **settings: Any) -> int:
     """Train `ce` and `sanm-dividemix`, print a table, write masking.png and a report.
 
     Returns the exit status, 130 when interrupted.
+
+    Raises:
+        FileExistsError: one of the two has been trained into `out` already, and not `overwrite`.
     """
     folder = prepare_folder(out)
     configs = [TrainConfig(recipe=recipe, **settings) for recipe in ("ce", "sanm-dividemix")]
+    if not overwrite:
+        for config in configs:
+            check_free(folder / config.recipe, "--overwrite replaces it")
     results = []
     for config in configs:
         result = train(config, folder / config.recipe, progress=True)

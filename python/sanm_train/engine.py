@@ -37,8 +37,8 @@ class LossModule(nn.Module):
 class Engine:
     """Trains `recipe`, epoch by epoch.
 
-    Attributes: epoch and step, the next backward pass; sums, the epoch's losses so far; seconds
-    of training in the epoch.
+    Attributes: epoch and step, the next backward pass; sums, the epoch's losses so far, and counts,
+    how many passes each stands for; seconds of training in the epoch.
     """
 
     def __init__(self, config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
@@ -47,6 +47,7 @@ class Engine:
         self.modules = [self._module(network) for network in recipe.networks]
         self.epoch = self.step = 0
         self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
         self.seconds = 0.0
         self._plan_state = recipe.order.get_state()
 
@@ -72,7 +73,7 @@ class Engine:
             states = random_states(recipe, self.device)
             recipe.order.set_state(self._plan_state)
         else:
-            self.sums, self.seconds = {}, 0.0
+            self.sums, self.counts, self.seconds = {}, {}, 0.0
             recipe.begin_epoch(self.epoch)
             self._plan_state = recipe.order.get_state()
         plan = recipe.plan(self.epoch)
@@ -98,6 +99,7 @@ class Engine:
                 pending = 0
             for name, value in losses.items():
                 self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+                self.counts[name] = self.counts.get(name, 0) + 1
             done[k] += 1
             self.step += 1
             self.seconds = before + time.perf_counter() - start
@@ -106,18 +108,18 @@ class Engine:
                 self._check_loss()
             every = config.checkpoint_steps
             if every and update and self.step % every < config.accumulate and follows >= 0:
+                self._check_loss()  # the last good checkpoint must not make way for a bad one
                 on_checkpoint()
         return len(plan)
 
     def finish_epoch(self) -> None:
         self.epoch, self.step = self.epoch + 1, 0
 
-    def mean_losses(self, passes: int) -> dict[str, float]:
-        """The epoch's mean losses over all ranks."""
+    def mean_losses(self) -> dict[str, float]:
+        """The epoch's mean losses over all ranks, each over the passes that have it."""
+        sums = distributed.total(torch.stack(list(self.sums.values()))).tolist()
         ranks = distributed.size()
-        names = list(self.sums)
-        means = distributed.total(torch.stack([self.sums[n] for n in names])) / (passes * ranks)
-        return dict(zip(names, means.tolist(), strict=True))
+        return {n: s / (self.counts[n] * ranks) for n, s in zip(self.sums, sums, strict=True)}
 
     def _backward(self, k: int, rows: Tensor, images: Tensor, epoch: float, update: bool) -> Losses:
         recipe, module, data = self.recipe, self.modules[k], self.recipe.data
@@ -156,6 +158,7 @@ class Engine:
         own = {name: getattr(recipe, name).cpu() for name in recipe.persistent}
         own["random"] = random_states(recipe, self.device)
         own["plan"] = self._plan_state
+        own["counts"] = self.counts
         own["sums"] = {name: value.cpu() for name, value in self.sums.items()}
         own["corrupt"] = sorted(recipe.data.images.corrupt)
         return {
@@ -183,6 +186,7 @@ class Engine:
         self._plan_state = own["plan"]
         self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
         recipe.data.images.corrupt.update(own["corrupt"])
+        self.counts = dict(own["counts"])
         set_random_states(own["random"], recipe, self.device)
 
 

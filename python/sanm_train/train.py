@@ -93,7 +93,7 @@ def train(
 
     Args:
         out: folder for the config, a checkpoint after every epoch and `metrics.csv`; None writes
-            nothing.
+            nothing. A run that is there is replaced unless `resume`; see `check_free`.
         progress: show a progress bar.
         resume: go on from the checkpoint in `out`, if there is one. Of the settings only those of
             `ANYTIME` may have changed.
@@ -119,7 +119,8 @@ def train(
         first = folder if distributed.rank() == 0 else None
         if first is not None:
             if saved is None:
-                (first / checkpoint.NAME).unlink(missing_ok=True)  # another run's
+                for name in (checkpoint.NAME, METRICS):  # another run's
+                    (first / name).unlink(missing_ok=True)
             dataclasses.replace(result.config, device=config.device).write(first / CONFIG)
         try:
             shown = progress and distributed.rank() == 0
@@ -130,6 +131,12 @@ def train(
         if not (result.interrupted and distributed.size() > 1):  # the others may be elsewhere
             _collect(result)
         return result
+
+
+def check_free(folder: str | Path, advice: str) -> None:
+    """Raise FileExistsError with `advice` if there is a run in `folder`."""
+    if any((Path(folder) / name).exists() for name in (CONFIG, METRICS, checkpoint.NAME)):
+        raise FileExistsError(f"out: {folder} holds a run already; {advice}")
 
 
 def build(config: TrainConfig) -> Result:
@@ -146,12 +153,21 @@ def build(config: TrainConfig) -> Result:
             config.noise, config.rate, seed=config.seed, include_true=config.include_true
         )
     if config.limit:
+        classes = len(data.labels.unique())
         data = data.select(torch.arange(min(config.limit, len(data))))
+        lost = classes - len(data.labels.unique())
+        if lost and distributed.rank() == 0:
+            what = f"the first {config.limit} samples lack {lost} of {classes} classes (limit)"
+            warnings.warn(f"{data.name}: {what}", stacklevel=2)
     if len(data) < 2 * ranks:
         raise ConfigError(f"{data.name}: {len(data)} samples are too few for {ranks} processes")
     if data.noise_rate in (0.0, 1.0) and distributed.rank() == 0:
         what = "right: there is no noise to find" if data.noise_rate == 0 else "wrong"
         warnings.warn(f"{data.name}: all labels are {what} (noise {config.noise})", stacklevel=2)
+    endless = RECIPES[config.recipe].uses_quality and config.warmup >= config.epochs
+    if endless and distributed.rank() == 0:
+        what = f"never leaves its warm-up (warmup {config.warmup}, epochs {config.epochs})"
+        warnings.warn(f"{config.recipe} {what}", stacklevel=2)
     # Shuffled for good, so that a shard has all classes; on one process too, since the mixture's
     # fit depends on the order, and is to be the same on any number of ranks.
     order = torch.randperm(len(data), generator=generator(config.seed, "shards"))
@@ -235,7 +251,7 @@ def _evaluate(engine: Engine, result: Result, passes: int) -> dict[str, Any]:
     accuracy = (right[0] / right[1]).item()
     _collect(result)
     fitted = (recipe.uses_quality and epoch >= config.warmup) or last
-    losses = engine.mean_losses(passes)
+    losses = engine.mean_losses()
     corrupt = [len(data.images.corrupt), len(data.test_images.corrupt)]
     return {
         "epoch": epoch,

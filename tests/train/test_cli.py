@@ -96,6 +96,8 @@ def test_demo_writes_table_figure_and_csv(tmp_path, capsys):
     assert len(samples.read_text().splitlines()) == 201
     for recipe in ("ce", "sanm-dividemix"):
         assert len((tmp_path / recipe / "metrics.csv").read_text().splitlines()) == 3
+    assert main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 2
+    assert "holds a run already; --overwrite replaces it" in capsys.readouterr().err
 
 
 def test_ablate_writes_a_row_per_run(tmp_path, capsys):

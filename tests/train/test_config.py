@@ -40,16 +40,20 @@ def test_options_over_file_over_preset_over_defaults(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_is_valid(name):
     settings = read_preset(name)
-    settings |= {"dataset": "digits", "noise": "symmetric"}  # no data set is needed to check
+    settings |= {"dataset": "digits", "noise": "symmetric", "noise_set": ""}  # no data set is needed to check
     TrainConfig.read(None, None, **settings)
 
 
 def test_presets_have_the_published_constants():
     cifar = read_preset("cifar10-sym90")
     assert (cifar["lr"], cifar["momentum"], cifar["weight_decay"]) == (0.02, 0.9, 5e-4)
-    assert (cifar["warmup"], cifar["threshold"], cifar["unlabeled_weight"]) == (10, 0.6, 150)
+    assert (cifar["warmup"], cifar["threshold"], cifar["unlabeled_weight"]) == (10, 0.6, 50)
     assert round(cifar["lr_drop"] * cifar["epochs"]) == 150 and cifar["batch_size"] == 2 * 64
     assert read_preset("cifar100-sym50")["warmup"] == 20
+    by_noise = {"sym20": (0, 25), "sym50": (25, 150), "sym80": (25, 150), "sym90": (50, 150)}
+    for noise, weights in by_noise.items():
+        names = (f"cifar10-{noise}", f"cifar100-{noise}")
+        assert tuple(read_preset(name)["unlabeled_weight"] for name in names) == weights
     assert read_preset("cifar10-asym40")["unlabeled_weight"] == 0
     clothing = read_preset("clothing1m")
     assert (clothing["lr"], clothing["weight_decay"], clothing["alpha"]) == (9e-4, 1e-3, 0.5)
@@ -73,6 +77,7 @@ def test_presets_have_the_published_constants():
         ("seed: 4294967296", r"seed must be in \[0, 4294967295\], got 4294967296"),
         ("lr: .inf", r"lr must be finite, got inf"),
         ("confidence_weight: -1", r"confidence_weight must be at least 0, got -1"),
+        ("noise: none\nnoise_set: worse_label", "noise_set goes with noise file, got noise none"),
         ("rate: 2", r"rate must be in \[0, 1\], got 2"),
         ("precision: half", r"precision must be one of float32, bfloat16, float16; got 'half'"),
         ("augmentation: crops", r"augmentation must be one of .*did you mean 'crop'"),

@@ -24,7 +24,7 @@ def first_step(config, monkeypatch):
     engine = Engine(config, recipe, torch.device("cpu"))
     passes = engine.train_epoch(lambda step: None, lambda: None)
     parameters = [p.detach().clone() for p in recipe.networks[0].parameters()]
-    return passes, parameters, engine.mean_losses(passes)["loss"]
+    return passes, parameters, engine.mean_losses()["loss"]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, monkeypatch):

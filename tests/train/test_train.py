@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sanm_train import RECIPES, Recipe, TrainConfig, checkpoint, register, train
+from sanm_train.data import generator
 from sanm_train.engine import Engine
 from sanm_train.train import CONFIG, METRICS, build
 
@@ -68,8 +69,8 @@ def one_epoch(config, change) -> tuple[Recipe, dict[str, float]]:
     recipe = build(config).recipe
     change(recipe)
     engine = Engine(config, recipe, torch.device("cpu"))
-    passes = engine.train_epoch(lambda step: None, lambda: None)
-    return recipe, engine.mean_losses(passes)
+    engine.train_epoch(lambda step: None, lambda: None)
+    return recipe, engine.mean_losses()
 
 
 def with_quality(quality):
@@ -162,6 +163,39 @@ def test_no_noise_has_no_auc(tiny):
 def test_loss_that_is_not_finite_stops_the_run(tiny):
     with pytest.raises(FloatingPointError, match=r"not finite|training loss is"):
         train(tiny(recipe="ce", lr=1e30, epochs=2))
+
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(tiny, tmp_path):
+    config = tiny(recipe="ce", lr=1e30, epochs=3, checkpoint_steps=1)
+    with pytest.raises(FloatingPointError, match="training loss is"):
+        train(config, tmp_path)
+    saved = checkpoint.load(tmp_path)
+    assert saved is not None and saved["step"] > 0
+    assert all(total.isfinite() for total in saved["ranks"][0]["sums"].values())
+
+
+def test_mean_losses_are_over_the_passes_that_have_them(tiny):
+    engine = Engine(tiny(), build(tiny()).recipe, torch.device("cpu"))
+    engine.sums = {"loss": torch.tensor(6.0), "labeled": torch.tensor(4.0)}
+    engine.counts = {"loss": 3, "labeled": 2}
+    assert engine.mean_losses() == {"loss": 2.0, "labeled": 2.0}
+
+
+def test_warns_of_runs_that_are_not_what_they_are_called(tiny):
+    with pytest.warns(UserWarning, match=r"never leaves its warm-up \(warmup 2, epochs 2\)"):
+        build(tiny(warmup=2))
+    with pytest.warns(UserWarning, match=r"the first 3 samples lack \d of 10 classes"):
+        build(tiny(recipe="ce", limit=3, batch_size=2))
+
+
+def test_ranks_draw_differently_but_for_the_order_of_shards():
+    first = [
+        torch.rand(3, generator=generator(seed, purpose, rank)).tolist()
+        for seed in (0, 1)
+        for purpose in ("masking", "order")
+        for rank in range(4)
+    ]
+    assert len({tuple(draws) for draws in first}) == len(first)
 
 
 def test_a_recipe_of_one_s_own(tiny):

@@ -40,7 +40,7 @@ def test_options_over_file_over_preset_over_defaults(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_is_valid(name):
     settings = read_preset(name)
-    settings |= {"dataset": "digits", "noise": "symmetric", "noise_set": ""}  # no data set is needed to check
+    settings |= {"dataset": "digits", "noise": "symmetric", "noise_set": ""}  # needs no files
     TrainConfig.read(None, None, **settings)
 
 

@@ -152,8 +152,11 @@ class SemiLoss:
         """
         labeled = masked_loss(outputs_x, targets_x).labeled
         unlabeled = masked_loss(outputs_u, targets_u, num_labeled=0).unlabeled
+        return labeled, unlabeled, self._weight(epoch, warm_up)
+
+    def _weight(self, epoch: float, warm_up: float) -> float:
         done = 1.0 if self.rampup_length == 0 else (epoch - warm_up) / self.rampup_length
-        return labeled, unlabeled, self.lambda_u * min(max(float(done), 0.0), 1.0)
+        return self.lambda_u * min(max(float(done), 0.0), 1.0)
 
 
 class NegEntropy:
@@ -223,10 +226,9 @@ def _semi_loss_for(module: ModuleType) -> type[SemiLoss]:
     class RampedSemiLoss(SemiLoss):
         """SemiLoss whose weight is what the script's `linear_rampup` returns."""
 
-        def __call__(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor, float]:
-            bound = inspect.signature(SemiLoss.__call__).bind(self, *arguments, **named).arguments
-            labeled, unlabeled, _ = super().__call__(*arguments, **named)
-            return labeled, unlabeled, module.linear_rampup(bound["epoch"], bound["warm_up"])
+        def _weight(self, epoch: float, warm_up: float) -> float:
+            weight: float = module.linear_rampup(epoch, warm_up)
+            return weight
 
     return RampedSemiLoss
 

@@ -31,11 +31,10 @@ void mix_piece(const T* x, const T* y, int64_t n, const Share& share, bool strea
   using A = acc_t<T>;
   const A a = static_cast<A>(share.own), b = static_cast<A>(share.partner);
   const bool direct = stream && std::is_same_v<T, A> && aligned(out);
+  T* const target = stream && !direct ? buffer : out;
   const auto run = [&](const auto& value) {
     each_pack(n, [&](int64_t k, auto count) {
-      if constexpr (std::is_same_v<T, A> && std::is_same_v<decltype(count), Whole>)
-        if (direct) return stream_pack(value(k, count), out + k);
-      store_pack<A>(value(k, count), count, (stream && !direct ? buffer : out) + k);
+      store_pack<A>(value(k, count), count, target + k, direct);
     });
   };
   if (x && y)

@@ -117,11 +117,17 @@ inline void store_pack(Pack<A> v, int64_t n, T* p) {
   narrow(some, n, p);
 }
 
-// v → p, aligned to blocks, past the caches
-template <typename A>
-inline void stream_pack(Pack<A> v, A* p) {
-  for (size_t at = 0; at < sizeof v; at += kBlock)
-    stream_block(reinterpret_cast<char*>(p) + at, load_block(reinterpret_cast<char*>(&v) + at));
+// v → p; past the caches if `stream`, for which p is aligned to blocks, where v is whole and of p's type.
+template <typename A, typename T, typename Count>
+inline void store_pack(Pack<A> v, Count n, T* p, bool stream) {
+  if constexpr (std::is_same_v<A, T> && std::is_same_v<Count, Whole>) {
+    if (stream) {
+      for (size_t at = 0; at < sizeof v; at += kBlock)
+        stream_block(reinterpret_cast<char*>(p) + at, load_block(reinterpret_cast<char*>(&v) + at));
+      return;
+    }
+  }
+  store_pack<A>(v, n, p);
 }
 
 // Lanes N/2·part … of v. Not by memcpy where it can be helped: a vector whose address is taken stays

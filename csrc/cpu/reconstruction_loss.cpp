@@ -167,9 +167,7 @@ Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruc
                      prefetch(rp + k), prefetch(xp + k);
                      const Pack<A> slope = s * (load_pack<A>(rp + k, count, A(0)) -
                                                 load_pack<A>(xp + k, count, A(0)));
-                     if constexpr (std::is_same_v<T, A> && std::is_same_v<decltype(count), Whole>)
-                       if (direct) return stream_pack(slope, out + k);
-                     store_pack<A>(slope, count, out + k);
+                     store_pack<A>(slope, count, out + k, direct);
                    });
                  });
         });

@@ -104,11 +104,12 @@ class Engine:
             self.step += 1
             self.seconds = before + time.perf_counter() - start
             on_step(self.step)
-            if self.step % LOOK_EVERY == 0 or self.step == len(plan):
-                self._check_loss()
             every = config.checkpoint_steps
-            if every and update and self.step % every < config.accumulate and follows >= 0:
-                self._check_loss()  # the last good checkpoint must not make way for a bad one
+            saves = every and update and self.step % every < config.accumulate and follows >= 0
+            # before a checkpoint too: the last good one must not make way for a bad one
+            if saves or self.step % LOOK_EVERY == 0 or self.step == len(plan):
+                self._check_loss()
+            if saves:
                 on_checkpoint()
         return len(plan)
 

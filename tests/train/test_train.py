@@ -188,7 +188,7 @@ def test_warns_of_runs_that_are_not_what_they_are_called(tiny):
         build(tiny(recipe="ce", limit=3, batch_size=2))
 
 
-def test_ranks_draw_differently_but_for_the_order_of_shards():
+def test_ranks_seeds_and_purposes_draw_differently():
     first = [
         torch.rand(3, generator=generator(seed, purpose, rank)).tolist()
         for seed in (0, 1)

@@ -148,6 +148,17 @@ inline bool vector_rows(const Tensor& x) {
   return vectors;
 }
 
+// device_dispatch_stored() on the host.
+template <typename Body>
+void dispatch_stored(ScalarType type, const Body& body) {
+  dispatch(type, [&](auto zero) {
+    if constexpr (sizeof(zero) == sizeof(Bits16))
+      body(Bits16{});
+    else
+      body(zero);
+  });
+}
+
 // Calls body(N) with the elements that one access takes, as a constant.
 template <typename T, typename Body>
 void with_access(bool vectors, const Body& body) {

@@ -43,6 +43,20 @@ SANM_DEVICE void device_dispatch(ScalarType type, const Body& body) {
   }
 }
 
+// float16 and bfloat16 are the same 16 bits to load and to store: where only that is done with many
+// numbers, both are Bits16, and which of the two they are is asked when the kernel runs.
+using Bits16 = uint16_t;
+
+// Calls body(S{}) with S what numbers of a floating dtype are stored as: float, double or Bits16.
+template <typename Body>
+SANM_DEVICE void device_dispatch_stored(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    default: return body(Bits16{});
+  }
+}
+
 // ---- Shared memory: the block's dynamic part, 16-byte aligned, `shared` bytes of the Launch.
 
 template <typename T>

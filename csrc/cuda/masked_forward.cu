@@ -39,7 +39,7 @@ struct Problem {
   Canvas canvas;
   unsigned image_each;  // elements of a part
   Settings settings;
-  ScalarType image_type, target_type;
+  ScalarType feature_type, image_type, target_type;
   const void* features;       // (B, C, h, w), contiguous or channels_last
   const void* targets;        // (B, K) floats or (B,) int64, at strides t_b, t_k
   int64_t t_b, t_k;
@@ -160,12 +160,21 @@ SANM_DEVICE void pool(const F* source, int64_t c_step, int64_t k_step, const Sli
   }
 }
 
+// Calls body(F{}) with F the features' type, one of those that are summed in A.
+template <typename A, typename Body>
+SANM_DEVICE void dispatch_features(ScalarType type, const Body& body) {
+  if constexpr (std::is_same_v<A, double>) body(double{});
+  else if (type == ScalarType::Float) body(float{});
+  else if (type == ScalarType::Half) body(Half{});
+  else body(BFloat16{});
+}
+
 // Block b·parts + part. `workspace`: layout.total bytes a block where shared memory is too small.
-template <typename F>
+// Only the energy and the pooling depend on the type of the features: each asks for it once.
+template <typename A>
 __global__ void __launch_bounds__(kThreads) masked_forward_kernel(
     const __grid_constant__ Problem p, const __grid_constant__ Layout layout,
     const __grid_constant__ FillValues values, unsigned char* workspace) {
-  using A = acc_t<F>;
   const int part = blockIdx.x % p.parts;
   const int64_t b = blockIdx.x / p.parts;
   unsigned char* base = workspace ? workspace + blockIdx.x * layout.total
@@ -177,13 +186,17 @@ __global__ void __launch_bounds__(kThreads) masked_forward_kernel(
   float* rows = static_cast<float*>(at(layout.rows));
   void* reduce = at(layout.reduce);
   const bool holds = layout.total > layout.held;
-  F* held = holds ? static_cast<F*>(at(layout.held)) : nullptr;
+  void* const held_at = holds ? at(layout.held) : nullptr;
 
-  const F* f = static_cast<const F*>(p.features) + b * p.C * p.n;
   const int first = part * p.each < p.C ? part * p.each : p.C;
   const Slice own{first, p.each < p.C - first ? p.each : p.C - first};
   const bool shared_out = cluster_size() > 1;
-  energy(p, f, shared_out ? own : Slice{0, p.C}, held, static_cast<A*>(at(layout.partial)), slice);
+  dispatch_features<A>(p.feature_type, [&](auto zero) {
+    using F = decltype(zero);
+    energy(p, static_cast<const F*>(p.features) + b * p.C * p.n,
+           shared_out ? own : Slice{0, p.C}, static_cast<F*>(held_at),
+           static_cast<A*>(at(layout.partial)), slice);
+  });
   if (shared_out) cluster_sync();
   for (int k = threadIdx.x; k < p.n; k += blockDim.x) {
     A cell = slice[k];
@@ -234,26 +247,36 @@ __global__ void __launch_bounds__(kThreads) masked_forward_kernel(
         static_cast<A*>(p.visible)[b * p.n + k] = e[k];
     A* pooled = static_cast<A*>(p.pooled) + b * p.C;
     const int64_t start = p.channels_last ? own.first : static_cast<int64_t>(own.first) * p.n;
-    const int64_t k_step = !p.channels_last ? 1 : held ? own.count : p.C;
-    pool(held ? held : f + start, p.channels_last ? 1 : p.n, k_step, own, p.n, e, pooled);
+    const int64_t k_step = !p.channels_last ? 1 : holds ? own.count : p.C;
+    dispatch_features<A>(p.feature_type, [&](auto zero) {
+      using F = decltype(zero);
+      const F* f = static_cast<const F*>(p.features) + b * p.C * p.n;
+      pool(holds ? static_cast<const F*>(held_at) : f + start, p.channels_last ? 1 : p.n, k_step,
+           own, p.n, e, pooled);
+    });
   }
 
-  if (p.images)
-    device_dispatch(p.image_type, [&](auto zero) {
-      using T = decltype(zero);
-      const unsigned size = p.canvas.size(), start = part * p.image_each;
-      const unsigned end = start + p.image_each < size ? start + p.image_each : size;
-      const T* image = static_cast<const T*>(p.images) + b * size;
-      T* views = static_cast<T*>(p.views) + b * size;
-      T* fill = static_cast<T*>(at(layout.fill));
-      prepare_fills(p.settings, values.value, values.count, p.canvas, image, draws,
-                    static_cast<double*>(reduce), fill);
-      if (p.image_vectors)
-        paint<kVector<T>>(p.settings, p.canvas, image, views, p.B * size, box, fill, draws, start,
-                          end);
-      else
-        paint<1>(p.settings, p.canvas, image, views, p.B * size, box, fill, draws, start, end);
-    });
+  if (!p.images) return;
+  const unsigned size = p.canvas.size(), start = part * p.image_each;
+  const unsigned end = start + p.image_each < size ? start + p.image_each : size;
+  void* fill = at(layout.fill);
+  device_dispatch(p.image_type, [&](auto zero) {
+    using T = decltype(zero);
+    prepare_fills(p.settings, values.value, values.count, p.canvas,
+                  static_cast<const T*>(p.images) + b * size, draws, static_cast<double*>(reduce),
+                  static_cast<T*>(fill));
+  });
+  device_dispatch_stored(p.image_type, [&](auto zero) {
+    using S = decltype(zero);
+    const S* image = static_cast<const S*>(p.images) + b * size;
+    S* views = static_cast<S*>(p.views) + b * size;
+    if (p.image_vectors)
+      paint<kVector<S>>(p.image_type, p.settings, p.canvas, image, views, p.B * size, box,
+                        static_cast<const S*>(fill), draws, start, end);
+    else
+      paint<1>(p.image_type, p.settings, p.canvas, image, views, p.B * size, box,
+               static_cast<const S*>(fill), draws, start, end);
+  });
 }
 
 // Block b: logits of row b plus bias, and their cross-entropy −Σ_k t_k log softmax(z)_k.
@@ -309,6 +332,7 @@ Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_chann
                 x.size(1), "×", p.h, "×", p.w, " and ", image_channels, "×", H, "×", W);
   p.channels_last = features.channels_last;
   p.features = x.const_data_ptr();
+  p.feature_type = x.scalar_type();
   const int64_t bytes = x.element_size(), V = 16 / bytes;
   const int64_t period = features.channels_last ? 1 : V / std::gcd<int64_t>(p.n, V) * p.n;
   p.vectors = aligned16(p.features, (features.channels_last ? p.C : int64_t{p.C} * p.n) * bytes) &&
@@ -324,9 +348,8 @@ Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_chann
 }
 
 void launch_samples(const Tensor& features, const Problem& p, const FillValues& values) {
-  dispatch(features.scalar_type(), [&](auto zero) {
-    using F = decltype(zero);
-    using A = acc_t<F>;
+  const auto go = [&](auto zero) {
+    using A = decltype(zero);
     int64_t cluster = std::min<int64_t>(p.parts, cluster_limit(features));
     Layout layout(p, sizeof(A), 0);
     Tensor workspace = new_tensor(features, {0}, ScalarType::Byte);
@@ -336,13 +359,14 @@ void launch_samples(const Tensor& features, const Problem& p, const FillValues& 
       workspace = new_tensor(features, {p.B * p.parts * layout.total}, ScalarType::Byte);
       memory = out<unsigned char>(workspace);
     } else if (p.pooled && cluster == p.parts) {
-      const Layout more(p, sizeof(A), int64_t{p.each} * p.n * sizeof(F));
+      const Layout more(p, sizeof(A), int64_t{p.each} * p.n * features.element_size());
       if (more.total <= std::min(shared_limit(features), kHeldBytes)) layout = more;
     }
     launch({"masked_forward", features, {p.B * p.parts}, kThreads, memory ? 0 : layout.total,
             cluster},
-           masked_forward_kernel<F>, p, layout, values, memory);
-  });
+           masked_forward_kernel<A>, p, layout, values, memory);
+  };
+  acc_type(features) == ScalarType::Double ? go(double{}) : go(float{});
 }
 
 // logits (B, K) = pooled (B, C)·Wᵀ + bias, and the mean cross-entropy against targets (B, K).

@@ -44,45 +44,20 @@ struct Prior {
   SANM_DEVICE A operator()(int k, int K) const { return data ? data[k * stride] : A{1} / K; }
 };
 
-// A row's maximum, Σe, and the lane's parts of the sums that the losses are made of. In a whole row
-// x becomes e; otherwise `held`, where given, takes e.
-template <typename A>
-struct RowSums {
-  A top, total, moment, mass, dot;
-};
-
-template <typename Shape, typename T, typename A>
-SANM_DEVICE RowSums<A> sum_row(const Logits<T>& logits, int64_t i, const Targets<A>& targets,
-                               Target<Shape>& target, A (&x)[Shape::C],
-                               A* held) {  // (K,) or null
+// A row's maximum; a row that is not whole is left in `held`, where given.
+template <typename Shape, typename S, typename A>
+SANM_DEVICE A max_row(const Logits<S>& logits, int64_t i, A (&x)[Shape::C],
+                      A* held) {  // (K,) or null
   const int K = logits.K;
-  if (Shape::kWhole) logits.template load<Shape>(i, 0, x);
-  target.open(targets, i);
-  RowSums<A> s{static_cast<A>(-INFINITY), 0, 0, 0, 0};
+  A top = static_cast<A>(-INFINITY);
   for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
     if (!Shape::kWhole) logits.template load<Shape>(i, first, x);
     Shape::each_class(first, K, [&](int c, int k) {
-      s.top = Max()(s.top, x[c]);
+      top = Max()(top, x[c]);
       if (!Shape::kWhole && held && k < K) held[k] = x[c];
     });
   }
-  s.top = Shape::max(s.top);
-  for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
-    if (!Shape::kWhole && !held) logits.template load<Shape>(i, first, x);
-    const auto& t = target.piece(targets, first);
-    Shape::each_class(first, K, [&](int c, int k) {
-      if (!Shape::kWhole && held) x[c] = k < K ? held[k] : static_cast<A>(-INFINITY);
-      const A centred = x[c] - s.top, e = std::exp(centred);
-      s.total += e;
-      s.moment += e == 0 ? A{0} : e * centred;
-      s.mass += t[c];
-      s.dot += t[c] == 0 ? A{0} : t[c] * centred;  // 0·log 0 = 0
-      x[c] = e;
-      if (!Shape::kWhole && held && k < K) held[k] = e;
-    });
-  }
-  s.total = Shape::sum(s.total);
-  return s;
+  return Shape::max(top);
 }
 
 // Writes the block's column sums of p, of which the lanes have theirs in `mine`.
@@ -114,9 +89,9 @@ SANM_DEVICE void store_columns(const A (&mine)[Shape::C], int K,
 
 // Each block takes rows in turn. Shared memory: scratch; then the warps' column sums (warps, K)
 // or, `hold` given, the row (K,).
-template <typename Shape, typename T>
+template <typename Shape, typename S>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss_kernel(
-    const Logits<T> logits,                    // (n, K)
+    const Logits<S> logits,                    // (n, K)
     const Targets<typename Shape::A> targets,  // (M, K) or (M,)
     typename Shape::A* per_sample,             // (n,), written
     typename Shape::A* normalizer,             // (n, 2), written: maximum, log-sum
@@ -135,32 +110,56 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
   Shape::each_row(logits.n, [&](int64_t i, bool exists) {
     A x[Shape::C];
     Target<Shape> target;
-    const RowSums<A> s = sum_row(logits, i, targets, target, x, held);
-    const A log_sum = std::log(s.total), scale = 1 / s.total;
-    const bool labeled = i < num_labeled, valid = exists && targets.counts(i);
-    A loss = log_sum * s.mass - s.dot, square = 0;
-    for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
-      if (!Shape::kWhole && !held) logits.template load<Shape>(i, first, x);
-      // of a whole row, the target is still there
-      const auto& t = Shape::kWhole || labeled ? target.own.t : target.piece(targets, first);
-      Shape::each_class(first, K, [&](int c, int k) {
-        A e = x[c];
-        if (!Shape::kWhole) e = held ? (k < K ? held[k] : A{0}) : std::exp(x[c] - s.top);
-        const A p = e * scale;
-        if (Shape::kWhole) {
-          mine[c] += exists ? p : A{0};
-        } else if (k < K) {
-          column[k] = (started ? column[k] : A{0}) + p;
+    if (Shape::kWhole) logits.template load<Shape>(i, 0, x);
+    target.open(targets, i);
+    const A top = max_row<Shape>(logits, i, x, held);
+    const bool labeled = i < num_labeled;
+    bool valid = false;
+    // total: Σe; of the others the lane's parts. x, or `held`, becomes e.
+    A total = 0, moment = 0, mass = 0, dot = 0, loss = 0, square = 0, log_sum = 0, scale = 0;
+    Shape::two_sweeps([&](auto second) {
+      for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+        if (!Shape::kWhole && !held) logits.template load<Shape>(i, first, x);
+        // of a whole row, the target is still there
+        if (!second || !(Shape::kWhole || labeled)) target.piece(targets, first);
+        const A(&t)[Shape::C] = target.own.t;
+        if (!second) {
+          Shape::each_class(first, K, [&](int c, int k) {
+            if (!Shape::kWhole && held) x[c] = k < K ? held[k] : static_cast<A>(-INFINITY);
+            const A centred = x[c] - top, e = std::exp(centred);
+            total += e;
+            moment += e == 0 ? A{0} : e * centred;
+            mass += t[c];
+            dot += t[c] == 0 ? A{0} : t[c] * centred;  // 0·log 0 = 0
+            x[c] = e;
+            if (!Shape::kWhole && held && k < K) held[k] = e;
+          });
+        } else {
+          Shape::each_class(first, K, [&](int c, int k) {
+            A e = x[c];
+            if (!Shape::kWhole) e = held ? (k < K ? held[k] : A{0}) : std::exp(x[c] - top);
+            const A p = e * scale;
+            if (Shape::kWhole) {
+              mine[c] += exists ? p : A{0};
+            } else if (k < K) {
+              column[k] = (started ? column[k] : A{0}) + p;
+            }
+            if (!labeled) square += (p - t[c]) * (p - t[c]);
+          });
         }
-        if (!labeled) square += (p - t[c]) * (p - t[c]);
-      });
-    }
+      }
+      if (second) return;
+      total = Shape::sum(total);
+      log_sum = std::log(total), scale = 1 / total;
+      loss = log_sum * mass - dot;
+      valid = exists && targets.counts(i);
+    });
     started = true;
     loss = Shape::sum(labeled ? loss : square) / (labeled ? 1 : K) + targets.poison(i);
-    const A entropy = Shape::sum(s.moment) * scale - log_sum;
+    const A entropy = Shape::sum(moment) * scale - log_sum;
     if (Shape::rank() != 0 || !exists) return;
     per_sample[i] = valid ? loss : A{0};
-    normalizer[2 * i] = s.top, normalizer[2 * i + 1] = log_sum;
+    normalizer[2 * i] = top, normalizer[2 * i + 1] = log_sum;
     sum[kConfidence] += entropy;
     if (!valid) return;
     sum[kLabeled] += labeled ? loss : A{0};
@@ -289,17 +288,17 @@ struct Upstream {
 };
 
 // Each block takes rows in turn. Shared memory: scratch; then, `hold` given, the prior's part of h
-// (K,).
-template <typename Shape, typename T>
+// (K,). A whole row always has room for it.
+template <typename Shape, typename S>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss_backward_kernel(
     const Upstream<typename Shape::A> upstream,
-    const Logits<T> logits,                    // (n, K)
+    const Logits<S> logits,                    // (n, K)
     const Targets<typename Shape::A> targets,  // (M, K) or (M,)
     const Prior<typename Shape::A> prior,
     const typename Shape::A* normalizer,  // (n, 2)
     const typename Shape::A* p_mean,      // (K,)
     const double* counts,                 // (2, kCountBlocks) of many labels, or null
-    T* result,                            // (n, K), written
+    S* result,                            // (n, K), written, of the logits' dtype
     int64_t num_labeled, bool mean, bool hold, bool vectors, double unlabeled_weight,
     double prior_weight, double confidence_weight) {
   using A = typename Shape::A;
@@ -319,7 +318,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     return mean_k < kLeast ? A{0} : prior_slope * prior(k, K) / (mean_k * static_cast<A>(n));
   };
   A* const slopes = shared_memory<A>(kScratch);
-  if (hold)
+  const bool held = Shape::kWhole || hold;
+  if (held)
     for (int k = threadIdx.x; k < K; k += blockDim.x) slopes[k] = slope(k);
   __syncthreads();
   if (mean) {
@@ -352,26 +352,30 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
       const auto& t = target.piece(targets, first);
       Shape::each_class(first, K, [&](int c, int k) {
         const A log_p = (x[c] - top) - log_sum, p = std::exp(log_p);
-        const A from_prior = k >= K ? A{0} : hold ? slopes[k] : slope(k);
+        const A from_prior = k >= K ? A{0} : held ? slopes[k] : slope(k);
         x[c] = p;
         h[c] = from_prior + square * (p - t[c]) + (p == 0 ? A{0} : entropy_slope * log_p);
       });
     };
     A shift = 0;
-    for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
-      work(first);
-      Shape::each_class(first, K, [&](int c, int k) {
-        shift += cross * target.own.t[c] - (k < K ? x[c] * h[c] : A{0});
-      });
-    }
-    shift = Shape::sum(shift);
-    for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
-      if (!Shape::kWhole) work(first);
-      Shape::each_class(first, K, [&](int c, int) {
-        x[c] = x[c] * (h[c] + shift) - cross * target.own.t[c];
-      });
-      if (exists) store_piece<Shape>(result + i * K, vectors, first, K, x);
-    }
+    Shape::two_sweeps([&](auto second) {
+      for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
+        if (!Shape::kWhole || !second) work(first);
+        if (!second) {
+          Shape::each_class(first, K, [&](int c, int k) {
+            shift += cross * target.own.t[c] - (k < K ? x[c] * h[c] : A{0});
+          });
+        } else {
+          Shape::each_class(first, K, [&](int c, int) {
+            x[c] = x[c] * (h[c] + shift) - cross * target.own.t[c];
+          });
+          S stored[Shape::C];
+          encode(logits.type, x, stored);
+          if (exists) store_piece<Shape>(result + i * K, vectors, first, K, stored);
+        }
+      }
+      if (!second) shift = Shape::sum(shift);
+    });
   });
 }
 
@@ -397,11 +401,11 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
   const Tensor total = make({}, type), labeled = make({}, type), unlabeled = make({}, type),
                penalty = make({}, type), confidence = make({}, type), per_sample = make({n}, type),
                normalizer = make({n, 2}, type), p_mean = make({K}, type);
-  dispatch(logits.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
+  dispatch_stored(logits.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using A = acc_t<S>;
     const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
-    with_row_shape<T>(K, vector_rows(logits), [&](auto shape) {
+    with_row_shape<S>(K, vector_rows(logits), [&](auto shape) {
       using Shape = decltype(shape);
       // One block at least: it sets the counter, and its sums are zeros.
       const int64_t blocks = std::max<int64_t>(1, row_blocks<Shape>(logits, n)),
@@ -414,7 +418,7 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
                    penalties = make({finishing}, ScalarType::Double),
                    arrived = make({}, ScalarType::Int);
       launch({"masked_loss", logits, {blocks}, Shape::kThreads, shared},
-             masked_loss_kernel<Shape, T>, Logits<T>(logits), target, out<A>(per_sample),
+             masked_loss_kernel<Shape, S>, Logits<S>(logits), target, out<A>(per_sample),
              out<A>(normalizer), out<A>(columns), out<double>(sums), out<int>(arrived),
              num_labeled, hold);
       launch({"masked_loss", logits, {finishing}, kFinishThreads,
@@ -442,9 +446,9 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
   const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_);
   const int64_t n = logits.size(0), K = logits.size(1);
   const Tensor result = new_tensor(logits, {n, K}, logits.scalar_type());
-  dispatch(logits.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
+  dispatch_stored(logits.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using A = acc_t<S>;
     const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
     const Upstream<A> upstream{
         in_or_null<A>(grad_total),      in_or_null<A>(grad_labeled),
@@ -457,15 +461,15 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
       launch({"masked_loss_backward", logits, {kCountBlocks}, kFinishThreads, kScratch},
              masked_loss_count_kernel<A>, target, out<double>(*counts), n, num_labeled);
     }
-    with_row_shape<T>(K, vector_rows(logits), [&](auto shape) {
+    with_row_shape<S>(K, vector_rows(logits), [&](auto shape) {
       using Shape = decltype(shape);
       const int64_t row = K * static_cast<int64_t>(sizeof(A));
       const bool hold = row <= kHoldBytes;
       launch({"masked_loss_backward", logits, {row_blocks<Shape>(logits, n)}, Shape::kThreads,
               kScratch + (hold ? row : 0)},
-             masked_loss_backward_kernel<Shape, T>, upstream, Logits<T>(logits), target,
+             masked_loss_backward_kernel<Shape, S>, upstream, Logits<S>(logits), target,
              prior_of<A>(prior), in<A>(normalizer), in<A>(p_mean), in_or_null<double>(counts),
-             out<T>(result), num_labeled, mean, hold, vector_rows(result), weight.unlabeled,
+             out<S>(result), num_labeled, mean, hold, vector_rows(result), weight.unlabeled,
              weight.prior, weight.confidence);
     });
   });

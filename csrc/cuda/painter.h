@@ -29,6 +29,13 @@ SANM_DEVICE T fill_cast(double value) {
   else return static_cast<T>(static_cast<float>(value));
 }
 
+// The same as what is stored for a number of the image's dtype.
+template <typename S>
+SANM_DEVICE S fill_stored(ScalarType type, double value) {
+  if constexpr (!std::is_same_v<S, Bits16>) return fill_cast<S>(value);
+  else return type == ScalarType::Half ? fill_cast<Half>(value).x : fill_cast<BFloat16>(value).x;
+}
+
 // One sample's image, seen as rows of `length` numbers: (Cin·H, W), or (H, W·Cin) if channels_last.
 struct Canvas {
   int channels, H, W;
@@ -84,10 +91,10 @@ struct Hidden {
 
 // N elements from (row, column) on, those inside the box filled. Not inlined, as few vectors touch
 // a box and noise is much code.
-template <int N, typename T>
-SANM_DEVICE_CALL Vector<T, N> hide(Vector<T, N> x, const Settings& s, const Canvas& canvas,
-                                   Hidden box, int view, unsigned row, unsigned column,
-                                   const T* fill, Draws draws) {
+template <int N, typename S>
+SANM_DEVICE_CALL Vector<S, N> hide(Vector<S, N> x, ScalarType type, const Settings& s,
+                                   const Canvas& canvas, Hidden box, int view, unsigned row,
+                                   unsigned column, const S* fill, Draws draws) {
   const unsigned H = canvas.H, C = canvas.channels, length = canvas.length();
 #pragma unroll
   for (int k = 0; k < N; ++k, ++column) {
@@ -100,8 +107,8 @@ SANM_DEVICE_CALL Vector<T, N> hide(Vector<T, N> x, const Settings& s, const Canv
     if (s.fill == kPixel) {
       const unsigned y = canvas.channels_last ? row : row % H;
       const uint32_t stream = 1 + (s.views == 3 ? view : static_cast<int>(s.views) - 1);
-      x[k] = fill_cast<T>(noise((c * H + y) * canvas.W + column / canvas.scale(), stream,
-                                draws.index, draws.seed));
+      x[k] = fill_stored<S>(type, noise((c * H + y) * canvas.W + column / canvas.scale(), stream,
+                                        draws.index, draws.seed));
     } else {
       x[k] = fill[view * C + c];
     }
@@ -111,22 +118,23 @@ SANM_DEVICE_CALL Vector<T, N> hide(Vector<T, N> x, const Settings& s, const Canv
 
 // Copies elements [begin, end) of the image into every view, each view's box filled; both are
 // multiples of N. Outside its box a view is the image, bit for bit. Not inlined: compiled once for
-// every type of features.
-template <int N, typename T>
+// features of every type.
+template <int N, typename S>
 SANM_DEVICE_CALL void paint(
+    ScalarType type,  // of the image
     const Settings& s, const Canvas& canvas,
-    const T* image,  // one sample's
-    T* views,        // the sample's first view; the second lies `stride` elements on
+    const S* image,  // one sample's
+    S* views,        // the sample's first view; the second lies `stride` elements on
     int64_t stride,
     const int* boxes,  // (V, 4)
-    const T* fill,     // (V, Cin)
+    const S* fill,     // (V, Cin)
     Draws draws, unsigned begin, unsigned end) {
   constexpr int kLoads = 4;
   const unsigned length = canvas.length(), step = blockDim.x * N;
   const int V = s.view_count();
   const Hidden box[2] = {Hidden(boxes, canvas), Hidden(boxes + 4 * (V - 1), canvas)};
   for (unsigned base = begin + threadIdx.x * N; base < end; base += kLoads * step) {
-    Vector<T, N> x[kLoads];
+    Vector<S, N> x[kLoads];
 #pragma unroll
     for (int u = 0; u < kLoads; ++u)
       if (base + u * step < end) x[u] = load_global<N, kStream>(image + base + u * step);
@@ -143,7 +151,8 @@ SANM_DEVICE_CALL void paint(
             column + N > length ||
             (column < box[v].last && column + N > box[v].first && box[v].row(canvas, row));
         store_global<kStream>(views + v * stride + at,
-                              touched ? hide(x[u], s, canvas, box[v], v, row, column, fill, draws)
+                              touched ? hide(x[u], type, s, canvas, box[v], v, row, column, fill,
+                                             draws)
                                       : x[u]);
       }
     }

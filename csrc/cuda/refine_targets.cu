@@ -13,9 +13,10 @@ namespace {
 constexpr int kViews = 32;             // in one launch
 constexpr int kHoldBytes = 47 * 1024;  // of both rows in shared memory, in all below 48 KiB
 
-template <typename T>
+template <typename S>
 struct Views {
-  const T* data[kViews];  // (B, K) each
+  const S* data[kViews];  // (B, K) each
+  ScalarType type;
   int64_t row_stride[kViews], class_stride[kViews];
   bool vectors[kViews];
   int count;
@@ -32,19 +33,32 @@ struct Labels {
   int64_t prob_stride = 0;
 };
 
+// Calls body(p) with p the address of element `offset` of numbers of this dtype.
+template <typename Body>
+SANM_DEVICE void with_type(ScalarType type, const void* data, int64_t offset, const Body& body) {
+  device_dispatch(type, [&](auto zero) {
+    body(static_cast<const decltype(zero)*>(data) + offset);
+  });
+}
+
 // Adds the softmax of one view's row to p: in registers `mine`, or in `kept`.
-template <typename Shape, typename T, typename A>
+template <typename Shape, typename S, typename A>
 SANM_DEVICE void add_softmax(
-    const T* row,  // (K,), elements `stride` apart
-    int64_t stride, bool vectors, int K, bool start,
+    const S* row,  // (K,) of the type, elements `stride` apart
+    ScalarType type, int64_t stride, bool vectors, int K, bool start,
     A* held,  // (K,) for the logits, or null
     A* kept,  // (K,), the sum, of rows that are not whole
     A (&mine)[Shape::C]) {
   constexpr A kLowest = static_cast<A>(-INFINITY);
   A x[Shape::C];
   A top = kLowest, total = 0;
+  const auto load = [&](int first) {
+    S stored[Shape::C];
+    load_piece<Shape>(row, stride, vectors, first, K, lowest<S>(type), stored);
+    decode(type, stored, x);
+  };
   for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
-    load_piece<Shape>(row, stride, vectors, first, K, kLowest, x);
+    load(first);
     Shape::each_class(first, K, [&](int c, int k) {
       top = Max()(top, x[c]);
       if (!Shape::kWhole && held && k < K) held[k] = x[c];
@@ -53,7 +67,7 @@ SANM_DEVICE void add_softmax(
   top = Shape::max(top);
   const auto again = [&](int first) {
     if (Shape::kWhole) return;
-    if (!held) return load_piece<Shape>(row, stride, vectors, first, K, kLowest, x);
+    if (!held) return load(first);
     Shape::each_class(first, K, [&](int c, int k) { x[c] = k < K ? held[k] : kLowest; });
   };
   for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
@@ -79,9 +93,9 @@ SANM_DEVICE void add_softmax(
 
 // Rows in turn. Shared memory: scratch; then, `hold` given, p and a view's logits (K,) each. A lane
 // only ever reads what it wrote itself: of p, of the logits, of the result.
-template <typename Shape, typename T>
+template <typename Shape, typename S>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targets_kernel(
-    const Views<T> views, const Labels labels,
+    const Views<S> views, const Labels labels,
     typename Shape::A* result,  // (B, K), written
     int64_t B, int K, int64_t all_views, typename Shape::A exponent, bool hold, bool vectors) {
   using A = typename Shape::A;
@@ -100,9 +114,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targ
       }
     }
     for (int v = 0; v < views.count; ++v)
-      add_softmax<Shape>(views.data[v] + i * views.row_stride[v], views.class_stride[v],
-                         views.vectors[v], K, !hold && views.first && v == 0,
-                         hold ? shared + K : nullptr, kept, p);
+      add_softmax<Shape>(views.data[v] + i * views.row_stride[v], views.type,
+                         views.class_stride[v], views.vectors[v], K,
+                         !hold && views.first && v == 0, hold ? shared + K : nullptr, kept, p);
     // Each step goes through the row once: p[c] is class k, read and written where it is kept.
     const auto sweep = [&](const auto& body) {
       for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
@@ -175,29 +189,30 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
     label.prob_type = clean_prob->scalar_type();
     label.prob_stride = clean_prob->stride(0);
   }
-  dispatch(z.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
+  dispatch_stored(z.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using A = acc_t<S>;
     bool all_vectors = true;
     for (const Tensor& x : logits) all_vectors = all_vectors && vector_rows(x);
-    with_row_shape<T>(K, all_vectors, [&](auto shape) {
+    with_row_shape<S>(K, all_vectors, [&](auto shape) {
       using Shape = decltype(shape);
       const int64_t row = K * static_cast<int64_t>(sizeof(A));
       const bool hold = !Shape::kWhole && 2 * row <= kHoldBytes;
       for (int64_t start = 0; start < all_views; start += kViews) {
-        Views<T> views{};
+        Views<S> views{};
         views.count = static_cast<int>(std::min<int64_t>(kViews, all_views - start));
+        views.type = z.scalar_type();
         views.first = start == 0;
         views.last = start + views.count == all_views;
         for (int v = 0; v < views.count; ++v) {
           const Tensor& x = logits[start + v];
-          views.data[v] = in<T>(x);
+          views.data[v] = in<S>(x);
           views.row_stride[v] = x.stride(0), views.class_stride[v] = x.stride(1);
           views.vectors[v] = vector_rows(x);
         }
         launch({"refine_targets", z, {row_blocks<Shape>(z, B)}, Shape::kThreads,
                 kScratch + (hold ? 2 * row : 0)},
-               refine_targets_kernel<Shape, T>, views, label, out<A>(result), B,
+               refine_targets_kernel<Shape, S>, views, label, out<A>(result), B,
                static_cast<int>(K), all_views, static_cast<A>(1 / *in<double>(temperature)), hold,
                vector_rows(result));
       }

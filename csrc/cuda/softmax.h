@@ -8,6 +8,12 @@ namespace sanm {
 constexpr int kRowThreads = 128;  // of a block whose warps have rows of their own
 constexpr int kScratch = 512;      // bytes of shared memory, at its start, for reductions
 
+// A truth that is known when a kernel is compiled.
+template <bool kTruth>
+struct Known {
+  SANM_DEVICE operator bool() const { return kTruth; }
+};
+
 // G lanes share a row: a part of a warp, a warp, or (G > kWarp) the block. Each has C classes of a
 // piece of G·C, in runs of N consecutive ones. Whole rows are one piece and stay in registers; the
 // others are gone through piece by piece, in several sweeps.
@@ -56,6 +62,19 @@ struct RowShape {
     }
   }
 
+  // Calls body(second) for two sweeps through a row. Of a row that is not whole they have much in
+  // common: a loop compiles it once.
+  template <typename Body>
+  SANM_DEVICE static void two_sweeps(const Body& body) {
+    if constexpr (kWhole) {
+      body(Known<false>());
+      body(Known<true>());
+    } else {
+#pragma unroll 1
+      for (int sweep = 0; sweep < 2; ++sweep) body(sweep > 0);
+    }
+  }
+
   // Calls body(c, k) for the lane's classes k of a piece, with c where it keeps them: a constant.
   template <typename Body>
   SANM_DEVICE static void each_class(int first, int K, const Body& body) {
@@ -68,83 +87,121 @@ struct RowShape {
   }
 };
 
-// N consecutive elements from p on, aligned to 16 bytes or to their size; → x (N,)
-template <int N, typename A, typename S>
-SANM_DEVICE void load_run(const S* p, A* x) {
-  constexpr int kWide = kVector<S>, M = N < kWide ? N : kWide;
+// ---- Numbers as they are stored and as they are computed with.
+
+// The numbers that were stored.
+template <typename S, typename A, int C>
+SANM_DEVICE void decode(ScalarType type, const S (&stored)[C], A (&x)[C]) {
+  if constexpr (!std::is_same_v<S, Bits16>) {
 #pragma unroll
-  for (int j = 0; j < N; j += M) {
-    const Vector<S, M> some = load_global<M>(p + j);
+    for (int c = 0; c < C; ++c) x[c] = static_cast<A>(stored[c]);
+  } else if (type == ScalarType::Half) {
 #pragma unroll
-    for (int i = 0; i < M; ++i) x[j + i] = static_cast<A>(widen(some[i]));
+    for (int c = 0; c < C; ++c) x[c] = widen(Half(stored[c], Half::from_bits()));
+  } else {
+#pragma unroll
+    for (int c = 0; c < C; ++c) x[c] = widen(BFloat16(stored[c], BFloat16::from_bits()));
   }
 }
 
-// The lane's classes of a piece of a row; `pad` from K on. vectors: stride 1, runs are aligned.
-template <typename Shape, typename S>
+// What is stored for the numbers.
+template <typename S, typename A, int C>
+SANM_DEVICE void encode(ScalarType type, const A (&x)[C], S (&stored)[C]) {
+  if constexpr (!std::is_same_v<S, Bits16>) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) stored[c] = x[c];
+  } else if (type == ScalarType::Half) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) stored[c] = narrow<Half>(x[c]).x;
+  } else {
+#pragma unroll
+    for (int c = 0; c < C; ++c) stored[c] = narrow<BFloat16>(x[c]).x;
+  }
+}
+
+// −∞ as it is stored.
+template <typename S>
+SANM_DEVICE S lowest(ScalarType type) {
+  if constexpr (std::is_same_v<S, Bits16>)
+    return type == ScalarType::Half ? 0xFC00 : 0xFF80;
+  else
+    return static_cast<S>(-INFINITY);
+}
+
+// The lane's classes of a piece of a row; `pad` from K on. vectors: stride 1, runs are aligned to
+// 16 bytes or to their size. X: S, or what it is converted to one by one, which saves registers.
+template <typename Shape, typename S, typename X>
 SANM_DEVICE void load_piece(
     const S* row,  // (K,), elements `stride` apart
-    int64_t stride, bool vectors, int first, int K, typename Shape::A pad,
-    typename Shape::A (&x)[Shape::C]) {
-  using A = typename Shape::A;
-  constexpr int N = Shape::N;
+    int64_t stride, bool vectors, int first, int K, X pad, X (&x)[Shape::C]) {
+  constexpr int N = Shape::N, kWide = kVector<S>, M = N < kWide ? N : kWide;
 #pragma unroll
   for (int r = 0; r < Shape::kRuns; ++r) {
     const int k = Shape::start(first, r);
     if (N > 1 && vectors && k + N <= K) {
-      load_run<N>(row + k, x + r * N);
+#pragma unroll
+      for (int j = 0; j < N; j += M) {
+        const Vector<S, M> some = load_global<M>(row + k + j);
+#pragma unroll
+        for (int i = 0; i < M; ++i) x[r * N + j + i] = static_cast<X>(some[i]);
+      }
     } else {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         x[r * N + j] = pad;
         if (k + j < K)
-          x[r * N + j] = static_cast<A>(widen(load_global<1>(row + (k + j) * stride)[0]));
+          x[r * N + j] = static_cast<X>(load_global<1>(row + (k + j) * stride)[0]);
       }
     }
   }
 }
 
 // Writes the lane's classes of a piece. vectors: the row's runs are aligned.
-template <typename Shape, typename T>
-SANM_DEVICE void store_piece(T* row,  // (K,) dense
-                             bool vectors, int first, int K,
-                             const typename Shape::A (&x)[Shape::C]) {
-  constexpr int N = Shape::N;
+template <typename Shape, typename S>
+SANM_DEVICE void store_piece(S* row,  // (K,) dense
+                             bool vectors, int first, int K, const S (&x)[Shape::C]) {
+  constexpr int N = Shape::N, kWide = kVector<S>, M = N < kWide ? N : kWide;
 #pragma unroll
   for (int r = 0; r < Shape::kRuns; ++r) {
     const int k = Shape::start(first, r);
-    constexpr int kWide = kVector<T>, M = N < kWide ? N : kWide;
     if (N > 1 && vectors && k + N <= K) {
 #pragma unroll
       for (int j = 0; j < N; j += M) {
-        Vector<T, M> some;
+        Vector<S, M> some;
 #pragma unroll
-        for (int i = 0; i < M; ++i) some[i] = narrow<T>(x[r * N + j + i]);
+        for (int i = 0; i < M; ++i) some[i] = x[r * N + j + i];
         store_global(row + k + j, some);
       }
     } else {
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        if (k + j < K) row[k + j] = narrow<T>(x[r * N + j]);
+        if (k + j < K) row[k + j] = x[r * N + j];
     }
   }
 }
 
-// Calls body(p) with p the address of element `offset` of numbers of this dtype.
-template <typename Body>
-SANM_DEVICE void with_type(ScalarType type, const void* data, int64_t offset, const Body& body) {
-  device_dispatch(type, [&](auto zero) {
-    body(static_cast<const decltype(zero)*>(data) + offset);
+// The lane's numbers of a piece of a row, whose dtype is known when the kernel runs; 0 from K on.
+template <typename Shape, typename A>
+SANM_DEVICE void load_numbers(
+    ScalarType type, const void* data, int64_t start,  // (K,) from element `start` on
+    int64_t stride, bool vectors, int first, int K, A (&x)[Shape::C]) {
+  device_dispatch_stored(type, [&](auto zero) {
+    using S = decltype(zero);
+    using X = std::conditional_t<std::is_same_v<S, Bits16>, S, A>;
+    X loaded[Shape::C];
+    load_piece<Shape>(static_cast<const S*>(data) + start, stride, vectors, first, K, X{0}, loaded);
+    decode(type, loaded, x);
   });
 }
 
 // Rows of logits as their owner laid them out.
-template <typename T>
+template <typename S>
 struct Logits {
   explicit Logits(const Tensor& z)
-      : data(in<T>(z)), n(z.size(0)), row_stride(z.stride(0)), class_stride(z.stride(1)),
-        K(static_cast<int>(z.size(1))), vectors(vector_rows(z)) {}
-  const T* data;  // (n, K)
+      : data(in<S>(z)), type(z.scalar_type()), n(z.size(0)), row_stride(z.stride(0)),
+        class_stride(z.stride(1)), K(static_cast<int>(z.size(1))), vectors(vector_rows(z)) {}
+  const S* data;  // (n, K)
+  ScalarType type;
   int64_t n, row_stride, class_stride;
   int K;
   bool vectors;
@@ -152,16 +209,18 @@ struct Logits {
   // The lane's logits of a piece of row i, −∞ from K on.
   template <typename Shape>
   SANM_DEVICE void load(int64_t i, int first, typename Shape::A (&x)[Shape::C]) const {
-    load_piece<Shape>(data + i * row_stride, class_stride, vectors, first, K,
-                      static_cast<typename Shape::A>(-INFINITY), x);
+    S stored[Shape::C];
+    load_piece<Shape>(data + i * row_stride, class_stride, vectors, first, K, lowest<S>(type),
+                      stored);
+    decode(type, stored, x);
   }
 };
 
-// Calls body(RowShape()) with the shape for rows of K logits of type T.
-template <typename T, typename Body>
+// Calls body(RowShape()) with the shape for rows of K logits that are stored as S.
+template <typename S, typename Body>
 void with_row_shape(int64_t K, bool vectors, const Body& body) {
-  using A = acc_t<T>;
-  constexpr int kWide = kVector<T>, kFew = 4, kMany = 64 / sizeof(A), kSwept = 8;
+  using A = acc_t<S>;
+  constexpr int kWide = kVector<S>, kFew = 4, kMany = 64 / sizeof(A), kSwept = 8;
   constexpr int kTwo = 2 * kWarp, kBlock = 256;  // threads
   if (K <= 16)
     body(RowShape<A, 4, kFew, 1, true>());

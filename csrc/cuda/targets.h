@@ -88,36 +88,36 @@ template <typename Shape>
 struct TargetRow {
   using A = typename Shape::A;
   A t[Shape::C];  // of the present piece
-  int64_t m;
+  int64_t start;  // of the row, of floats
   int at;      // the class that modulation takes from
   A top, add;  // its new value; what the others gain
 
   // The piece as it is; nothing for labels.
   SANM_DEVICE void read(const Targets<A>& from, int first) {
     if (from.labels) return;
-    with_type(from.type, from.values, from.start(m), [&](const auto* row) {
-      load_piece<Shape>(row, from.class_stride, from.vectors, first, from.K, A{0}, t);
-    });
+    load_numbers<Shape>(from.type, from.values, start, from.class_stride, from.vectors, first,
+                        from.K, t);
   }
 
-  // Finds what modulation does to row `row`; leaves its first piece in t.
-  SANM_DEVICE void open(const Targets<A>& from, int64_t row) {
-    m = row;
+  // Finds what modulation does to row m; leaves its first piece in t.
+  SANM_DEVICE void open(const Targets<A>& from, int64_t m) {
     Peak<A> peak{A{1}, -1};
     if (from.labels) {
       const int64_t label = from.label(m);
       peak.index = label >= 0 && label < from.K ? static_cast<int>(label) : -1;
-    } else if (!from.ratio) {
-      if (Shape::kWhole) read(from, 0);
     } else {
-      peak = {static_cast<A>(-INFINITY), INT32_MAX};
-      for (int first = 0; first < Shape::end(from.K); first += Shape::kPiece) {
-        read(from, first);
-        Shape::each_class(first, from.K, [&](int c, int k) {
-          if (k < from.K && t[c] > peak.value) peak = {t[c], k};
-        });
+      start = from.start(m);
+      if (Shape::kWhole) read(from, 0);
+      if (from.ratio) {
+        peak = {static_cast<A>(-INFINITY), INT32_MAX};
+        for (int first = 0; first < Shape::end(from.K); first += Shape::kPiece) {
+          if (!Shape::kWhole) read(from, first);
+          Shape::each_class(first, from.K, [&](int c, int k) {
+            if (k < from.K && t[c] > peak.value) peak = {t[c], k};
+          });
+        }
+        peak = Shape::reduce(peak, Max(), Peak<A>{static_cast<A>(-INFINITY), INT32_MAX});
       }
-      peak = Shape::reduce(peak, Max(), Peak<A>{static_cast<A>(-INFINITY), INT32_MAX});
     }
     at = peak.index;
     top = peak.value, add = 0;
@@ -142,10 +142,20 @@ struct Target {
   TargetRow<Shape> own, other;
 
   SANM_DEVICE void open(const Targets<A>& from, int64_t i) {
-    own.open(from, i);
-    if (!from.permutation) return;
-    const int64_t partner = from.partner(i);
-    other.open(from, partner < 0 ? 0 : partner);
+    const auto partner = [&] {
+      const int64_t m = from.partner(i);
+      return m < 0 ? 0 : m;
+    };
+    if constexpr (Shape::kWhole) {
+      own.open(from, i);
+      if (from.permutation) other.open(from, partner());
+    } else {  // one after the other, so that what is done with both is compiled once
+#pragma unroll 1
+      for (int k = from.permutation ? 1 : 0; k >= 0; --k) {
+        own.open(from, k > 0 ? partner() : i);
+        if (k > 0) other = own;
+      }
+    }
   }
 
   // own.t becomes the target of the piece, 0 from K on. In a whole row only once.

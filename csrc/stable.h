@@ -16,6 +16,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace sanm {
 
 using torch::headeronly::ScalarType;

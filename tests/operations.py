@@ -1,7 +1,8 @@
 """Every public function as a call, for test_gpu.py; and ``python tests/operations.py PART``:
 
 errors: the error of every public function against float64, by dtype; launches: how many kernels a
-call launches; exercise: every function once on small odd shapes, for compute-sanitizer.
+call launches; exercise: every function once on small odd shapes, for compute-sanitizer; installed:
+the same with the compiled library of an installed copy, which this must not find in the checkout.
 """
 
 from __future__ import annotations
@@ -347,10 +348,22 @@ def exercise(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
             yield {"function": name, "dtype": str(dtype)[6:], "backend": backend, "finite": finite}
 
 
+def installed(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """As `exercise`, of a package that is not the checkout's, with its own compiled backend."""
+    package = Path(sk.__file__).resolve().parent
+    if package.parent == Path(__file__).resolve().parent.parent:
+        raise SystemExit(f"{package} is the checkout's")
+    backend = "cuda" if device == "cuda" else "cpu"
+    with sk.use_backend(backend):  # raises where there is none
+        for row in exercise(device, tiny):
+            if row["backend"] == backend:
+                yield row | {"package": str(package)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python tests/operations.py", description=__doc__)
-    parts = {"errors": errors, "launches": launches, "exercise": exercise}
+    parts = {"errors": errors, "launches": launches, "exercise": exercise, "installed": installed}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes")

@@ -1,4 +1,4 @@
-"""What is installed: versions, types, `info`, compiled libraries, the build without a compiler."""
+"""What is installed: versions, types, `info`, the libraries. How it is built: test_build.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import libraries
 from inputs import COMPILING, GPU_DEVICES
 
 import sanm_kernels
@@ -21,6 +22,7 @@ from sanm_kernels.backends import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = sorted(cpu.LIBRARIES.glob("*.so"))
+PROCESSOR = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,58 +77,6 @@ def test_info_says_what_is_forced() -> None:
     assert "SANM_KERNELS_BACKEND: expected one of 'reference'" in wrong.stderr
 
 
-@pytest.fixture(scope="module")
-def without_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package as it is built where there is no compiler."""
-    folder = tmp_path_factory.mktemp("pure")
-    for name in ("sanm_kernels", "csrc", "python"):
-        ignore = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def test_build_without_compiler(without_libraries: Path) -> None:
-    build = (sys.executable, "setup.py", "build", "--build-lib", "out")
-    done = run(*build, cwd=without_libraries, CXX="/nonexistent/g++")
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if "without compiled kernels" in line]
-    assert len(said) == 1 and "no C++ compiler (/nonexistent/g++)" in said[0]
-    package = without_libraries / "out/sanm_kernels"
-    assert not list(package.rglob("*.so"))
-
-    command = (sys.executable, "-m", "sanm_kernels", "info", "--json")
-    done = run(*command, cwd=package.parent, PYTHONPATH="")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    assert Path(facts["package"]) == package.resolve()
-    assert "no C++ compiler (/nonexistent/g++) was found" in facts["backends"]["cpu"]
-    assert {served["cpu"] for served in facts["operators"].values()} == {"reference"}
-
-    code = (
-        "import torch, sanm_kernels as sk\n"
-        "print(sk.sample_loss(torch.zeros(2, 4), torch.tensor([0, 3])).exp().tolist())\n"
-        "sk.sample_loss(torch.zeros(2, 4), torch.tensor([0, 3]), backend='cpu')"
-    )
-    done = run(sys.executable, "-c", code, cwd=package.parent, PYTHONPATH="")
-    assert done.stdout.strip() == "[4.0, 4.0]"
-    assert "RuntimeError: backend 'cpu' cannot run sample_loss" in done.stderr
-
-
-def test_source_distribution_holds_the_kernels(without_libraries: Path) -> None:
-    shutil.copy(ROOT / "MANIFEST.in", without_libraries)
-    done = run(
-        sys.executable, "setup.py", "--quiet", "sdist", "--formats", "tar", cwd=without_libraries
-    )
-    assert done.returncode == 0, done.stderr
-    (archive,) = (without_libraries / "dist").glob("*.tar")
-    names = run("tar", "tf", str(archive)).stdout
-    for source in (without_libraries / "csrc").rglob("*.*"):
-        assert f"/{source.relative_to(without_libraries)}\n" in names
-    assert "/sanm_kernels/functional.py\n" in names and "/sanm_train/cli.py\n" in names
-
-
 def test_compiled_libraries_are_there_unless_said_otherwise() -> None:
     """Tests over the cpu backend are skipped without it, so its absence must not go unseen."""
     if (cpu.LIBRARIES / "not_compiled.txt").is_file():
@@ -136,24 +86,22 @@ def test_compiled_libraries_are_there_unless_said_otherwise() -> None:
         assert backends.serves("cpu", operator, "cpu") is None, operator
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_each_instruction_set(capability: str) -> None:
+@pytest.mark.extended
+@pytest.mark.skipif(libraries.why_not_compiled() is not None, reason="nothing can be compiled")
+@pytest.mark.parametrize("isa", libraries.ISAS)
+def test_each_instruction_set(isa: str) -> None:
     """torch's ATEN_CPU_CAPABILITY chooses the library, as it chooses torch's own kernels."""
-    if not LIBRARIES:
-        pytest.skip("no compiled library")
-    flag = {"default": "", "avx2": "avx2", "avx512": "avx512bw"}[capability]
-    if flag not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {capability}")
-    code = (
-        "import torch, sanm_kernels as sk\n"
-        "from sanm_kernels.backends import cpu\n"
-        "x, y = torch.randn(37, 11), torch.arange(37) % 11\n"
-        "a, b = (sk.sample_loss(x, y, backend=n) for n in ('cpu', 'reference'))\n"
-        "print(cpu.loaded, (a - b).abs().max().item() < 1e-5)"
-    )
-    done = run(sys.executable, "-c", code, ATEN_CPU_CAPABILITY=capability)
-    name = {"default": "baseline"}.get(capability, capability)
-    assert done.stdout.split() == [name, "True"], done.stderr
+    if not {flag[2:] for flag in libraries.ISAS[isa].split()} <= PROCESSOR:
+        pytest.skip(f"this processor has no {isa}")
+    target = libraries.cpu_library(ROOT / f"build/isas/cpu_{isa}.so", isa, isa)
+    libraries.build(ROOT / "build/isas", isa, [target], quiet=True)
+    done = run(
+        sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider",
+        "tests/test_differential.py", "-k", "random_calls and cpu-0",
+        SANM_TEST_CPU_LIBRARIES=str(target.output.parent),
+        ATEN_CPU_CAPABILITY={"baseline": "default"}.get(isa, isa),
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not LIBRARIES, reason="no compiled library")
@@ -183,14 +131,18 @@ def test_libraries_need_the_stable_interface_only(library: Path) -> None:
     assert not foreign
 
 
-def test_no_cuda_kernel_spills_registers() -> None:
-    """ptxas's word on every kernel and architecture of the last build, which needs no GPU."""
-    logs = [path.read_text() for path in (ROOT / "build/libraries/cuda").glob("*.log")]
-    if not logs or not (cpu.LIBRARIES / "cuda.so").is_file():
-        pytest.skip("no CUDA library was built here")
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "\n".join(logs))
-    assert len(spills) > 100
-    assert set(spills) == {("0", "0")}
+@pytest.mark.parametrize("broken", ["", "raise RuntimeError('no driver')"])
+def test_a_triton_that_cannot_be_imported_is_a_reason(tmp_path: Path, broken: str) -> None:
+    """An old one has no `knobs`."""
+    (tmp_path / "triton/language").mkdir(parents=True)
+    (tmp_path / "triton/__init__.py").write_text(broken)
+    (tmp_path / "triton/language/__init__.py").write_text("")
+    command = (sys.executable, "-m", "sanm_kernels", "info", "--json")
+    done = run(*command, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 0, done.stderr
+    reason = json.loads(done.stdout)["backends"]["triton"]
+    assert reason.startswith("triton cannot be imported: ")
+    assert ("no driver" if broken else "knobs") in reason
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

@@ -1,17 +1,17 @@
 """The CPU kernels compiled with a sanitizer, for the tests of this folder.
 
 ``python -m cpu_sanitized [SANITIZER [ISA]]`` in tests/, or :func:`library`, builds csrc/cpu/*.cpp
-with setup.py's flags, but -O0, into a folder of its own. SANM_TEST_CPU_LIBRARIES names that folder
-to tests/conftest.py, which lets the backend `cpu` load from there.
+with the package's flags, but -O0, into a folder of its own. SANM_TEST_CPU_LIBRARIES names that
+folder to tests/conftest.py, which lets the backend `cpu` load from there.
 """
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 from pathlib import Path
 
-from cuda_host import CXX, ROOT, TORCH, ninja
+from cuda_host import CXX, ROOT, built, libraries
+from libraries import Target
 
 HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build/cpu_sanitized"
@@ -32,7 +32,7 @@ def environment(sanitize: str) -> dict[str, str]:
     runtimes = {"address": ("libasan.so", "libstdc++.so.6"), "thread": ("libtsan.so",)}[sanitize]
     found = [
         subprocess.run(
-            [*CXX.split(), f"-print-file-name={name}"], capture_output=True, text=True
+            [*CXX, f"-print-file-name={name}"], capture_output=True, text=True
         ).stdout.strip()
         for name in runtimes
     ]
@@ -47,43 +47,18 @@ def environment(sanitize: str) -> dict[str, str]:
     }
 
 
+def instrumented(sanitize: str) -> list[str]:
+    """Flags of the compiler."""
+    return [*COMMON.split(), *SANITIZERS[sanitize].split()]
+
+
 def program(sanitize: str) -> Path:
     """mistakes.cpp as a program, without torch."""
-    target = BUILD / f"mistakes-{sanitize}"
-    lines = [
-        "rule build",
-        f"  command = {CXX} -std=c++17 -pthread {COMMON} {SANITIZERS[sanitize]} "
-        f"-isystem {TORCH / 'include'} $in -o $out",
-        f"build {target}: build {HERE / 'mistakes.cpp'} {THREADS}",
-    ]
-    return ninja(target.name, "\n".join(lines) + "\n", target, BUILD)
-
-
-def ninja_file(sanitize: str, isa: str) -> str:
-    setup = runpy.run_path(str(ROOT / "setup.py"))  # FLAGS, ISAS, TARGET
-    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
-    link = ""
-    if sanitize == "thread":
-        sources.append(THREADS)
-        link = "-Wl,--wrap=torch_parallel_for -pthread"
-    name = f"{sanitize}-{isa}"
-    lines = [
-        f"builddir = {name}.build",
-        f"flags = {setup['FLAGS']} {COMMON} {SANITIZERS[sanitize]} {setup['ISAS'][isa]} "
-        f"-DTORCH_TARGET_VERSION={setup['TARGET']} -I{ROOT / 'csrc'} -isystem {TORCH / 'include'}",
-        "rule compile",
-        f"  command = {CXX} $flags -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {CXX} $flags -shared {link} $in -o $out "
-        f"-L{TORCH / 'lib'} -Wl,--no-as-needed -ltorch_cpu",
-    ]
-    objects = [f"{name}.build/{source.stem}.o" for source in sources]
-    for source, target in zip(sources, objects, strict=True):
-        lines.append(f"build {target}: compile {source}")
-    lines.append(f"build {path(sanitize, isa)}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+    name = f"mistakes-{sanitize}"
+    command = [*CXX, "-std=c++17", "-pthread", *instrumented(sanitize)]
+    compile = [*command, *libraries.torch_headers()]
+    sources = [HERE / "mistakes.cpp", THREADS]
+    return built(name, Target(BUILD / name, f"{name}.build", sources, compile, command), BUILD)
 
 
 def path(sanitize: str, isa: str) -> Path:
@@ -96,9 +71,14 @@ def library(sanitize: str, isa: str) -> Path:
 
     Args:
         sanitize: "address" (with undefined behaviour) or "thread".
-        isa: one of setup.py's ISAS.
+        isa: one of libraries.ISAS.
 
     Raises:
         subprocess.CalledProcessError: it does not compile; the compiler has said why.
     """
-    return ninja(f"{sanitize}-{isa}", ninja_file(sanitize, isa), path(sanitize, isa), BUILD)
+    flags, more = instrumented(sanitize), []
+    if sanitize == "thread":
+        flags, more = [*flags, "-Wl,--wrap=torch_parallel_for", "-pthread"], [THREADS]
+    name = f"{sanitize}-{isa}"
+    target = libraries.cpu_library(path(sanitize, isa), isa, f"{name}.build", flags, more)
+    return built(name, target, BUILD)

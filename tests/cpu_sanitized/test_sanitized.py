@@ -14,14 +14,18 @@ from pathlib import Path
 
 import cuda_host
 import pytest
+from inputs import extended
 
 import cpu_sanitized
 from sanm_kernels.backends import cpu
 
-pytestmark = pytest.mark.skipif(
-    cuda_host.why_not() is not None or cpu.load() is not None,
-    reason=str(cuda_host.why_not() or cpu.load()),
-)
+pytestmark = [
+    extended,
+    pytest.mark.skipif(
+        cuda_host.why_not() is not None or cpu.load() is not None,
+        reason=str(cuda_host.why_not() or cpu.load()),
+    ),
+]
 
 
 def start(sanitize: str, *command: object, **more: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import limit
-from sanm_kernels import set_cpu_cache_limit
+from sanm_kernels import available_backends, backends, set_cpu_cache_limit
 
 #: op → shapes, the smallest first; the arguments of `case` in bench_<op>.py.
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -35,6 +35,23 @@ CACHE = 2**28  # all buffer sets together hold this many bytes, several times th
 MAX_SETS = 2048  # … unless that takes more sets than this
 
 Implementation = Callable[[Any], Sequence[Tensor]]
+
+
+def serving(ops: Iterable[str], device: str) -> dict[str, str]:
+    """The backend that serves each operator: what is timed as ours.
+
+    Raises:
+        RuntimeError: it is the reference for one of them, which is plain torch and no kernel.
+    """
+    served = {op: str(backends.select(op, torch.device(device), None)._overloadname) for op in ops}
+    for op, backend in served.items():
+        if backend == "reference":
+            reasons = "; ".join(f"{k}: {v}" for k, v in available_backends().items() if v)
+            raise RuntimeError(
+                f"{op} on {device} tensors is served by the reference, which is plain torch and "
+                f"not to be timed as ours. {reasons}. {backends.remedy()}"
+            )
+    return served
 
 
 def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import COMPILED, OURS, SHAPES, Case, cases, measure
+from benchmarks.common import COMPILED, OURS, SHAPES, Case, cases, measure, serving
 from sanm_kernels.__main__ import info
 
 HERE = Path(__file__).resolve().parent
@@ -97,7 +97,8 @@ def table(record: dict[str, Any]) -> str:
     lines = [f"\n{record['op']}   {record['shape']}   ({rounds} rounds, {sets} buffer sets)"]
     for name, r in record["results"].items():
         low, median, high = map(text, r["seconds"])
-        row = f"  {name:18}{median:>11}  {f'[{low}, {high}]':24}{r['gb_per_s']:7.2f} GB/s"
+        shown = f"{OURS} ({record['backend']})" if name == OURS else name
+        row = f"  {shown:18}{median:>11}  {f'[{low}, {high}]':24}{r['gb_per_s']:7.2f} GB/s"
         row += f"{r['over_limit'][1]:9.2f} × limit"
         row += f"{r['over_ours'][1]:9.2f} × ours" if name != OURS else " " * 16
         if r["allocated"] is not None:
@@ -144,6 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-COMMIT.json")
     options = parser.parse_args(arguments)
 
+    ops = SHAPES if "growth" in options.ops else options.ops
+    try:
+        served = serving(ops, options.device)
+    except RuntimeError as error:
+        parser.error(str(error))
     facts = environment()
     device = f"{facts['device']}, {facts['processor']['threads']} threads"
     if options.device == "cuda":
@@ -165,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.no_compile:
             case.run.pop(COMPILED, None)
         try:
-            records.append(measure(case, *effort, device=options.device))
+            record = measure(case, *effort, device=options.device)
+            records.append(record | {"backend": served[case.op]})
         except AssertionError as error:  # a result that is wrong is not timed
             failed.append(str(error))
             print(f"\n{name}: {error}", flush=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.common import OURS, SHAPES, Case, cases
+from benchmarks.common import OURS, SHAPES, Case, cases, serving
 
 pytest.importorskip("pytest_benchmark")
 ALL = [
@@ -20,6 +20,7 @@ ALL = [
 
 @pytest.mark.parametrize(("case", "name"), ALL)
 def test_speed(benchmark, case: Case, name: str) -> None:
+    serving([case.op], "cpu")
     benchmark.group = f"{case.op} {case.shape}"
     sets = case.sets()
     chosen = {key: case.run[key] for key in (OURS, name)}

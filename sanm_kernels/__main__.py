@@ -22,9 +22,11 @@ def info() -> dict[str, Any]:
     """What `info --json` prints: plain strings, numbers, lists and dicts.
 
     Returns:
-        The keys ``versions``, ``processor`` and ``cuda``; ``forced``, the backend that the
-        environment forces, or None; ``backends``, for each None or the reason why it can't be
-        used; ``operators``, for each and each device type the backend that serves it.
+        The keys ``versions``, ``processor`` and ``cuda``; ``package``, where it was imported from,
+        and ``shadowed``, other copies on the path; ``forced``, the backend that the environment
+        forces, or None; ``backends``, for each None or the reason why it can't be used; ``remedy``,
+        what to do where kernels are not compiled, or None; ``operators``, for each and each device
+        type the backend that serves it.
     """
     unavailable = sanm_kernels.available_backends()
     return {
@@ -36,6 +38,7 @@ def info() -> dict[str, Any]:
             "system": platform.platform(),
         },
         "package": str(Path(sanm_kernels.__file__).parent),
+        "shadowed": [str(path) for path in backends.shadowed()],
         "processor": {
             "machine": platform.machine(),
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -51,6 +54,7 @@ def info() -> dict[str, Any]:
         },
         "forced": backends._forced[0] if backends._forced else None,
         "backends": unavailable,
+        "remedy": backends.remedy() if unavailable["cpu"] is not None else None,
         "operators": backends.table(),
     }
 
@@ -60,6 +64,7 @@ def text(facts: dict[str, Any]) -> str:
     versions, processor, cuda = facts["versions"], facts["processor"], facts["cuda"]
     rows = [
         ("package", facts["package"]),
+        *(("", f"hides the copy in {path}") for path in facts["shadowed"]),
         *((name, version or "not installed") for name, version in versions.items()),
         (
             "processor",
@@ -73,6 +78,8 @@ def text(facts: dict[str, Any]) -> str:
     lines += ["", "Backends"]
     for name, reason in facts["backends"].items():
         lines.append(f"  {name:12}{'available' if reason is None else f'not available: {reason}'}")
+    if facts["remedy"] is not None:
+        lines.append(f"  {facts['remedy']}")
     if facts["forced"] is not None:
         lines.append(f"  SANM_KERNELS_BACKEND forces {facts['forced']}")
     devices = list(next(iter(facts["operators"].values())))
@@ -93,6 +100,12 @@ def _version(package: str) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sanm_kernels", description=__doc__)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"sanm_kernels {sanm_kernels.__version__} (torch {torch.__version__}, "
+        f"Python {platform.python_version()})",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("info", help="versions, and which backend serves each operator")
     command.add_argument("--json", action="store_true", help="print as JSON")

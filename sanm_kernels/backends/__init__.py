@@ -6,7 +6,11 @@ import contextlib
 import functools
 import importlib
 import os
+import shlex
+import sys
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +70,14 @@ def serves(backend: str, op: str, device: str) -> str | None:
     return reason
 
 
+def preferred(op: str, device: str) -> str:
+    """The backend that serves `op` on device type `device` unless another is forced."""
+    for backend in PREFERENCE.get(device, ()):
+        if serves(backend, op, device) is None:
+            return backend
+    return "reference"
+
+
 @functools.cache
 def _choose(op: str, device: str, forced: str | None) -> str:
     if forced is not None:
@@ -73,10 +85,47 @@ def _choose(op: str, device: str, forced: str | None) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {forced!r} cannot run {op}: {reason}")
         return forced
-    for backend in PREFERENCE.get(device, ("reference",)):
-        if serves(backend, op, device) is None:
-            return backend
-    raise AssertionError("the reference serves every operator")
+    backend = preferred(op, device)
+    if backend == "reference":
+        _warn(device)
+    return backend
+
+
+@functools.cache
+def _warn(device: str) -> None:
+    """Say, once, that the slow reference serves where compiled kernels could."""
+    could = {"cpu": sys.platform == "linux", "cuda": torch.version.cuda is not None}
+    if not could.get(device, False) or (device == "cuda" and not torch.cuda.is_available()):
+        return
+    reasons = [f"{name}: {load(name)}" for name in PREFERENCE[device] if name != "reference"]
+    lines = "\n  ".join(reasons)
+    warnings.warn(
+        f"sanm_kernels has no compiled kernels for {device} tensors and computes in plain torch, "
+        f"which is several times slower.\n  {lines}\n  {remedy()}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def shadowed() -> list[Path]:
+    """Other copies of this package on the path, which the one that was imported hides."""
+    own = Path(__file__).resolve().parent.parent
+    found = dict.fromkeys(Path(entry or ".", own.name).resolve() for entry in sys.path)
+    return [path for path in found if path != own and (path / "__init__.py").is_file()]
+
+
+def remedy() -> str:
+    """What to do where the compiled library is missing."""
+    own = Path(__file__).resolve().parent.parent
+    for other in shadowed():
+        if list(other.glob("lib/*.so")):
+            return (
+                f"{other} is a compiled copy, which {own} hides: import it from another folder, "
+                f"or compile this one: pip install -v -e {shlex.quote(str(own.parent))}"
+            )
+    if (own.parent / "setup.py").is_file():
+        return f"To compile them: pip install -v -e {shlex.quote(str(own.parent))}"
+    return "To compile them: pip install -v --force-reinstall --no-deps FOLDER_OF_THE_SOURCES"
 
 
 def constant(function: F) -> F:
@@ -204,7 +253,7 @@ def set_cpu_cache_limit(mebibytes: int) -> int:
 def table() -> dict[str, dict[str, str]]:
     """For each operator and device type, the backend that serves it by default."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return {op: {d: _choose(op, d, None) for d in devices} for op in operators}
+    return {op: {d: preferred(op, d) for d in devices} for op in operators}
 
 
 _environment = os.environ.get("SANM_KERNELS_BACKEND")

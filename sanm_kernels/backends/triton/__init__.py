@@ -29,8 +29,10 @@ def load() -> str | None:
     """Import and register the kernels. Returns None, or why they can't run here."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    from sanm_kernels.backends.triton import launch
-
+    try:
+        from sanm_kernels.backends.triton import launch
+    except Exception as error:  # whatever a triton of another version, or a broken one, may raise
+        return f"triton cannot be imported: {type(error).__name__}: {error}"
     if not launch.INTERPRETED:
         if not torch.cuda.is_available():
             built = "sees no GPU" if torch.version.cuda else "was built without CUDA"

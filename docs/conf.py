@@ -8,6 +8,7 @@ from typing import Any
 from docutils.nodes import SkipNode, math_block
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 
 import sanm_kernels
 
@@ -66,3 +67,7 @@ def describe_settings(
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.connect("autodoc-process-docstring", describe_settings)
+    # One signature, the function's own: the overloads of masked_forward are for type checkers.
+    analyzer = ModuleAnalyzer.for_module("sanm_kernels.functional")
+    analyzer.analyze()
+    analyzer.overloads.clear()

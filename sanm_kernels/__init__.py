@@ -2,12 +2,7 @@
 
 from sanm_kernels.backends import available_backends, set_cpu_cache_limit, use_backend
 from sanm_kernels.config import MaskConfig
-from sanm_kernels.functional import (
-    ActivationStats,
-    MaskedForward,
-    activation_stats,
-    masked_forward,
-)
+from sanm_kernels.functional import activation_stats, masked_forward
 from sanm_kernels.losses import (
     MaskedLoss,
     masked_loss,
@@ -17,6 +12,7 @@ from sanm_kernels.losses import (
     sample_loss,
 )
 from sanm_kernels.quality import LabelQuality, fit_label_quality
+from sanm_kernels.results import ActivationStats, MaskedForward
 
 __version__ = "0.1.0"
 

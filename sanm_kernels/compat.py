@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sanm_kernels import validate
 from sanm_kernels.config import MaskConfig
-from sanm_kernels.functional import MaskedForward, masked_forward
+from sanm_kernels.functional import masked_forward
 from sanm_kernels.losses import masked_loss
+from sanm_kernels.results import MaskedForward
 
 __all__ = [
     "NegEntropy",

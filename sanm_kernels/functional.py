@@ -2,72 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sanm_kernels import validate
 from sanm_kernels.backends import call
 from sanm_kernels.config import FILLS, VIEWS, MaskConfig
 from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, specs
 from sanm_kernels.reference.masked_forward import Settings
+from sanm_kernels.results import ActivationStats, MaskedForward, Options
 
 _PAPER = MaskConfig.paper()
-
-
-class ActivationStats(NamedTuple):
-    """Per-sample statistics of the energy map E = Σ_c F² in which clean and mislabelled differ.
-
-    Attributes:
-        max, min, mean, std, entropy: (B,) float32 (float64 for float64 features). `std` is the
-            population's; `entropy` is normalised: 0 for one spike, 1 for a flat map.
-        peak, trough: (B, 2) int32, the row and column in image pixels where the upsampled map is
-            largest and smallest.
-    """
-
-    max: Tensor
-    min: Tensor
-    mean: Tensor
-    std: Tensor
-    entropy: Tensor
-    peak: Tensor
-    trough: Tensor
-
-
-class MaskedForward(NamedTuple):
-    """What :func:`masked_forward` returns; None where a thing was not asked for.
-
-    Attributes:
-        stats: the activation statistics.
-        ratio_max, ratio_min: (B,) float32, the mask ratio r of each view. The same tensor twice
-            where the configuration shares the draw between the views.
-        box_max, box_min: (B, 4) int32 y0, x0, y1, x1, half open.
-        targets_max, targets_min: (B, K) modulated targets, in the dtype of soft targets, float32
-            for class indices. The same tensor twice where the draw is shared.
-        images_max, images_min: (B, Cin, H, W) masked views in the images' dtype and memory format.
-        images_masked: (V·B, Cin, H, W), the memory of which the views are slices: what a network
-            takes to see all views in one forward.
-        logits: (B, K) of the one-pass mode, float32 (float64 for float64 features).
-        loss: () its cross-entropy against `targets_max`.
-        buffers: the tensors that all of the above are slices of; what `out=` writes to.
-    """
-
-    stats: ActivationStats
-    ratio_max: Tensor | None
-    ratio_min: Tensor | None
-    box_max: Tensor | None
-    box_min: Tensor | None
-    targets_max: Tensor | None
-    targets_min: Tensor | None
-    images_max: Tensor | None
-    images_min: Tensor | None
-    images_masked: Tensor | None
-    logits: Tensor | None
-    loss: Tensor | None
-    buffers: tuple[Tensor, ...]
-
-
 _NO_VIEWS: dict[str, Tensor | None] = {
     f"{part}_{kind}": None for part in ("ratio", "box", "targets", "images") for kind in VIEWS
 }
@@ -76,7 +25,7 @@ _NO_VIEWS: dict[str, Tensor | None] = {
 @validate.public
 def activation_stats(
     features: Tensor,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     config: MaskConfig | None = None,
     backend: str | None = None,
@@ -112,6 +61,46 @@ def activation_stats(
     return ActivationStats(*stats.unbind(0), *positions.unbind(0))
 
 
+@overload
+def masked_forward(
+    features: Tensor,
+    targets: Tensor,
+    clean_prob: Tensor,
+    *,
+    images: Tensor,
+    classifier: None = None,
+    **options: Unpack[Options],
+) -> MaskedForward[Tensor, None]: ...
+@overload
+def masked_forward(
+    features: Tensor,
+    targets: Tensor,
+    clean_prob: Tensor,
+    *,
+    images: None = None,
+    classifier: tuple[Tensor, Tensor | None],
+    **options: Unpack[Options],
+) -> MaskedForward[None, Tensor]: ...
+@overload
+def masked_forward(
+    features: Tensor,
+    targets: Tensor,
+    clean_prob: Tensor,
+    *,
+    images: Tensor,
+    classifier: tuple[Tensor, Tensor | None],
+    **options: Unpack[Options],
+) -> MaskedForward[Tensor, Tensor]: ...
+@overload
+def masked_forward(
+    features: Tensor,
+    targets: Tensor,
+    clean_prob: Tensor,
+    *,
+    images: Tensor | None = None,
+    classifier: tuple[Tensor, Tensor | None] | None = None,
+    **options: Unpack[Options],
+) -> MaskedForward | Any: ...
 @validate.public
 def masked_forward(
     features: Tensor,
@@ -120,7 +109,7 @@ def masked_forward(
     *,
     images: Tensor | None = None,
     classifier: tuple[Tensor, Tensor | None] | None = None,
-    size: tuple[int, int] | None = None,
+    size: Sequence[int] | None = None,
     config: MaskConfig | None = None,
     num_classes: int | None = None,
     draws: Tensor | None = None,
@@ -350,7 +339,7 @@ def _non_empty(x: Tensor, name: str) -> None:
         )
 
 
-def _size(size: tuple[int, int]) -> tuple[int, int]:
+def _size(size: Sequence[int]) -> tuple[int, int]:
     try:
         height, width = size
     except (TypeError, ValueError):

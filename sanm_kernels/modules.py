@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sanm_kernels.config import MaskConfig
-from sanm_kernels.functional import MaskedForward, masked_forward
+from sanm_kernels.functional import masked_forward
 from sanm_kernels.losses import MaskedLoss, masked_loss, reconstruction_loss
+from sanm_kernels.results import MaskedForward
 
 __all__ = ["AdversarialMasking", "MaskedCriterion", "ReconstructionCriterion"]
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .extra import extra
+
 GREY = 0.5  # what moves into view in the published policies
 
 
@@ -77,6 +79,8 @@ class Augment:
     def __init__(self, policy: str, mean: Tensor, std: Tensor, image_size: tuple[int, int]) -> None:
         self.policy, self.image_size = POLICIES[policy], image_size
         self.mean, self.std = mean[:, None, None], std[:, None, None]
+        if not self.policy.affine:
+            _operations()  # if kornia is missing, now and not after a warm-up
 
     def denormalize(self, images: Tensor) -> Tensor:
         """The images in [0, 1] of which these are the normalised ones."""
@@ -168,8 +172,8 @@ def _warp(
 @cache
 def _operations() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Of images (B, C, H, W), magnitudes (B,) in [0, 1], and the same with random signs."""
-    import kornia.enhance as enhance
-
+    with extra():
+        import kornia.enhance as enhance
     saturate = enhance.adjust_saturation_with_gray_subtraction
     return {
         "identity": lambda x, m, s: x,
@@ -193,8 +197,8 @@ def _operations() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
 @cache
 def _table(name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Of an AutoAugment policy: operation, probability and magnitude, (25, 2) each."""
-    from kornia.augmentation.auto.autoaugment import autoaugment
-
+    with extra():
+        from kornia.augmentation.auto.autoaugment import autoaugment
     policy = getattr(autoaugment, f"{name}_policy")
     known = list(_operations())
     operation = [[known.index(name) for name, _, _ in pair] for pair in policy]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import platform
 import sys
 import typing
 import warnings
@@ -14,18 +15,11 @@ from inspect import getfile
 from pathlib import Path
 from typing import Any
 
-EXTRA = "sanm needs more packages: pip install 'sanm-kernels[train]'"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    try:
-        for name in ("kornia", "matplotlib", "pyarrow", "rich", "sklearn", "yaml"):
-            importlib.import_module(name)
-    except ImportError as error:
-        print(f"sanm: error: {EXTRA} ({error})", file=sys.stderr)
-        return 1
     from .config import ConfigError
+    from .extra import MissingPackage
 
     options = _parser().parse_args(arguments)
     warnings.showwarning = _show_warning
@@ -34,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, FileExistsError, OSError) as error:
         print(f"sanm: error: {error}", file=sys.stderr)
         return 2
+    except MissingPackage as error:
+        print(f"sanm: error: {error}", file=sys.stderr)
+        return 1
     except FloatingPointError as error:
         hint = "try a smaller --lr, with --resume from the last checkpoint if there is one"
         print(f"sanm: error: training failed: {error}; {hint}", file=sys.stderr)
@@ -48,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sanm", description="Training with wrong labels: SANM (Tu et al., CVPR 2023)."
     )
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Any, name: str, help: str, out: str | None = None, **more: Any) -> Any:
@@ -97,6 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     bench = command(_bench, "bench", text, add_help=False, prefix_chars="\0")
     bench.add_argument("words", nargs="*")
     return parser
+
+
+def _version() -> str:
+    import torch
+
+    import sanm_kernels
+
+    python = platform.python_version()
+    return f"sanm {sanm_kernels.__version__} (torch {torch.__version__}, Python {python})"
 
 
 def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from .config import ConfigError, TrainConfig
 from .files import prepare_folder, replacing, write_csv
 from .recipes import RECIPES
-from .report import mean_and_spread, print_rows
 from .train import train
 
 ABLATION: dict[str, dict[str, Any]] = {
@@ -51,6 +50,8 @@ def compare(
     Raises:
         ConfigError: a setting cannot be used, or `out` holds runs with other settings.
     """
+    from .report import print_rows  # needs the extra, before the first run and not after the last
+
     variants = {name: {"recipe": name} for name in RECIPES} if variants is None else variants
     cells = [(noise, *_noise(noise)) for noise in noises]
     configs = {  # all of them are checked before the first one runs
@@ -138,6 +139,14 @@ def _check_settings(path: Path, variants: dict[str, dict[str, Any]], started: bo
                 )
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(old | new, indent=1))
+
+
+def mean_and_spread(accuracies: Sequence[float]) -> str:
+    """Mean and, with several values, sample standard deviation of shares, as per cents."""
+    mean = f"{statistics.mean(accuracies):.1%}"
+    if len(accuracies) < 2:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(accuracies):.1f}"
 
 
 def _summary(name: str, rows: Sequence[Mapping[str, str]]) -> dict[str, str]:

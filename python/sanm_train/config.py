@@ -16,6 +16,7 @@ import torch
 
 import sanm_kernels as sk
 
+from .extra import extra
 from .files import replacing
 from .noise import KINDS
 
@@ -196,8 +197,8 @@ class TrainConfig:
 
     def write(self, path: str | Path) -> None:
         """Every setting as YAML, for `read`."""
-        import yaml
-
+        with extra():
+            import yaml
         with replacing(path) as temporary:
             text = yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")
@@ -227,8 +228,8 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
+    with extra():
+        import yaml
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

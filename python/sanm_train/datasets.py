@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import ConfigError, TrainConfig, check_choice
 from .data import Dataset, in_memory
+from .extra import extra
 from .images import ImageFiles
 from .readers import (
     CIFAR10_FILES,
@@ -37,9 +38,9 @@ def load_digits(config: TrainConfig) -> Dataset:
 
     Confusions are the usual ones for digits (Patrini et al., 2017): 2→7, 3→8, 5→6, 6→5, 7→1.
     """
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
-
+    with extra():
+        from sklearn.datasets import load_digits as load
+        from sklearn.model_selection import train_test_split
     digits = load()
     train_x, test_x, train_y, test_y = train_test_split(
         digits.images / 16.0, digits.target, test_size=0.25, stratify=digits.target, random_state=0

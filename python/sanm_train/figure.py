@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cycler import cycler
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 import sanm_kernels as sk
 
+from .extra import extra
 from .files import replacing
 from .train import Result
+
+with extra():
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.rcsetup import cycler
 
 MAX_COLOR, MIN_COLOR = "#d62728", "#17becf"
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#7f7f7f"

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
+
+from .extra import extra
 
 REPORTED = 20  # corrupt images that are named; further ones are only counted
 
@@ -83,9 +83,12 @@ class ImageFiles(Images):
         self, paths: Any, size: int, *, device: str | torch.device = "cpu", workers: int = 0
     ) -> None:
         super().__init__()
+        with extra():
+            import PIL.Image  # noqa: F401  (if missing, not the fault of every single image)
+            import pyarrow as pa
         strings = pa.large_string()
         self.paths: Any = (
-            paths.cast(strings) if isinstance(paths, pa.Array) else pa.array(paths, strings)
+            paths.cast(strings) if isinstance(paths, pa.Array) else pa.array(list(paths), strings)
         )
         self.shape = (3, size, size)
         self.device, self.workers = torch.device(device), workers
@@ -147,6 +150,8 @@ class _Files(torch.utils.data.Dataset[Any]):
 def read_image(path: str, size: int) -> np.ndarray[Any, Any]:
     """The image in a file as uint8 (size, size, 3): upright, its first frame, on white where it is
     transparent; whatever Pillow raises where it cannot be read."""
+    with extra():
+        from PIL import Image, ImageOps
     with Image.open(path) as file:
         image: Image.Image = file
         image.draft(None, (2 * size, 2 * size))  # JPEG: decoded at a fraction of its resolution

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-import yaml
-from pyarrow import csv, parquet
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 import sanm_kernels as sk
 
+from .extra import extra
 from .files import prepare_folder, replacing, write_csv
 from .report import print_rows, share, write_report
 from .train import CONFIG, Result, load_run
+
+with extra():
+    import pyarrow as pa
+    import yaml
+    from pyarrow import csv, parquet
+    from rich.console import Console
+    from rich.progress import track
 
 PRINTED = 30  # classes in the table on the terminal
 Array = np.ndarray[Any, Any]

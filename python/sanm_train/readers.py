@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from .config import ConfigError, check_choice
+from .extra import extra
 
 CIFAR10_FILES = tuple(
     f"cifar-10-batches-py/{name}"
@@ -112,6 +111,8 @@ def read_clothing1m(root: str | Path, split: str = "noisy_train") -> Records:
 
     The lists' keys are paths below `root`. metadata: "true_labels" (N,), −1 where not known.
     """
+    with extra():
+        import pyarrow.compute as pc
     check_choice("split", split, ("noisy_train", "clean_train", "clean_val", "clean_test"))
     lists = clothing1m_lists(root)
     keys = _table(lists / f"{split}_key_list.txt", ("path",), " ")["path"]
@@ -192,6 +193,8 @@ def read_manifest(
 
     Other columns are ignored. Whether the images exist is not checked. items is an Arrow array.
     """
+    with extra():
+        import pyarrow.compute as pc
     path = Path(path)
     table = _table(path)
     paths, given = _below(path.parent if root is None else root, table["path"]), table["label"]
@@ -300,6 +303,9 @@ def _integers(column: Any, num_classes: int | None, what: str) -> Tensor:
 
 def _below(root: str | Path, paths: Any) -> Any:
     """An Arrow array of paths, of which the relative ones are below `root`."""
+    with extra():
+        import pyarrow as pa
+        import pyarrow.compute as pc
     folder, separator = (pa.scalar(text, paths.type) for text in (str(root), "/"))
     joined = pc.binary_join_element_wise(folder, paths, separator)
     return pc.if_else(pc.starts_with(paths, "/"), paths, joined)
@@ -312,8 +318,10 @@ def _table(
 
     names: of the columns of a file without a header; default: path and label, wherever they are.
     """
-    from pyarrow import csv, dataset  # slow to import
-
+    with extra():
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        from pyarrow import csv, dataset
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     wanted, text = names or ("path", "label"), pa.large_string()

@@ -5,25 +5,27 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from . import figure
+from .extra import extra
 from .files import replacing
 from .train import Result
+
+with extra():
+    import jinja2
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.image import imsave
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
 SHOWN, LISTED = 24, 200  # of the most suspicious samples: with image, in the table
 
@@ -55,14 +57,6 @@ def print_rows(title: str, rows: Sequence[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*map(escape, row.values()))  # names may have brackets
     Console().print(table)
-
-
-def mean_and_spread(accuracies: Sequence[float]) -> str:
-    """Mean and, with several values, sample standard deviation of shares, as per cents."""
-    mean = f"{statistics.mean(accuracies):.1%}"
-    if len(accuracies) < 2:
-        return mean
-    return f"{mean} ± {100 * statistics.stdev(accuracies):.1f}"
 
 
 def share(part: float, whole: float) -> str:

@@ -41,7 +41,7 @@ class SANMLosses(NamedTuple):
     classification: Tensor
     reconstruction: Tensor
     logits: Tensor
-    masked: sk.MaskedForward
+    masked: sk.MaskedForward[Tensor]
 
 
 class SANM(nn.Module):
@@ -137,7 +137,7 @@ class SANM(nn.Module):
         features: Tensor | None = None,
         generator: torch.Generator | int | Tensor | None = None,
         **options: Any,
-    ) -> sk.MaskedForward:
+    ) -> sk.MaskedForward[Tensor]:
         """Statistics, boxes, masked views and modulated targets of `images` (sections 1–4).
 
         features are computed when not given. clean_prob None stands for 1, "surely right".
@@ -172,10 +172,9 @@ class SANM(nn.Module):
         self.decoder = decoder.to(features.device, features.dtype)
 
     def reconstruction_loss(
-        self, masked: sk.MaskedForward, images: Tensor
+        self, masked: sk.MaskedForward[Tensor], images: Tensor
     ) -> tuple[Tensor, Tensor]:
         """L_r of section 5 and the masked views' logits (V·B, K), views in the order max, min."""
-        assert masked.images_masked is not None  # `mask` always asks for views
         logits, features = self.forward_features(masked.images_masked)
         rebuilt = self.reconstruct(features, images.shape[1:])
         return sk.reconstruction_loss(rebuilt, images), logits

@@ -18,6 +18,7 @@ from .config import ConfigError, TrainConfig
 from .data import Dataset, generator
 from .datasets import DATASETS
 from .engine import Engine, seed_everything
+from .extra import extra
 from .files import prepare_folder, write_csv
 from .recipes import RECIPES, Recipe
 
@@ -272,13 +273,15 @@ def _evaluate(engine: Engine, result: Result, passes: int) -> dict[str, Any]:
 def quality_auc(quality: Tensor, data: Dataset) -> float | None:
     """Area under the ROC curve of quality (N,) as a test for correct labels, over those whose truth
     is known; None if all or none of these are correct."""
-    from sklearn.metrics import roc_auc_score
-
     known = data.true_labels.cpu() >= 0
     clean = (data.labels == data.true_labels).cpu()[known]
-    if bool(clean.all()) or not bool(clean.any()):
+    right, wrong = int(clean.sum()), int((~clean).sum())
+    if not right or not wrong:
         return None
-    return float(roc_auc_score(clean, quality.cpu()[known]))
+    _, place, counts = quality.cpu()[known].unique(return_inverse=True, return_counts=True)
+    counts = counts.double()
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # from 1; ties share their mean
+    return float((ranks[clean].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
 def _collect(result: Result) -> None:
@@ -315,8 +318,8 @@ def _tensorboard(config: TrainConfig, folder: Path | None, epoch: int) -> Iterat
     if folder is None or not config.tensorboard:
         yield lambda row: None
         return
-    from torch.utils.tensorboard import SummaryWriter
-
+    with extra():
+        from torch.utils.tensorboard import SummaryWriter
     with SummaryWriter(str(folder / "tensorboard"), purge_step=epoch) as writer:
 
         def log(row: dict[str, Any]) -> None:

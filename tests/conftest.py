@@ -18,23 +18,45 @@ if os.environ.get("SANM_TEST_CPU_LIBRARIES"):  # those of cpu_sanitized
     from sanm_kernels.backends import cpu  # which looks at the variables above
 
     cpu.LIBRARIES = Path(os.environ["SANM_TEST_CPU_LIBRARIES"])
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # pytest -n: the workers share the cores, and so
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])  # do the processes that they start
+    threads = max(1, torch.get_num_threads() // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(threads)
+
+
+def build_emulation() -> None:
+    """Build and load the emulated CUDA kernels, or end the run."""
+    from sanm_kernels import backends
+
+    try:
+        cuda_host.library()
+    except subprocess.CalledProcessError:  # the compiler has said why
+        pytest.exit("the emulated CUDA kernels do not compile", returncode=1)
+    reason = backends.load("cuda")  # remembered from before, if a test module asked already
+    if reason is not None:
+        pytest.exit(f"the emulated CUDA kernels do not load: {reason}", returncode=1)
+
+
+def emulates(config: pytest.Config) -> bool:
+    """Whether the emulation is this process's to build; a worker of pytest -n finds it there."""
+    named = os.environ.get("SANM_KERNELS_CUDA_EMULATION") == str(cuda_host.path())
+    return named and not hasattr(config, "workerinput") and not config.option.collectonly
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Before pytest -n starts its workers: they look for the library when they collect."""
+    if emulates(session.config) and session.config.getoption("numprocesses", None):
+        build_emulation()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build the emulated CUDA kernels if a test that is going to run names them."""
-    emulated = os.environ.get("SANM_KERNELS_CUDA_EMULATION") == str(cuda_host.path())
-    if not emulated or session.config.option.collectonly:
-        return
-    if any("cuda" in item.nodeid or "test_gpu_" in item.nodeid for item in session.items):
-        from sanm_kernels import backends
-
-        try:
-            cuda_host.library()
-        except subprocess.CalledProcessError:  # the compiler has said why
-            pytest.exit("the emulated CUDA kernels do not compile", returncode=1)
-        reason = backends.load("cuda")  # remembered from before, if a test module asked already
-        if reason is not None:
-            pytest.exit(f"the emulated CUDA kernels do not load: {reason}", returncode=1)
+    """Otherwise if a test that is going to run names it."""
+    if emulates(session.config) and any(
+        "cuda" in item.nodeid or "test_gpu_" in item.nodeid for item in session.items
+    ):
+        build_emulation()
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,16 @@
-"""Hostile inputs: the same values under every layout that a caller may hand in."""
+"""Hostile inputs: the same values under every layout that a caller may hand in.
+
+And which of the tests that are made from them `make test` runs: `each` and `more`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
+from collections.abc import Iterable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -53,6 +59,38 @@ CPU_BACKENDS = (*BACKENDS, *(name for name, device in GPU_DEVICES.items() if dev
 EMULATION = ("TRITON_INTERPRET", "SANM_KERNELS_CUDA_EMULATION")
 COMPILING = {k: v for k, v in os.environ.items() if k not in EMULATION}
 LAYOUTS = ("contiguous", "channels_last", "offset", "strided", "transposed")
+
+#: Of a test that `make test-all` runs and `make test` does not.
+extended = pytest.mark.extended
+
+
+def more(*values: object) -> list[object]:
+    """Values of a parameter that are for `make test-all` only."""
+    return [pytest.param(value, marks=extended) for value in values]
+
+
+def each(**axes: Iterable[object]) -> pytest.MarkDecorator:
+    """Parametrize over the product of `axes`, most of it for `make test-all` only.
+
+    `make test` runs as many cases as the longest axis has values, with every value of every axis
+    among them.
+    """
+    values = [tuple(axis) for axis in axes.values()]
+    core = {
+        tuple((i + j) % len(axis) for j, axis in enumerate(values))
+        for i in range(max(map(len, values)))
+    }
+    cases = []
+    for place in itertools.product(*(range(len(axis)) for axis in values)):
+        case = [axis[i] for axis, i in zip(values, place, strict=True)]
+        marks = () if place in core else extended
+        cases.append(pytest.param(*case, marks=marks, id="-".join(map(_title, case))))
+    return pytest.mark.parametrize(",".join(axes), cases)
+
+
+def _title(value: object) -> str:
+    """What pytest's -k can name: "3x5x7" for a shape."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:

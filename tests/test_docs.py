@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from inputs import extended
 from test_structure import SOURCES
 
 import sanm_kernels
@@ -147,6 +148,7 @@ def test_cited_sections_are_headings_of_the_method() -> None:
     assert len(cited) > 5 and cited <= headings, cited - headings
 
 
+@extended
 def test_figures_of_the_method_are_drawn() -> None:
     figures = runpy.run_path(str(DOCS / "figures.py"))
     config = sanm_train.TrainConfig(recipe="sanm-ce", epochs=4, warmup=1, limit=400)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from inputs import extended
 
 from sanm_kernels import compat
 
@@ -55,6 +56,7 @@ def check_quality(text: str) -> None:
     assert number(text, "wrong labels #") < 0.2
 
 
+@extended
 def test_plain_loop(run):
     text = run("plain_loop.py", "--epochs", "12")
     check_quality(text)
@@ -62,6 +64,7 @@ def test_plain_loop(run):
     assert 50 < without < with_sanm and with_sanm > 75
 
 
+@extended
 @pytest.mark.parametrize("options", ["", "--devices 2 --precision bf16-mixed"])
 def test_lightning_module(run, options):
     text = run("lightning_module.py", "--epochs", "6", *options.split())
@@ -69,6 +72,7 @@ def test_lightning_module(run, options):
     assert number(text, "validation accuracy: #%") > 70
 
 
+@extended
 def test_dividemix_switched_by_one_import(run):
     """Asymmetric noise, so that all three functions are called."""
     arguments = (DIVIDEMIX, "--epochs", "8", "--noise", "asym", "--rate", "0.4")

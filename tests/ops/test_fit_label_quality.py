@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from inputs import DTYPES, LAYOUTS, lay_out
+from inputs import DTYPES, LAYOUTS, each, lay_out
 
 import sanm_kernels as sk
 
@@ -83,25 +83,22 @@ def assert_equal(actual: sk.LabelQuality, expected, tolerance: float) -> None:
 
 
 @backends
-@pytest.mark.parametrize("n", (FEW, MANY))
-@pytest.mark.parametrize("kind", KINDS)
+@each(kind=KINDS, n=[FEW, MANY])
 def test_equals_scikit_learn(backend, kind, n):
     tolerance = FAST if backend == "cpu" and n == MANY else TIGHT
     assert_equal(sk.fit_label_quality(data(kind, n), backend=backend), expected(kind, n), tolerance)
 
 
-@backends
-@pytest.mark.parametrize(
-    "options",
-    (
+@each(
+    backend=BACKENDS,
+    options=[
         *({"seed": s} for s in (1, 2, 3, 7, 12345, 2**32 - 1)),
         {"max_iter": 1},
         {"max_iter": 50, "tol": 1e-6},
         {"tol": 0.0},
         {"reg_covar": 0.0},
         {"reg_covar": 0.1, "seed": 5},
-    ),
-    ids=str,
+    ],
 )
 def test_options_mean_what_they_mean_to_scikit_learn(backend, options):
     x = data("overlapping", FEW, 1)
@@ -139,8 +136,7 @@ def test_without_normalising(backend, n):
 
 
 @backends
-@pytest.mark.parametrize("n", (FEW, 20_000))
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(dtype=DTYPES, n=[FEW, 20_000])
 def test_dtypes_and_layouts(backend, dtype, n):
     x = data("skewed", n).to(dtype)
     exact = sk.fit_label_quality(x.double(), backend="reference")._asdict()
@@ -161,8 +157,7 @@ def test_dtypes_and_layouts(backend, dtype, n):
 
 
 @backends
-@pytest.mark.parametrize("normalize", (True, False))
-@pytest.mark.parametrize("n", (FEW, 20_000))
+@each(n=[FEW, 20_000], normalize=[True, False])
 def test_history_is_averaged_over_five_epochs(backend, n, normalize):
     x = data("skewed", n)
     history = torch.stack([2.0**e * x.roll(e).sqrt() + 0.1 * e for e in range(7)])
@@ -200,26 +195,25 @@ def two_points(n: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.arange(n) % 3 == 0).to(dtype)
 
 
-@backends
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "make, options",
-    (
-        (lambda t: torch.zeros(0, dtype=t), {}),
-        (lambda t: torch.zeros(0, dtype=t), {"history": 3}),
-        (lambda t: torch.ones(1, dtype=t), {}),
-        (lambda t: torch.full((7,), 2.5, dtype=t), {}),
-        (lambda t: torch.full((20_000,), 2.5, dtype=t), {}),
-        (lambda t: torch.full((7,), -2.5, dtype=t), {"normalize": False}),
-        (lambda t: torch.full((7,), 2.5, dtype=t), {"history": 2}),
-        (lambda t: two_points(9, t), {"reg_covar": 0.0}),  # variances of zero
-        (lambda t: two_points(20_000, t), {"reg_covar": 0.0}),
-        (lambda t: data("overlapping", FEW).to(t), MERGING),
-        (lambda t: data("overlapping", 20_000).to(t), MERGING),
-    ),
-    ids=str,
-)
-def test_degenerate_fits_call_every_label_clean(backend, dtype, make, options):
+#: Name → losses of a dtype, and options.
+DEGENERATE = {
+    "none": (lambda t: torch.zeros(0, dtype=t), {}),
+    "none, history": (lambda t: torch.zeros(0, dtype=t), {"history": 3}),
+    "one": (lambda t: torch.ones(1, dtype=t), {}),
+    "equal": (lambda t: torch.full((7,), 2.5, dtype=t), {}),
+    "equal, many": (lambda t: torch.full((20_000,), 2.5, dtype=t), {}),
+    "equal, negative": (lambda t: torch.full((7,), -2.5, dtype=t), {"normalize": False}),
+    "equal, history": (lambda t: torch.full((7,), 2.5, dtype=t), {"history": 2}),
+    "no variance": (lambda t: two_points(9, t), {"reg_covar": 0.0}),
+    "no variance, many": (lambda t: two_points(20_000, t), {"reg_covar": 0.0}),
+    "merging": (lambda t: data("overlapping", FEW).to(t), MERGING),
+    "merging, many": (lambda t: data("overlapping", 20_000).to(t), MERGING),
+}
+
+
+@each(backend=BACKENDS, dtype=DTYPES, name=DEGENERATE)
+def test_degenerate_fits_call_every_label_clean(backend, dtype, name):
+    make, options = DEGENERATE[name]
     x, options = make(dtype), dict(options)
     if "history" in options:
         options["history"] = x.expand(options["history"], -1)
@@ -228,15 +222,14 @@ def test_degenerate_fits_call_every_label_clean(backend, dtype, make, options):
     assert torch.equal(fit.clean_prob, torch.ones_like(fit.clean_prob))
     assert fit.weights.tolist() == [1, 0]
     reference = sk.fit_label_quality(x, backend="reference", **options)
-    for name in ("means", "variances"):
-        value = getattr(fit, name)
+    for field in ("means", "variances"):
+        value = getattr(fit, field)
         assert torch.isfinite(value).all() and value[0] == value[1]
-        torch.testing.assert_close(value, getattr(reference, name), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(value, getattr(reference, field), rtol=1e-7, atol=1e-9)
 
 
 @backends
-@pytest.mark.parametrize("n", (4, 20_000))
-@pytest.mark.parametrize("normalize", (True, False))
+@each(n=[4, 20_000], normalize=[True, False])
 def test_extreme_values_never_give_nan(backend, n, normalize):
     for values in (
         [-1e308, 1e308, 3.0, 4.0],
@@ -260,9 +253,7 @@ def test_one_far_outlier_is_a_component(backend):
     assert fit.clean_prob[-1] < 1e-6 and fit.clean_prob[:-1].min() > 0.99
 
 
-@backends
-@pytest.mark.parametrize("value", (torch.nan, -torch.nan, torch.inf, -torch.inf))
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(backend=BACKENDS, dtype=DTYPES, value=[torch.nan, -torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite_are_named(backend, dtype, value):
     x = data("bimodal", 5_000).to(dtype).clone()
     history = x.expand(6, -1).clone()

@@ -15,13 +15,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from inputs import extended
 from test_fit_label_quality import KINDS, data, two_points
 
 import sanm_kernels as sk
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-)
+pytestmark = [
+    extended,
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+    ),
+]
 
 WORLDS = (1, 2, 4)
 WAIT = 30  # seconds for a collective, after which gloo gives up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DTYPES, GPU_DEVICES, LAYOUTS, lay_out, upstreams
+from inputs import DTYPES, GPU_DEVICES, LAYOUTS, each, lay_out, upstreams
 from tolerances import assert_accurate, assert_parallel
 from torch import Tensor
 
@@ -35,10 +35,9 @@ def double(x: object) -> object:
 # --- targets -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("sets, batch, classes", [(1, 5, 2), (2, 9, 10), (2, 3, 64), (1, 2, 1100)])
-def test_targets(backend, dtype, layout, sets, batch, classes):
+@each(size=[(1, 5, 2), (2, 9, 10), (2, 3, 64), (1, 2, 1100)], layout=LAYOUTS, dtype=DTYPES)
+def test_targets(backend, size, layout, dtype):
+    sets, batch, classes = size
     scale = 3 if classes < 1000 else 1
     targets = lay_out(torch.softmax(torch.randn(batch, classes) * scale, 1).to(dtype), layout)
     top = targets.amax(1).float()
@@ -77,13 +76,13 @@ def some_boxes(views: int, batch: int, height: int, width: int) -> Tensor:
     return boxes
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "views, batch, channels, height, width",
-    [(2, 3, 3, 8, 8), (1, 2, 3, 7, 5), (2, 2, 1, 16, 12), (2, 3, 8, 4, 6), (1, 2, 3, 48, 40)],
+@each(
+    size=[(2, 3, 3, 8, 8), (1, 2, 3, 7, 5), (2, 2, 1, 16, 12), (2, 3, 8, 4, 6), (1, 2, 3, 48, 40)],
+    layout=LAYOUTS,
+    dtype=DTYPES,
 )
-def test_images(backend, dtype, layout, views, batch, channels, height, width):
+def test_images(backend, size, layout, dtype):
+    views, batch, channels, height, width = size
     boxes = some_boxes(views, batch, height, width)
     grad = lay_out(torch.randn(views * batch, channels, height, width).to(dtype), layout)
     for mean_fill in (False, True):
@@ -149,14 +148,15 @@ def check_classifier(backend: str, case: dict[str, Tensor | None]) -> None:
         assert torch.equal(g, a), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "transposed"))
-@pytest.mark.parametrize(
-    "batch, classes, channels, h, w",
-    [(5, 10, 16, 7, 7), (3, 2, 5, 3, 1), (40, 33, 8, 2, 2), (2, 1100, 24, 4, 4), (2, 3, 600, 7, 7)],
-)
-def test_classifier(backend, dtype, layout, batch, classes, channels, h, w):
-    case = classifier_case(batch, classes, channels, h, w, dtype)
+#: batch, classes, channels, h, w
+MAPS = (
+    (5, 10, 16, 7, 7), (3, 2, 5, 3, 1), (40, 33, 8, 2, 2), (2, 1100, 24, 4, 4), (2, 3, 600, 7, 7),
+)  # fmt: skip
+
+
+@each(size=MAPS, layout=["contiguous", "channels_last", "transposed"], dtype=DTYPES)
+def test_classifier(backend, size, layout, dtype):
+    case = classifier_case(*size, dtype)
     case["features"] = lay_out(case["features"], layout)
     check_classifier(backend, case)
 
@@ -170,8 +170,7 @@ def test_classifier_with_gradients_missing(backend, given):
     check_classifier(backend, case)
 
 
-@pytest.mark.parametrize("of_targets", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@each(dtype=[torch.float32, torch.float64], of_targets=DTYPES)
 def test_classifier_dtypes_and_strides(backend, dtype, of_targets):
     case = classifier_case(4, 6, 12, 3, 3, dtype)
     case["weight"] = case["weight"].to(torch.bfloat16)

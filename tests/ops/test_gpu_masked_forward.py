@@ -10,8 +10,10 @@ from inputs import (
     GPU_DEVICES,
     LAYOUTS,
     MASK_CONFIGS,
+    each,
     example,
     lay_out,
+    more,
     random_case,
     same,
     upstreams,
@@ -34,10 +36,11 @@ def exact_energy(case: dict, seed: int) -> dict:
 
 
 @pytest.mark.parametrize("block", range(7))
-def test_same_energy_gives_equal_results_to_the_last_bit(backend, block):
+@pytest.mark.parametrize("seeds", [range(2), *more(range(2, 72))], ids=str)
+def test_same_energy_gives_equal_results_to_the_last_bit(backend, seeds, block):
     """Boxes, views and targets of 504 random calls equal the CPU kernels'."""
     name = list(MASK_CONFIGS)[block]
-    for seed in range(72):
+    for seed in seeds:
         case = exact_energy(random_case(2000 * block + seed), seed)
         dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
         case["images"] = case["images"].to(dtype)
@@ -51,9 +54,7 @@ def test_same_energy_gives_equal_results_to_the_last_bit(backend, block):
         assert torch.equal(a.stats.trough.cpu(), b.stats.trough), seed
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 40, 7, 6), (2, 5, 1, 1), (2, 700, 4, 4)])
+@each(shape=[(3, 40, 7, 6), (2, 5, 1, 1), (2, 700, 4, 4)], layout=LAYOUTS, dtype=DTYPES)
 def test_statistics_against_float64(backend, dtype, layout, shape):
     f = lay_out(torch.randn(shape).to(dtype), layout)
     got = sk.activation_stats(f.to(GPU_DEVICES[backend]), (14, 11), backend=backend)
@@ -93,15 +94,12 @@ def test_statistics_of_special_maps(backend):
     "size",
     [
         (7, 7, 32, 32),
-        (16, 16, 8, 8),
         (1, 1, 5, 9),
-        (40, 3, 33, 70),
-        (40, 40, 9, 64),
-        (41, 43, 50, 7),
+        *more((16, 16, 8, 8), (40, 3, 33, 70), (40, 40, 9, 64), (41, 43, 50, 7)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("quantize", [False, *more(True)])
 def test_positions_over_map_and_image_sizes(backend, size, quantize):
     h, w, height, width = size
     f = (torch.randn(3, 5, h, w) * 8).round() / 8
@@ -121,9 +119,11 @@ def test_a_map_too_large_for_shared_memory(backend):
     torch.testing.assert_close(a.mean.cpu(), b.mean)
 
 
-@pytest.mark.parametrize("fill", ["constant", "uniform", "mean", "pixel"])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape", [(2, 11, 4, 4, 16, 12), (1, 1600, 3, 4, 90, 70)], ids=str)
+@each(
+    shape=[(2, 11, 4, 4, 16, 12), (1, 1600, 3, 4, 90, 70)],
+    channels_last=[False, True],
+    fill=["constant", "uniform", "mean", "pixel"],
+)
 def test_samples_spread_over_several_programs(backend, fill, channels_last, shape, monkeypatch):
     """Energy and painting in parts give what one part gives."""
     B, C, h, w, H, W = shape  # the larger one is spread as it is
@@ -159,24 +159,24 @@ def test_layouts_and_empty_batches(backend, layout):
     assert empty.images_max.shape == (0, 3, 16, 12) and empty.box_max.shape == (0, 4)
 
 
-@pytest.mark.parametrize("K", [2, 10, 100, 1000, 1001])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_modulated_targets_are_exact(backend, K, dtype):
+@each(kind=["soft", "transposed", "indices"], dtype=DTYPES, K=[2, 10, 100, 1000, 1001])
+def test_modulated_targets_are_exact(backend, kind, dtype, K):
     f = torch.randn(3, 1, 2, 2)
-    soft = torch.softmax(torch.randn(3, K) * 3, 1).to(dtype)
-    hard = torch.randint(0, K, (3,))
-    for targets in (soft, lay_out(soft, "transposed"), hard):
-        for drop in ("clamped", "unclamped"):
-            config = sk.MaskConfig().replace(drop=drop, ratio_high=0.9)
-            case = {"features": f, "targets": targets, "clean_prob": torch.rand(3)}
-            options = {"size": (8, 8), "num_classes": K, "generator": 2, "config": config}
-            a = sk.masked_forward(**move(case, backend), **options, backend=backend)
-            b = sk.masked_forward(**case, **options, backend="reference")
-            assert torch.equal(a.targets_max.cpu(), b.targets_max)
+    targets = torch.softmax(torch.randn(3, K) * 3, 1).to(dtype)
+    if kind == "transposed":
+        targets = lay_out(targets, "transposed")
+    elif kind == "indices":
+        targets = targets.argmax(1)
+    for drop in ("clamped", "unclamped"):
+        config = sk.MaskConfig().replace(drop=drop, ratio_high=0.9)
+        case = {"features": f, "targets": targets, "clean_prob": torch.rand(3)}
+        options = {"size": (8, 8), "num_classes": K, "generator": 2, "config": config}
+        a = sk.masked_forward(**move(case, backend), **options, backend=backend)
+        b = sk.masked_forward(**case, **options, backend="reference")
+        assert torch.equal(a.targets_max.cpu(), b.targets_max)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("fill", ["constant", "mean"])
+@each(fill=["constant", "mean"], dtype=DTYPES[:3])
 def test_gradients_in_targets_and_images(backend, dtype, fill):
     f, t, q, x = example(dtype=dtype)
     f = (f * 8).round() / 8
@@ -204,10 +204,12 @@ def test_gradients_in_targets_and_images(backend, dtype, fill):
         assert_accurate(got[1], eager[1].double(), eager[1], name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(4, 24, 5, 3), (1, 2048, 4, 4), (2, 300, 12, 12)], ids=str)
+@each(
+    shape=[(4, 24, 5, 3), (1, 2048, 4, 4), (2, 300, 12, 12)],
+    bias=[False, True],
+    channels_last=[False, True],
+    dtype=DTYPES,
+)
 def test_one_pass_classifier_and_its_gradients(backend, dtype, channels_last, bias, shape):
     B, C, h, w = shape  # the larger ones are spread over several blocks, or read twice
     f, t, q, _ = example(B, C, h, w)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DTYPES, GPU_DEVICES, LAYOUTS, lay_out
+from inputs import DTYPES, GPU_DEVICES, LAYOUTS, each, extended, lay_out, more
 from tolerances import assert_accurate, assert_parallel
 
 import sanm_kernels as sk
@@ -45,9 +45,11 @@ def check(backend, logits, targets, **given):
         assert_parallel(got[-1], exact[-1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("K", [2, 10, 100, 1000, 1001])
-@pytest.mark.parametrize("kind", ["soft", "indices", "modulated", "modulated indices, mixed"])
+@each(
+    kind=["soft", "indices", "modulated", "modulated indices, mixed"],
+    K=[2, 10, 100, 1000, 1001],
+    dtype=DTYPES,
+)
 def test_losses_and_gradients(backend, dtype, K, kind):
     n = 37 if K < 1000 else 5
     logits = (torch.randn(n, K) * 3).to(dtype)
@@ -64,9 +66,7 @@ def test_losses_and_gradients(backend, dtype, K, kind):
     check(backend, logits, targets, **given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("K", [2052, 5000, 20001])
-@pytest.mark.parametrize("kind", ["soft", "indices"])
+@each(kind=["soft", "indices"], K=[2052, 5000, 20001], dtype=[torch.float32, torch.float64])
 def test_rows_too_long_for_registers(backend, dtype, K, kind):
     """In shared memory, or, where they are too long for that as well, in several sweeps."""
     if backend == "triton":
@@ -79,8 +79,7 @@ def test_rows_too_long_for_registers(backend, dtype, K, kind):
     check(backend, logits, targets, num_labeled=1, **given)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each(layout=LAYOUTS, dtype=DTYPES)
 def test_layouts(backend, dtype, layout):
     logits = lay_out(torch.randn(9, 12).to(dtype), layout)
     targets = lay_out(torch.softmax(torch.randn(9, 12), 1).to(dtype), layout)
@@ -92,7 +91,7 @@ def test_layouts(backend, dtype, layout):
     check(backend, logits, expanded[None, :, None].expand(1, 3, 3, 12), ratio=torch.rand(9))
 
 
-@pytest.mark.parametrize("K", [7, 33, 130])
+@pytest.mark.parametrize("K", [7, *more(33, 130)])
 def test_more_rows_than_a_program_takes_at_once(backend, monkeypatch, K):
     if GPU_DEVICES["triton"] == "cpu" and backend == "triton" and K > 7:
         pytest.skip("the interpreter is slow")
@@ -106,6 +105,7 @@ def test_more_rows_than_a_program_takes_at_once(backend, monkeypatch, K):
     check(backend, logits, torch.softmax(torch.randn(501, K), 1), **given)
 
 
+@extended
 def test_many_labels(backend):
     """So many that the CUDA kernels count them in a launch of its own."""
     if GPU_DEVICES["triton"] == "cpu" and backend == "triton":
@@ -122,8 +122,7 @@ def test_the_same_bits_twice(backend):
     assert all(map(torch.equal, a, b))
 
 
-@pytest.mark.parametrize("n", [0, 3])
-@pytest.mark.parametrize("K", [4, 200, 5000])
+@each(K=[4, 200, 5000], n=[0, 3])
 def test_no_rows_and_ignored_rows(backend, n, K):
     targets = torch.full((n,), -100)
     *parts, grad = run(backend, torch.float32, torch.randn(n, K), targets, num_labeled=n // 2)

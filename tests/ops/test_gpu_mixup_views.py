@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from inputs import DTYPES, GPU_DEVICES, LAYOUTS, lay_out, upstreams
+from inputs import DTYPES, GPU_DEVICES, LAYOUTS, each, lay_out, upstreams
 
 import sanm_kernels as sk
 
@@ -25,9 +24,7 @@ def assert_same(backend, *arguments):
         assert torch.equal(x, y) and x.stride() == y.stride()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 40, 33), (4,), (8, 20, 28)])
+@each(shape=[(3, 5, 7), (1, 40, 33), (4,), (8, 20, 28)], layout=LAYOUTS, dtype=DTYPES)
 def test_rows_and_gradients(backend, dtype, layout, shape):
     sizes, rows = (3, 0, 2, 4), 6
     views = [lay_out(torch.randn(b, *shape).to(dtype), layout) for b in sizes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DTYPES, GPU_DEVICES, LAYOUTS, lay_out
+from inputs import DTYPES, GPU_DEVICES, LAYOUTS, each, lay_out
 from tolerances import assert_accurate
 
 import sanm_kernels as sk
@@ -35,9 +35,7 @@ def check(chosen, rebuilt, images, boxes, layout):
         assert_accurate(got, exact, eager, roundings=16.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("masked", [False, True])
+@each(masked=[False, True], layout=LAYOUTS, dtype=DTYPES)
 def test_loss_and_gradient(backend, dtype, layout, masked):
     images = torch.rand(3, 4, 13, 11).to(dtype)
     rebuilt = torch.rand(6, 4, 13, 11).to(dtype)
@@ -46,9 +44,11 @@ def test_loss_and_gradient(backend, dtype, layout, masked):
     check(backend, rebuilt, images, boxes, layout)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("images_dtype", [None, torch.float32, torch.float16], ids=str)
+@each(
+    images_dtype=[None, torch.float32, torch.float16],
+    layout=["contiguous", "channels_last"],
+    dtype=DTYPES,
+)
 def test_aligned_lines_and_several_blocks_per_sample(backend, dtype, layout, images_dtype):
     if backend == "triton" and GPU_DEVICES[backend] == "cpu" and images_dtype is not None:
         pytest.skip("the interpreter is slow")

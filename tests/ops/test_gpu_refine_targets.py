@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DTYPES, GPU_DEVICES, LAYOUTS, lay_out
+from inputs import DTYPES, GPU_DEVICES, LAYOUTS, each, lay_out
 from tolerances import assert_accurate
 
 import sanm_kernels as sk
@@ -42,22 +42,17 @@ def check(backend, B, K, dtype, views=2, labels="soft", temperature=0.5, layout=
     assert_accurate(got, exact, eager, roundings=16.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("K", [1, 2, 10, 48, 100, 1000, 1001, 5000])
-@pytest.mark.parametrize("labels", ["none", "index", "soft"])
+@each(labels=["none", "index", "soft"], K=[1, 2, 10, 48, 100, 1000, 1001, 5000], dtype=DTYPES)
 def test_values(backend, dtype, K, labels):
     check(backend, 37 if K < 1000 else 3, K, dtype, labels=labels)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("K", [12, 120])
+@each(K=[12, 120], layout=LAYOUTS, dtype=DTYPES)
 def test_layouts(backend, dtype, layout, K):
     check(backend, 9, K, dtype, layout=layout)
 
 
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
-@pytest.mark.parametrize("K", [10, 130])
+@each(K=[10, 130], temperature=[0.1, 1.0, 3.0])
 def test_temperatures(backend, temperature, K):
     check(backend, 9, K, torch.float32, temperature=temperature)
 

@@ -14,6 +14,7 @@ from inputs import (
     EXACT,
     LAYOUTS,
     MASK_CONFIGS,
+    each,
     example,
     lay_out,
     random_case,
@@ -66,9 +67,8 @@ def test_cpu_equals_reference_to_the_last_bit(block):
             assert torch.equal(getattr(a.stats, field), getattr(b.stats, field)), (seed, field)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
+@each(
+    shape=[
         (2, 5000, 1, 3),
         (1, 4200, 6, 6),
         (3, 1100, 1, 1),
@@ -77,8 +77,8 @@ def test_cpu_equals_reference_to_the_last_bit(block):
         (2, 33, 1, 32),
         (2, 300, 5, 8),
     ],
+    channels_last=[False, True],
 )
-@pytest.mark.parametrize("channels_last", [False, True])
 def test_energy_is_torchs_sum_to_the_last_bit(shape, channels_last):
     f = torch.randn(shape)
     if channels_last:
@@ -90,8 +90,7 @@ def test_energy_is_torchs_sum_to_the_last_bit(shape, channels_last):
 
 
 @backends
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each(dtype=DTYPES, layout=LAYOUTS)
 def test_statistics_against_float64(backend, dtype, layout):
     f = lay_out(torch.randn(5, 40, 7, 6).to(dtype), layout)
     result = sk.activation_stats(f, (14, 14), backend=backend)
@@ -125,8 +124,7 @@ def test_statistics_of_special_maps(backend):
 
 
 @backends
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each(dtype=DTYPES, layout=LAYOUTS)
 def test_any_layout_gives_the_same_result_and_leaves_the_inputs_alone(backend, dtype, layout):
     f, t, q, x = example(dtype=dtype)
     base = sk.masked_forward(f, t, q, images=x, generator=1, backend=backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import BACKENDS, DTYPES, EXACT, MASK_CONFIGS, example, same, upstreams
+from inputs import BACKENDS, DTYPES, EXACT, MASK_CONFIGS, each, example, same, upstreams
 from tolerances import assert_accurate, assert_parallel
 
 import sanm_kernels as sk
@@ -14,7 +14,6 @@ from sanm_kernels.reference.masked_forward import visibility
 
 PAPER = sk.MaskConfig.paper()
 backends = pytest.mark.parametrize("backend", BACKENDS)
-configs = pytest.mark.parametrize("config", MASK_CONFIGS.values(), ids=MASK_CONFIGS)
 
 
 def composed(f, weight, bias, box, targets, height, width):
@@ -25,8 +24,7 @@ def composed(f, weight, bias, box, targets, height, width):
 
 
 @backends
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels_last", [False, True])
+@each(dtype=DTYPES, channels_last=[False, True])
 def test_one_pass_mode_against_float64(backend, dtype, channels_last):
     f, t, q, _ = example(batch=6, channels=40, h=5, w=3)
     weight, bias = torch.randn(5, 40) / 6, torch.randn(5)
@@ -84,9 +82,9 @@ def test_one_pass_mode_where_nothing_is_visible(backend):
     assert not f.grad.any() and not weight.grad.any() and bias.grad.any()
 
 
-@backends
-@configs
+@each(backend=BACKENDS, config=MASK_CONFIGS)
 def test_gradcheck(backend, config):
+    config = MASK_CONFIGS[config]
     torch.manual_seed(3)
     f = torch.randn(3, 5, 3, 2, dtype=torch.float64, requires_grad=True)
     x = torch.rand(3, 2, 7, 6, dtype=torch.float64, requires_grad=True)
@@ -135,9 +133,9 @@ def test_gradcheck(backend, config):
         )
 
 
-@configs
-@pytest.mark.parametrize("channels_last", [False, True])
+@each(config=MASK_CONFIGS, channels_last=[False, True])
 def test_view_gradients_agree_between_backends(config, channels_last):
+    config = MASK_CONFIGS[config]
     grads = {}
     for backend in BACKENDS:
         torch.manual_seed(1)
@@ -171,9 +169,9 @@ def test_statistics_and_boxes_are_constants():
 # --- surroundings ------------------------------------------------------------------------------
 
 
-@backends
-@configs
+@each(backend=BACKENDS, config=MASK_CONFIGS)
 def test_opcheck(backend, config):
+    config = MASK_CONFIGS[config]
     f, t, q, x = example()
     f, weight = f.requires_grad_(), torch.randn(5, 24, requires_grad=True)
     one_pass = weight if "max" in config.views else None
@@ -236,9 +234,9 @@ def test_empty_batch(backend):
             assert not torch.autograd.grad(r.loss, weight)[0].any()
 
 
-@backends
-@configs
+@each(backend=BACKENDS, config=MASK_CONFIGS)
 def test_out_is_overwritten_and_returned(backend, config):
+    config = MASK_CONFIGS[config]
     f, t, q, x = example()
     classifier = (torch.randn(5, 24), None) if "max" in config.views else None
     options = {"config": config, "classifier": classifier, "backend": backend}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import BACKENDS, CPU_BACKENDS, DTYPES, LAYOUTS, lay_out, upstreams
+from inputs import BACKENDS, CPU_BACKENDS, DTYPES, LAYOUTS, each, extended, lay_out, upstreams
 from tolerances import assert_accurate, assert_parallel
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -109,40 +109,36 @@ def check(backend, logits, targets, upstream=combined, **kwargs):
 
 
 @backends
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each(dtype=DTYPES, layout=LAYOUTS)
 def test_every_part_and_its_gradient(backend, dtype, layout):
     logits, targets = example(dtype=dtype)
     check(backend, lay_out(logits, layout), lay_out(targets, layout), **every_switch(70, 10))
 
 
-@backends
-@pytest.mark.parametrize(
-    "n, K", [(1, 2), (2, 3), (63, 8), (64, 15), (65, 16), (129, 17), (5, 32), (200, 33), (3, 1000)]
+SIZES = ((1, 2), (2, 3), (63, 8), (64, 15), (65, 16), (129, 17), (5, 32), (200, 33), (3, 1000))
+SWITCHES = (
+    {},
+    {"num_labeled": 0},
+    {"num_labeled": 0, "unlabeled_weight": 25.0},
+    {"num_labeled": 70},
+    {"ratio": 0.3},
+    {"ratio": 0.9, "drop": "unclamped"},
+    {"mix": 0.6},
+    {"prior_weight": 1.0},
+    {"confidence_weight": 1.0},
+    {"mix": 1.0, "ratio": 0.0},
 )
-def test_odd_sizes(backend, n, K):
+
+
+@each(backend=CPU_BACKENDS, size=SIZES)
+def test_odd_sizes(backend, size):
+    n, K = size
     logits, targets = example(n, K)
     grad, exact = check(backend, logits, targets, **every_switch(n, K))
     assert_parallel(grad, exact)
 
 
-@backends
-@pytest.mark.parametrize(
-    "switches",
-    [
-        {},
-        {"num_labeled": 0},
-        {"num_labeled": 0, "unlabeled_weight": 25.0},
-        {"num_labeled": 70},
-        {"ratio": 0.3},
-        {"ratio": 0.9, "drop": "unclamped"},
-        {"mix": 0.6},
-        {"prior_weight": 1.0},
-        {"confidence_weight": 1.0},
-        {"mix": 1.0, "ratio": 0.0},
-    ],
-    ids=str,
-)
+@each(backend=CPU_BACKENDS, switches=SWITCHES)
 def test_switches_one_by_one(backend, switches):
     logits, targets = example()
     if "ratio" in switches:
@@ -153,8 +149,7 @@ def test_switches_one_by_one(backend, switches):
     check(backend, logits, targets, upstream=lambda result: result.total, **switches)
 
 
-@backends
-@pytest.mark.parametrize("part", PARTS)
+@each(backend=CPU_BACKENDS, part=PARTS)
 def test_gradient_of_each_output_alone(backend, part):
     logits, targets = example()
     check(
@@ -183,9 +178,11 @@ def test_upstream_gradients_of_any_strides(backend, kind):
     assert_accurate(got, exact, eager)
 
 
-@backends
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.int32, torch.uint8], ids=str)
-@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@each(
+    backend=CPU_BACKENDS,
+    dtype=[*DTYPES, torch.int64, torch.int32, torch.uint8],
+    logits_dtype=[torch.float32, torch.bfloat16, torch.float64],
+)
 def test_targets_of_any_dtype(backend, logits_dtype, dtype):
     logits, targets = example(dtype=logits_dtype)
     targets = targets.to(dtype) if dtype.is_floating_point else targets.argmax(1).to(dtype)
@@ -258,8 +255,7 @@ def test_cpu_modulates_exactly_as_the_reference():
         assert torch.equal(*grads)
 
 
-@backends
-@pytest.mark.parametrize("mixed", [False, True])
+@each(backend=CPU_BACKENDS, mixed=[False, True])
 def test_ignored_rows_count_in_no_mean(backend, mixed):
     logits, targets = example(90, 6)
     labels = targets.argmax(1)
@@ -310,9 +306,7 @@ def test_reductions(backend):
     torch.testing.assert_close(*grads)
 
 
-@backends
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("soft", [True, False])
+@each(backend=CPU_BACKENDS, reduction=["mean", "sum", "none"], soft=[True, False])
 def test_gradcheck(backend, reduction, soft):
     logits, targets = example(7, 4, torch.float64)
     kwargs = every_switch(7, 4)
@@ -326,16 +320,14 @@ def test_gradcheck(backend, reduction, soft):
     assert torch.autograd.gradcheck(function, (logits.requires_grad_(),))
 
 
-@backends
-@pytest.mark.parametrize("scale", [1e4, 1e30])
+@each(backend=CPU_BACKENDS, scale=[1e4, 1e30])
 def test_large_logits_keep_their_digits(backend, scale):
     logits, targets = example(30, 12, scale=scale)
     logits[::2] = logits[::2, :1] + torch.randn(15, 12)  # close to each other, far from 0
     check(backend, logits, targets, num_labeled=20, **WEIGHTS)
 
 
-@backends
-@pytest.mark.parametrize("K", [5, 40])
+@each(backend=CPU_BACKENDS, K=[5, 40])
 def test_classes_masked_by_minus_infinity(backend, K):
     logits, targets = example(20, K)
     logits[:, 1] = -torch.inf
@@ -408,8 +400,7 @@ def test_all_rows_ignored(backend):
     assert (torch.autograd.grad(out.total, z)[0] == 0).all()
 
 
-@backends
-@pytest.mark.parametrize("K", [10, 300])
+@each(backend=CPU_BACKENDS, K=[10, 300])
 def test_same_bits_twice_and_for_any_number_of_threads(backend, K):
     n = {"triton": 100, "cuda": 300}.get(backend, 1000)  # interpreted and emulated ones are slow
     logits, targets = example(n, K)
@@ -469,7 +460,7 @@ def test_opcheck(backend):
     [
         ("reference", "aot_eager"),
         ("cpu", "aot_eager"),
-        ("cpu", "inductor"),
+        pytest.param("cpu", "inductor", marks=extended),
     ],
 )
 def test_compiles_once_for_any_batch_and_any_weights(backend, compiler):

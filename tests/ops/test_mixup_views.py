@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from inputs import DTYPES, LAYOUTS, lay_out, upstreams
+from inputs import DTYPES, LAYOUTS, each, lay_out, upstreams
 from tolerances import assert_accurate
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
@@ -31,9 +31,7 @@ def example(sizes=(3, 1, 4), shape=(3, 5, 7), dtype=torch.float32, layout="conti
 
 
 @backends
-@pytest.mark.parametrize("rows", [None, 5, 1, 0])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each(dtype=DTYPES, layout=LAYOUTS, rows=[None, 5, 1, 0])
 def test_rows_and_gradients(backend, dtype, layout, rows):
     views, permutation = example(dtype=dtype, layout=layout)
     runs = []
@@ -55,10 +53,19 @@ def test_rows_and_gradients(backend, dtype, layout, rows):
     assert out.is_contiguous(memory_format=kind)
 
 
-@backends
-@pytest.mark.parametrize(
-    "shape",
-    [(), (1,), (7,), (2, 3), (1, 1, 1), (2, 3, 4, 5), (3, 40, 41), (1, 64, 64), (3, 512, 129)],
+@each(
+    backend=BACKENDS,
+    shape=[
+        (),
+        (1,),
+        (7,),
+        (2, 3),
+        (1, 1, 1),
+        (2, 3, 4, 5),
+        (3, 40, 41),
+        (1, 64, 64),
+        (3, 512, 129),
+    ],
 )
 def test_any_trailing_shape(backend, shape):
     views, permutation = example((2, 2), shape)
@@ -67,9 +74,7 @@ def test_any_trailing_shape(backend, shape):
     )
 
 
-@backends
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each(backend=BACKENDS, dtype=DTYPES, layout=["contiguous", "channels_last"])
 def test_large_results(backend, dtype, layout):
     """Results of more than a megabyte take another way to memory; rows need not be aligned."""
     views, permutation = example((5, 4), (3, 181, 183), dtype, layout)
@@ -140,8 +145,7 @@ def test_only_some_views_require_a_gradient(backend):
     assert views[0].grad is None
 
 
-@backends
-@pytest.mark.parametrize("rows", [None, 2])
+@each(backend=BACKENDS, rows=[None, 2])
 def test_gradcheck(backend, rows):
     views, permutation = example((1, 3), (2, 2), torch.float64)
     assert torch.autograd.gradcheck(
@@ -163,8 +167,7 @@ def test_same_bits_for_any_number_of_threads(backend):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@backends
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@each(backend=BACKENDS, layout=["contiguous", "channels_last", "strided"])
 def test_opcheck(backend, layout):
     load(backend)
     op = getattr(torch.ops.sanm_kernels.mixup_views, backend)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import DTYPES, LAYOUTS, lay_out, upstreams
+from inputs import DTYPES, LAYOUTS, each, lay_out, upstreams
 from tolerances import assert_accurate, assert_parallel
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
@@ -67,9 +67,7 @@ def check(backend, reconstruction, images, boxes=None, upstream=1.3):
 
 
 @backends
-@pytest.mark.parametrize("region", ["image", "masked"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each(dtype=DTYPES, layout=LAYOUTS, region=["image", "masked"])
 def test_loss_and_gradient(backend, dtype, layout, region):
     reconstruction, images, boxes = example(dtype=dtype, layout=layout)
     grad = check(backend, reconstruction, images, boxes if region == "masked" else None)
@@ -77,20 +75,18 @@ def test_loss_and_gradient(backend, dtype, layout, region):
         assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
-@backends
-@pytest.mark.parametrize(
-    "size",
-    [
-        {"V": 1, "B": 1, "C": 1, "H": 1, "W": 1},
-        {"V": 3, "B": 2, "C": 4},
-        {"V": 1, "B": 70},
-        {"C": 1},
-        {"B": 2, "H": 40, "W": 41},
-        {"V": 1, "B": 1, "C": 2, "H": 1, "W": 2000},
-    ],
-    ids=str,
+SIZES = (
+    {"V": 1, "B": 1, "C": 1, "H": 1, "W": 1},
+    {"V": 3, "B": 2, "C": 4},
+    {"V": 1, "B": 70},
+    {"C": 1},
+    {"B": 2, "H": 40, "W": 41},
+    {"V": 1, "B": 1, "C": 2, "H": 1, "W": 2000},
 )
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+
+
+@backends
+@each(size=SIZES, layout=["contiguous", "channels_last"])
 def test_odd_sizes(backend, size, layout):
     reconstruction, images, boxes = example(layout=layout, **size)
     check(backend, reconstruction, images)
@@ -98,9 +94,7 @@ def test_odd_sizes(backend, size, layout):
 
 
 @backends
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("images_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("images_layout", ["contiguous", "channels_last", "strided"])
+@each(dtype=DTYPES, images_dtype=DTYPES, images_layout=["contiguous", "channels_last", "strided"])
 def test_images_of_another_dtype_or_layout(backend, dtype, images_dtype, images_layout):
     reconstruction, images, boxes = example(dtype=dtype)
     images = lay_out(images.to(images_dtype), images_layout)
@@ -179,8 +173,7 @@ def test_upstream_gradients(backend, kind):
     check(backend, reconstruction, images, boxes, upstreams((), torch.float32)[kind])
 
 
-@backends
-@pytest.mark.parametrize("masked", [False, True])
+@each(backend=BACKENDS, masked=[False, True])
 def test_gradcheck(backend, masked):
     reconstruction, images, boxes = example(B=2, H=3, W=4, dtype=torch.float64)
     assert torch.autograd.gradcheck(
@@ -211,8 +204,7 @@ def test_same_bits_for_any_number_of_threads(backend):
     assert all(r == results[0] for r in results)
 
 
-@backends
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@each(backend=BACKENDS, layout=["contiguous", "channels_last", "transposed"])
 def test_opcheck(backend, layout):
     load(backend)
     op = getattr(torch.ops.sanm_kernels.reconstruction_loss, backend)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import CPU_BACKENDS, DTYPES, LAYOUTS, lay_out
+from inputs import CPU_BACKENDS, DTYPES, LAYOUTS, each, lay_out
 from tolerances import assert_accurate
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
@@ -46,9 +46,7 @@ def check(backend, logits, **kwargs):
 
 
 @backends
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("labels", ["none", "integer", "soft"])
+@each(dtype=DTYPES, layout=LAYOUTS, labels=["none", "integer", "soft"])
 def test_values(backend, dtype, layout, labels):
     logits = [lay_out((torch.randn(33, 10) * 3).to(dtype), layout) for _ in range(4)]
     given = {}
@@ -62,10 +60,13 @@ def test_values(backend, dtype, layout, labels):
     check(backend, logits, **given)
 
 
-@backends
-@pytest.mark.parametrize("B, K", [(1, 1), (1, 2), (3, 7), (2, 16), (5, 17), (300, 100), (2, 1001)])
-@pytest.mark.parametrize("views", [1, 2, 5])
-def test_odd_sizes(backend, B, K, views):
+@each(
+    backend=CPU_BACKENDS,
+    size=[(1, 1), (1, 2), (3, 7), (2, 16), (5, 17), (300, 100), (2, 1001)],
+    views=[1, 2, 5],
+)
+def test_odd_sizes(backend, size, views):
+    B, K = size
     check(
         backend,
         [torch.randn(B, K) for _ in range(views)],
@@ -74,14 +75,12 @@ def test_odd_sizes(backend, B, K, views):
     )
 
 
-@backends
-@pytest.mark.parametrize("temperature", [0.1, 0.3, 0.5, 1.0, 2.0])
+@each(backend=CPU_BACKENDS, temperature=[0.1, 0.3, 0.5, 1.0, 2.0])
 def test_temperatures(backend, temperature):
     check(backend, torch.randn(20, 12), temperature=temperature)
 
 
-@backends
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@each(backend=CPU_BACKENDS, dtype=[torch.int64, torch.int32, torch.uint8])
 def test_labels_of_any_integer_dtype(backend, dtype):
     logits, q = torch.randn(6, 4), torch.tensor([0.0, 1.0, 0.5, 0.25, 1.0, 0.0])
     labels = torch.tensor([0, 1, 2, 3, 0, 1])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import DTYPES, LAYOUTS, lay_out, upstreams
+from inputs import DTYPES, LAYOUTS, each, lay_out, upstreams
 from tolerances import assert_accurate, assert_parallel
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -41,8 +41,7 @@ def check(backend, logits, labels, upstream="dense"):
 
 
 @backends
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each(dtype=DTYPES, layout=LAYOUTS)
 def test_loss_and_gradient(backend, dtype, layout):
     logits = lay_out((torch.randn(37, 10) * 3).to(dtype), layout)
     check(backend, logits, torch.randint(0, 10, (37,)))
@@ -55,8 +54,7 @@ def test_odd_sizes(backend, B, K):
     assert_parallel(grad, exact)
 
 
-@backends
-@pytest.mark.parametrize("scale", [1e4, 1e30])
+@each(backend=BACKENDS, scale=[1e4, 1e30])
 def test_large_logits_keep_their_digits(backend, scale):
     logits = torch.randn(30, 1) * scale + torch.randn(30, 12)
     logits[::3] = torch.randn(10, 12) * scale

@@ -9,11 +9,12 @@ from collections import Counter
 from importlib.metadata import version
 
 import pytest
-from inputs import COMPILING, TRITON_DEVICE
+from inputs import COMPILING, TRITON_DEVICE, extended
 
 pytestmark = pytest.mark.skipif(TRITON_DEVICE is None, reason="triton is not installed")
 
 
+@extended
 def test_every_kernel_compiles_for_every_architecture_without_spills():
     # a process of its own: this one may run Triton as an interpreter, which can't compile
     run = subprocess.run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DTYPES, LAYOUTS, TRITON_DEVICE, lay_out, upstreams
+from inputs import DTYPES, LAYOUTS, TRITON_DEVICE, each, lay_out, upstreams
 from tolerances import assert_accurate
 
 import sanm_kernels as sk
@@ -12,9 +12,7 @@ import sanm_kernels as sk
 pytestmark = pytest.mark.skipif(TRITON_DEVICE is None, reason="triton is not installed")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("K", [2, 10, 100, 1000, 1001, 5000])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each(dtype=DTYPES, K=[2, 10, 100, 1000, 1001, 5000], layout=LAYOUTS)
 def test_losses_and_gradients(dtype, K, layout):
     logits, labels = (torch.randn(5, K) * 4).to(dtype), torch.randint(0, K, (5,))
     logits[1] -= 40

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from inputs import extended
 
 import sanm_kernels
 from sanm_train.cli import main
@@ -139,6 +140,7 @@ def test_compare_goes_on_where_it_was(tmp_path, capsys):
     assert "recipes must be one of" in capsys.readouterr().err
 
 
+@extended
 def test_bench_runs_the_benchmarks_of_the_checkout_from_any_folder(tmp_path):
     """In a process of its own: benchmarks switch the garbage collector off."""
     words = ["--quick", "--no-compile", "--ops", "sample_loss", "--out", "here/x.json"]

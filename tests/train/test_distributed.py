@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from inputs import extended
 
 from sanm_train import TrainConfig, checkpoint, train
 from sanm_train.data import batches
@@ -65,6 +66,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@extended
 def test_posterior_is_the_same_on_1_2_and_4_ranks(trained):
     script = trained / "fit.py"
     script.write_text(FIT)
@@ -84,6 +86,7 @@ def test_posterior_is_the_same_on_1_2_and_4_ranks(trained):
         assert difference <= 1e-6, f"{ranks} ranks: {difference}"
 
 
+@extended
 def test_training_on_two_ranks_and_resuming(tmp_path):
     settings = ["--epochs", "3", "--warmup", "1", "--limit", "333"]
     settings += ["--batch-size", "32", "--accumulate", "2", "--checkpoint-steps", "4", "--quiet"]
@@ -121,6 +124,7 @@ def metrics_of(folder) -> list[dict[str, str]]:
         return [{**row, "seconds": ""} for row in csv.DictReader(file)]
 
 
+@extended
 def test_an_error_on_all_ranks_ends_all(tmp_path):
     command = ["-m", "sanm_train", "train", "--out", str(tmp_path), "--quiet", "--limit", "130"]
     done = torchrun(2, *command, "--recipe", "ce", "--lr", "1e30", "--epochs", "2")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from inputs import more
 from matplotlib.image import imread
 from pyarrow import parquet
 
@@ -268,7 +269,7 @@ def test_interrupted_in_the_warmup(tiny, tmp_path, monkeypatch, finished):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"recipe": "ce", "noise": "none"}, {"recipe": "sanm-onepass"}, {"views": "min"}],
+    [{"recipe": "ce", "noise": "none"}, *more({"recipe": "sanm-onepass"}, {"views": "min"})],
     ids=str,
 )
 def test_other_recipes(tiny, tmp_path, settings):

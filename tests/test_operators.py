@@ -1,0 +1,132 @@
+"""Every operator on every backend that runs here, forward and backward: what `make test` rests on.
+
+The tests of tests/ops/ go further into each operator; which of them `make test` leaves out, their
+parametrization says (inputs.py). This file is made from the registry and leaves out nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from inputs import BACKENDS, GPU_DEVICES
+from operations import OFFICIAL, OPERATIONS, Inputs, inputs_of, wider, with_gradients
+from tolerances import assert_accurate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sanm_kernels as sk
+from sanm_kernels import backends
+
+DEVICES = {name: "cpu" for name in BACKENDS} | GPU_DEVICES
+#: Backend → operators that it has no kernel for.
+MISSING = {"cuda": {"sample_loss", "sample_loss_backward"}}
+
+
+def _clamped(x: Inputs, **options: Any) -> Inputs:
+    """The paper's drop, whose gradient in the targets is an operator of its own."""
+    result = sk.masked_forward(
+        x["features"], x["targets"], x["clean_prob"], size=(13, 13), draws=x["draws"][:, :2],
+        **options,
+    )  # fmt: skip
+    assert result.targets_max is not None and result.targets_min is not None
+    return {"targets_max": result.targets_max, "targets_min": result.targets_min}
+
+
+CALLS = OPERATIONS | {
+    "masked_forward, clamped": dataclasses.replace(
+        OPERATIONS["masked_forward"], run=_clamped, wrt=("targets",), cast=("targets",)
+    )
+}
+# NumPy's, of Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def device_of(backend: str) -> str:
+    device = DEVICES[backend]
+    if device is None:
+        pytest.skip(backends.load(backend) or "not here")
+    return device
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", [name for name in DEVICES if name != "reference"])
+@pytest.mark.parametrize("name", CALLS)
+def test_results_and_gradients(name, backend, dtype):
+    """Against the reference, on small odd sizes; what that is measured against: tests/ops/."""
+    operation = CALLS[name]
+    if operation.op in MISSING.get(backend, ()):
+        pytest.skip("another backend serves it")
+    x = inputs_of(operation, device_of(backend), dtype)
+    got = with_gradients(operation, x, backend=backend)
+    exact = with_gradients(operation, wider(operation, x), backend="reference")
+    plain = {key: value.cpu() for key, value in x.items()}
+    eager = with_gradients(operation, plain, backend="reference")
+    assert got.keys() == exact.keys() == eager.keys()
+    for key, value in got.items():
+        assert value.dtype == eager[key].dtype
+        assert_accurate(value.cpu(), exact[key], eager[key], key, 16.0)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if CALLS[name].wrt])
+def test_gradients_of_the_reference_are_slopes(name):
+    operation = CALLS[name]
+    x = wider(operation, inputs_of(operation, "cpu", torch.float64))
+    leaves = [x[key].requires_grad_() for key in operation.wrt]
+
+    def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        changed = x | dict(zip(operation.wrt, given, strict=True))
+        return tuple(operation.run(changed, backend="reference").values())
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+def into(out: sk.MaskedForward | None, x: Inputs, backend: str) -> sk.MaskedForward:
+    names = ("features", "targets", "clean_prob")
+    return sk.masked_forward(
+        *(x[name] for name in names), images=x["images"], draws=x["draws"], config=OFFICIAL,
+        out=out, backend=backend,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", DEVICES)
+def test_results_in_memory_that_is_given(backend):
+    operation, device = OPERATIONS["masked_forward"], device_of(backend)
+    first, second = (inputs_of(operation, device, torch.float32, seed) for seed in (0, 1))
+    expected = into(None, second, backend)
+    got = into(into(None, first, backend), second, backend)
+    for a, b in zip(got.buffers, expected.buffers, strict=True):
+        assert torch.equal(a, b)
+
+
+class Recorded(TorchDispatchMode):
+    """Names of this package's operators that are called, by backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sanm_kernels":
+            name = func.name().removeprefix("sanm_kernels::").partition(".")[0]
+            self.seen.setdefault(func._overloadname, set()).add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", DEVICES)
+def test_no_operator_is_left_out(backend):
+    """The calls above run every operator of the registry, backward ones too, where they say."""
+    device, missing = device_of(backend), MISSING.get(backend, set())
+    for op in backends.operators:
+        assert (backends.serves(backend, op, device) is None) == (op not in missing), op
+    with Recorded() as calls:
+        for operation in CALLS.values():
+            sizes = {"N": 9} if operation.op == "fit_label_quality" else {"B": 1}
+            if operation.op not in missing:
+                x = inputs_of(operation, device, torch.float32, **sizes)
+                with_gradients(operation, x, backend=backend)
+        x = inputs_of(OPERATIONS["masked_forward"], device, torch.float32)
+        into(into(None, x, backend), x, backend)
+    assert set(calls.seen) == {backend}
+    assert calls.seen[backend] == set(backends.operators) - missing

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from inputs import COMPILING
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -64,3 +66,38 @@ def test_every_kernel_is_launched_with_options_that_the_target_knows(target, reg
     assert len(launched) > 20
     for name, options in launched.items():
         assert options == {"maxnreg": registers, "enable_fp_fusion": False}, name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_operator_runs_on_its_tensors_gpu_and_out_of_autocast(monkeypatch, autocast):
+    from sanm_kernels.backends.triton import launch
+
+    registered, entered = {}, []
+
+    class Library:
+        def impl(self, name, function, key):
+            registered[key] = function
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(launch, "library", Library())
+    monkeypatch.setattr(torch.cuda, "_DeviceGuard", Guard)
+    launch.implements("op")(lambda *_: (torch.is_autocast_enabled("cuda"), list(entered)))
+    with FakeTensorMode():
+        there = torch.empty(2, device="cuda:1")
+    torch.set_autocast_enabled("cuda", autocast)
+    try:
+        for arguments in ((there, None), ([there], torch.empty(2)), (None, 2.0, there)):
+            assert registered["CUDA"](*arguments) == (False, [1])
+            assert entered == [1, "left"] and torch.is_autocast_enabled("cuda") == autocast
+            entered.clear()
+    finally:
+        torch.set_autocast_enabled("cuda", False)

@@ -209,7 +209,7 @@ OPERATIONS = {
                                             ("features", "weight", "bias"), ("features",), MAP),
     "masked_forward, clamped": Operation("masked_forward", _masked, _run_clamped,
                                          ("targets",), ("targets",), MAP),
-    "masked_forward, out=": Operation("masked_forward_out", _masked, _run_into, (), ("images",),
+    "masked_forward, out=": Operation("masked_forward", _masked, _run_into, (), ("images",),
                                       MAP),
     "activation_stats": Operation("activation_stats", _masked, _run_stats, (), ("features",), MAP),
     "masked_loss": Operation("masked_loss", _loss, _run_loss, ("logits",), ("logits",), BATCH),

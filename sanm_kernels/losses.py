@@ -182,7 +182,7 @@ def masked_loss(
     n, K = logits.shape
     if K < 2:
         raise ValueError(f"logits: expected at least two classes, got shape {list(logits.shape)}")
-    validate.is_tensor(targets, "targets")
+    given = validate.is_tensor(targets, "targets").shape
     validate.same_device(targets, "targets", logits.device, "logits")
     if targets.is_floating_point():
         validate.floating(targets, "targets")
@@ -194,12 +194,18 @@ def masked_loss(
         leading = targets.shape[:-1]
     else:
         leading = targets.shape
-        targets = validate.integer(targets, "targets", targets.dim()).reshape(-1)
+        targets = validate.integer(targets, "targets", targets.dim())
+        if targets.dim() > 1 and leading[-1] == K and targets.numel() >= n * K > 0:
+            raise ValueError(
+                "targets: expected class indices, or floats for rows of classes, got integers of "
+                f"shape {list(leading)}: one-hot rows are passed as floats"
+            )
+        targets = targets.reshape(-1)
     available = leading.numel()
     if available < n or (mix is None and available != n):
         raise ValueError(
             f"targets: expected {'at least ' if mix else ''}{n} rows (one per row of "
-            f"logits), got {available} in shape {list(targets.shape)}"
+            f"logits), got {available} in shape {list(given)}"
         )
     if ratio is not None:
         validate.floating(ratio, "ratio")

@@ -20,10 +20,12 @@ inline Pack<A> power(Pack<A> p, A exponent) {
 // p (Kp) → p^exponent / Σ p^exponent in out (K); p is overwritten.
 template <typename A>
 void sharpen(A* p, int64_t K, A exponent, A* out) {
-  const A scale = 1 / row_max<A>(p, K);
+  const A top = row_max<A>(p, K), scale = 1 / top;
   Pack<A> sum{};
   each_pack(padded(K), [&](int64_t k, auto n) {
-    const Pack<A> sharp = power<A>(load_pack<A>(p + k, n, A(0)) * scale, exponent);
+    const Pack<A> x = load_pack<A>(p + k, n, A(0));
+    // the largest becomes 1 itself: next to it a high power would already be 0
+    const Pack<A> sharp = power<A>(x == top ? splat<A>(1) : x * scale, exponent);
     store_pack<A>(sharp, n, p + k);
     sum += sharp;
   });

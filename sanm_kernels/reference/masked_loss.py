@@ -187,7 +187,7 @@ def backward(
     # A class of no probability (p̄ = 0, or so little that 1/p̄ overflows) gets no gradient: its p
     # cannot move.
     slope = torch.where(p_mean < torch.finfo(dtype).tiny, 0, -pi / (p_mean * max(n, 1)))
-    h = upstream(grad_prior, prior_weight) * slope
+    h = _weighted(upstream(grad_prior, prior_weight), slope)  # a NaN in p̄ stays out if it can
     h = h + torch.where(p == 0, 0, upstream(grad_confidence, confidence_weight) / max(n, 1) * log_p)
     h = h + torch.where(labeled_rows, 0, c * (2 / K) * (p - t))
     grad = p * (h - (p * h).sum(1, keepdim=True))

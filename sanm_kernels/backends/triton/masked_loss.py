@@ -277,7 +277,8 @@ def masked_loss_backward_kernel(
                 # its p can't move
                 least = 2.2250738585072014e-308 if mean.dtype == tl.float64 else 1.17549435e-38
                 slope = -_prior(prior, k, K, ACC) / (tl.where(mean < least, 1.0, mean) * rows)
-                h = prior_slope * tl.where(mean < least, 0.0, slope)
+                # for slope 0 a NaN in p̄, which is one row's, stays out of the others
+                h = _weighted(prior_slope, tl.where(mean < least, 0.0, slope))
                 h += tl.where(p == 0, 0.0, entropy_slope * log_p)
                 h += tl.where(is_labeled[:, None], 0.0, square * (p - t))
                 if sweep == 0:

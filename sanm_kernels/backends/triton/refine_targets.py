@@ -90,7 +90,8 @@ def refine_targets_kernel(
         x = numeric.divide(p, p * 0 + largest[:, None])
         y = x * x
         if power != 2.0:
-            y = tl.where(x == 0, 0.0, tl.exp(power * numeric.log(x))).to(ACC)
+            y = tl.where(x == 0, 0.0, tl.exp(power * numeric.log(x)))
+            y = tl.where(x == 1, 1.0, y).to(ACC)  # for a power of infinity
         total += tl.sum(tl.where(inside, y, 0.0), 1)
         tl.debug_barrier()  # the block is read
         tl.store(result + b[:, None] * K + k, y, mask=inside)

@@ -399,6 +399,34 @@ def test_a_call_of_another_kind_is_the_script_s_own():
             module.SemiLoss()(*given)
 
 
+def test_images_of_another_kind_are_the_script_s_own():
+    """Non-square ones, other channels, half precision: they were not tried."""
+    calls: list[int] = []
+    module = script(attention_erase_map=counted(masking(), calls))
+    images, features, q, targets = masking_inputs(0)
+    others = {
+        "not square": (images[:, :, :20], features, q, targets),
+        "one channel": (images[:, :1], features, q, targets),
+        "half": (images, features.half(), q, targets),
+    }
+    with compat.patch(module, verbose=False) as done:
+        assert done.findings["attention_erase_map"].state == "replaced"
+        calls.clear()
+        module.attention_erase_map(images, features, q, targets)
+        assert calls == []
+        for given in others.values():
+            module.attention_erase_map(*given)
+        assert len(calls) == 3
+
+
+def test_a_half_without_rows_is_the_script_s_own():
+    x, t, u, tu = criterion_inputs(0)
+    module = script(SemiLoss=DivideMix, NegEntropy=Entropy)
+    with compat.patch(module, verbose=False):
+        assert module.SemiLoss()(x, t, u[:0], tu[:0], *RAMP)[1].isnan()
+        assert module.NegEntropy()(u[:0]).isnan()
+
+
 def test_the_weight_is_the_script_s_own_at_every_call():
     args = types.SimpleNamespace(lambda_u=150, num_class=4)
 

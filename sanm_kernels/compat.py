@@ -18,7 +18,6 @@ from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from sanm_kernels.config import MaskConfig
 from sanm_kernels.functional import masked_forward
 from sanm_kernels.losses import masked_loss
 from sanm_kernels.results import MaskedForward
-from sanm_kernels.trials import KEPT, NOT_VERIFIED, REPLACED, Arguments, Finding
+from sanm_kernels.trials import KEPT, NOT_VERIFIED, REPLACED, Finding
 
 __all__ = [
     "Finding",
@@ -142,6 +141,35 @@ def attention_erase_map_clothing1m(
     return result.ratio_max, result.ratio_min, result.images_max, result.images_min
 
 
+def _both_losses(
+    x: Tensor, targets_x: Tensor, u: Tensor, targets_u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """L_x and L_u, in one call where the logits are what one tensor was cut into."""
+    logits = _uncut(x, u)
+    if logits is None or (targets_x.shape, targets_u.shape) != (x.shape, u.shape):
+        unlabeled = masked_loss(u, targets_u, num_labeled=0).unlabeled
+        return masked_loss(x, targets_x).labeled, unlabeled
+    targets = _uncut(targets_x, targets_u)
+    if targets is None:
+        targets = torch.cat([targets_x, targets_u])
+    result = masked_loss(logits, targets, num_labeled=x.shape[0])
+    return result.labeled, result.unlabeled
+
+
+def _uncut(first: Tensor, second: Tensor) -> Tensor | None:
+    """The tensor whose rows are those of `first`, then those of `second`, if it is there."""
+    whole = first._base
+    if whole is None or whole is not second._base or whole.requires_grad != first.requires_grad:
+        return None
+    rows = first.shape[0]
+    same = whole.stride() == first.stride() == second.stride()
+    shape = torch.Size((rows + second.shape[0], *first.shape[1:]))
+    starts = [x.storage_offset() - whole.storage_offset() for x in (first, second)]
+    if same and whole.shape == shape and starts == [0, rows * whole.stride(0)]:
+        return whole
+    return None
+
+
 class SemiLoss:
     """DivideMix's criterion: cross-entropy, squared error, and the ramped weight of the latter.
 
@@ -171,9 +199,8 @@ class SemiLoss:
         Raises:
             TypeError, ValueError: as :func:`sanm_kernels.masked_loss`.
         """
-        labeled = masked_loss(outputs_x, targets_x).labeled
-        unlabeled = masked_loss(outputs_u, targets_u, num_labeled=0).unlabeled
-        return labeled, unlabeled, self._weight(epoch, warm_up)
+        losses = _both_losses(outputs_x, targets_x, outputs_u, targets_u)
+        return *losses, self._weight(epoch, warm_up)
 
     def _weight(self, epoch: float, warm_up: float) -> float:
         done = 1.0 if self.rampup_length == 0 else (epoch - warm_up) / self.rampup_length
@@ -230,49 +257,6 @@ class Patch:
         return f"<sanm_kernels in {self.module.__name__}:{lines}>"
 
 
-class _StandIn:
-    """Takes a tensor's place in a call of which only what does not depend on it is wanted.
-
-    Any operation gives the stand-in itself, in microseconds; none gives a number or a bool.
-    """
-
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> _StandIn:
-        return _STAND_IN
-
-    def __getattr__(self, name: str) -> _StandIn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *_: Any, **__: Any) -> _StandIn:
-        return self
-
-    def __bool__(self) -> bool:
-        raise TypeError("it depends on the tensors")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __call__
-    __truediv__ = __rtruediv__ = __pow__ = __neg__ = __getitem__ = __abs__ = __call__
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __call__  # type: ignore[assignment]
-    __hash__, __iter__ = object.__hash__, None
-
-
-_STAND_IN = _StandIn()
-
-
-def _own(original: Any, self: Any, more: Arguments, named: dict[str, Any]) -> list[Any] | None:
-    """What a SemiLoss returns after its two losses, without computing these; None if in vain."""
-    values = (*more, *named.values())
-    if any(isinstance(x, bool) or not isinstance(x, (int, float, np.number)) for x in values):
-        return None  # a mode or a tensor, on which the losses may depend
-    try:
-        first, second, *rest = original(self, *(_STAND_IN,) * 4, *more, **named)
-    except Exception:  # it looks into the tensors; or the call is wrong, and will be said to be
-        return None
-    alone = first is second is _STAND_IN and all(x is not _STAND_IN for x in rest)
-    return rest if alone else None
-
-
 def _semi_loss(original: Any) -> Any:
     """A SemiLoss's own call with the losses from the kernels; the weight is what it says itself."""
     names = _parameters(original)[1:5]
@@ -280,11 +264,10 @@ def _semi_loss(original: Any) -> Any:
     @functools.wraps(original)
     def call(self: Any, *given: Any, **named: Any) -> Any:
         given += tuple(named.pop(name) for name in names[len(given) :] if name in named)
-        own = _own(original, self, given[4:], named) if len(given) >= 4 else None
+        own = trials.own(original, self, given[4:], named) if len(given) >= 4 else None
         if own is None or not (len(given[0]) and len(given[2])):  # a mean of nothing is NaN
             return original(self, *given, **named)
-        labeled = masked_loss(given[0], given[1]).labeled
-        return labeled, masked_loss(given[2], given[3], num_labeled=0).unlabeled, *own
+        return *_both_losses(*given[:4]), *own
 
     return call
 
@@ -382,7 +365,7 @@ def _try_criterion(name: str, cls: type, module: ModuleType) -> tuple[Any, Findi
     finding = trials.verify(name, theirs, tried, inputs, names, exact=False)
     if semi and finding.state == REPLACED:
         extra = next(iter(inputs("cpu")))[4:]
-        if _own(original, self, extra, {}) is None:
+        if trials.own(original, self, extra, {}) is None:
             text = "what it returns beside its losses cannot be had without them"
             finding = dataclasses.replace(finding, state=KEPT, reason=text)
     return ours, finding

@@ -110,6 +110,46 @@ def test_semi_loss(dtype):
         assert_accurate(got, exact, eager.to(got.dtype))
 
 
+@pytest.mark.parametrize("targets", ["cut", "apart"])
+@pytest.mark.parametrize("cut", ["rows", "swapped", "gap", "columns", "detached"])
+def test_semi_loss_of_slices(cut, targets, monkeypatch):
+    """One call where the two are what one tensor was cut into; the same results anyhow."""
+    logits = torch.randn(11, 6, requires_grad=True)
+    t = torch.softmax(torch.randn(11, 6), 1)
+    calls = []
+    monkeypatch.setattr(
+        compat, "masked_loss", lambda *a, **k: calls.append(1) or sk.masked_loss(*a, **k)
+    )
+
+    def split(z, t):
+        if cut == "swapped":
+            return z[4:], t[4:], z[:4], t[:4]
+        if cut == "columns":
+            return z[:, :3], t[:, :3], z[:, 3:], t[:, 3:]
+        end = 10 if cut == "gap" else 11
+        return z[:4], t[:4], z[4:end], t[4:end]
+
+    x, tx, u, tu = split(logits * 1.0, t)
+    if targets == "apart":
+        tx, tu = tx.clone(), tu.clone()
+    if cut == "detached":
+        u = u.detach()
+    lx, lu, _ = compat.SemiLoss()(x, tx, u, tu, 14.0, 10)
+    assert len(calls) == (1 if cut == "rows" else 2)
+    a, ta, b, tb = split(logits, t)
+    one = -(F.log_softmax(a, 1) * ta).sum(1).mean()
+    two = ((torch.softmax(b.detach() if cut == "detached" else b, 1) - tb) ** 2).mean()
+    torch.testing.assert_close((lx, lu), (one, two))
+    got, expected = (torch.autograd.grad(p + 3 * q, logits)[0] for p, q in ((lx, lu), (one, two)))
+    torch.testing.assert_close(got, expected)
+
+
+def test_semi_loss_of_slices_names_wrong_rows():
+    z, t = torch.randn(9, 3), torch.softmax(torch.randn(9, 3), 1)
+    with pytest.raises(ValueError, match="targets"):
+        compat.SemiLoss()(z[:4], t[:5], z[4:], t[5:], 14.0, 10)
+
+
 @pytest.mark.parametrize(("epoch", "expected"), [(0, 0), (10, 0), (18, 12.5), (26, 25), (300, 25)])
 def test_ramp(epoch, expected):
     z, t = torch.zeros(1, 2), torch.tensor([[0.5, 0.5]])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sanm_kernels import compat
+from sanm_kernels import compat, trials
 from sanm_kernels.reference import activation
 
 
@@ -397,6 +397,31 @@ def test_a_call_of_another_kind_is_the_script_s_own():
         assert got[2] == 7.5 / 16
         with pytest.raises(TypeError, match="epoch"):
             module.SemiLoss()(*given)
+
+
+def test_a_device_where_the_original_cannot_be_called_is_passed_over(monkeypatch):
+    class OnCpu:
+        def __call__(self, x, tx, u, tu, epoch, warm_up):
+            return lx(x.cpu(), tx), lu(u, tu), rampup(epoch, warm_up)
+
+    module = script(SemiLoss=OnCpu, attention_erase_map=masking())
+    for devices, state in ((["meta", "cpu"], "replaced"), (["meta"], "not verified")):
+        monkeypatch.setattr(trials, "devices", lambda devices=devices: devices)
+        with compat.patch(module, verbose=False) as done:
+            assert {f.state for f in done.findings.values()} == {state}, done
+    assert done.findings["SemiLoss"].reason.startswith("NotImplementedError: Cannot copy out of")
+
+
+def test_what_cannot_always_be_called_is_not_verified():
+    class Early:
+        def __call__(self, x, tx, u, tu, epoch):
+            if epoch > 100:
+                raise ValueError("too late")
+            return lx(x, tx), lu(u, tu), 0.0
+
+    with compat.patch(script(SemiLoss=Early), verbose=False) as done:
+        finding = done.findings["SemiLoss"]
+        assert (finding.state, finding.reason) == ("not verified", "ValueError: too late")
 
 
 def test_images_of_another_kind_are_the_script_s_own():

@@ -15,7 +15,7 @@ import torch
 
 import sanm_kernels
 from sanm_kernels import backends
-from sanm_kernels.backends import cpu
+from sanm_kernels.backends import cpu, cuda
 
 
 def info() -> dict[str, Any]:
@@ -24,11 +24,12 @@ def info() -> dict[str, Any]:
     Returns:
         The keys ``versions``, ``processor`` and ``cuda``; ``package``, where it was imported from,
         and ``shadowed``, other copies on the path; ``forced``, the backend that the environment
-        forces, or None; ``backends``, for each None or the reason why it can't be used; ``remedy``,
-        what to do where kernels are not compiled, or None; ``operators``, for each and each device
-        type the backend that serves it.
+        forces, or None; ``backends``, for each None or the reason why it can't be used on any
+        device; ``gpus``, for each (``"cuda:0"``) the same of the backends that may run on it;
+        ``remedy``, what to do where kernels are not compiled, or None; ``operators``, for each and
+        each device type, or each GPU where they differ, the backend that serves it.
     """
-    unavailable = sanm_kernels.available_backends()
+    unavailable, gpus = sanm_kernels.available_backends(), backends.gpus()
     return {
         "versions": {
             "sanm_kernels": sanm_kernels.__version__,
@@ -47,13 +48,16 @@ def info() -> dict[str, Any]:
         },
         "cuda": {
             "version": torch.version.cuda,
-            "devices": [
-                torch.cuda.get_device_name(i)
-                for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-            ],
+            "rocm": torch.version.hip,
+            "devices": [torch.cuda.get_device_name(device) for device in gpus],
+            "library": cuda.facts(),
         },
         "forced": backends._forced[0] if backends._forced else None,
         "backends": unavailable,
+        "gpus": {
+            str(device): {name: backends.runs_on(name, device) for name in ("cuda", "triton")}
+            for device in gpus
+        },
         "remedy": backends.remedy() if unavailable["cpu"] is not None else None,
         "operators": backends.table(),
     }
@@ -72,12 +76,21 @@ def text(facts: dict[str, Any]) -> str:
         ),
         ("library", processor["library"] or "none"),
         ("CUDA", cuda["version"] or "not in this torch"),
+        *([("ROCm", cuda["rocm"])] if cuda["rocm"] else []),
+        *([("CUDA library", _library(cuda["library"]))] if cuda["library"] else []),
         ("GPUs", ", ".join(cuda["devices"]) or "none"),
     ]
     lines = [f"{name:14}{value}" for name, value in rows]
     lines += ["", "Backends"]
     for name, reason in facts["backends"].items():
         lines.append(f"  {name:12}{'available' if reason is None else f'not available: {reason}'}")
+        for device, reasons in facts["gpus"].items():
+            if reason is None and reasons.get(name) is not None:
+                lines.append(f"  {'':12}not on {device}: {reasons[name]}")
+    if cuda["rocm"]:
+        lines.append(
+            "  No kernel has been run on ROCm yet: the reference serves, Triton if forced."
+        )
     if facts["remedy"] is not None:
         lines.append(f"  {facts['remedy']}")
     if facts["forced"] is not None:
@@ -88,6 +101,13 @@ def text(facts: dict[str, Any]) -> str:
     for name, served in facts["operators"].items():
         lines.append("  ".join([f"  {name:{width - 2}}", *(f"{served[d]:14}" for d in devices)]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _library(facts: dict[str, str]) -> str:
+    return (
+        f"built with CUDA {facts['runtime']} for compute capability {facts['architectures']}; "
+        f"the driver serves CUDA {facts['driver']}"
+    )
 
 
 def _version(package: str) -> str | None:

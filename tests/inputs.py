@@ -49,7 +49,7 @@ if importlib.util.find_spec("triton") is not None:
 #: Where the CUDA kernels run here: a GPU, or the "cpu" that emulates them; None with neither.
 CUDA_DEVICE = "cpu"  # tests/conftest.py builds and names the emulation
 if not os.environ.get("SANM_KERNELS_CUDA_EMULATION"):
-    CUDA_DEVICE = "cuda" if backends.load("cuda") is None else None
+    CUDA_DEVICE = "cuda" if backends.usable("cuda") is None else None
 #: GPU backend → where its kernels run here.
 GPU_DEVICES = {"triton": TRITON_DEVICE, "cuda": CUDA_DEVICE}
 #: Backends that run on the CPU here, interpreted and emulated ones among them: for operators on

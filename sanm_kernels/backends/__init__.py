@@ -31,6 +31,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: In order of preference, per device type; any other device is served by the reference.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+if torch.version.hip is not None:  # there no kernel has run yet: Triton's run where they are forced
+    PREFERENCE["cuda"] = ("reference",)
 #: Device types that a backend's kernels run on; the reference runs anywhere.
 DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 if os.environ.get("TRITON_INTERPRET") == "1":  # then Triton's kernels run interpreted
@@ -59,7 +61,7 @@ def _check_name(name: object, argument: str) -> str:
 
 @functools.cache
 def load(backend: str) -> str | None:
-    """Load a backend's kernels, once. Returns None, or the reason why it can't be used."""
+    """Load a backend's kernels, once. Returns None, or the reason why they can't be loaded."""
     try:
         module = importlib.import_module(f"sanm_kernels.backends.{backend}")
     except ModuleNotFoundError as error:
@@ -68,50 +70,93 @@ def load(backend: str) -> str | None:
     return reason
 
 
-def serves(backend: str, op: str, device: str) -> str | None:
-    """None if `backend` can run operator `op` on device type `device`, else the reason."""
-    if backend != "reference" and device not in DEVICES[backend]:
-        return f"it runs on {' and '.join(DEVICES[backend])} tensors, not on {device}"
+@functools.cache
+def runs_on(backend: str, device: torch.device) -> str | None:
+    """None if `backend` runs on `device`, a GPU with its index, else the reason."""
+    if backend == "reference":
+        return None
+    if device.type not in DEVICES[backend]:
+        return f"it runs on {' and '.join(DEVICES[backend])} tensors, not on {device.type}"
     reason = load(backend)
+    if reason is None and device.type == "cuda":
+        module = importlib.import_module(f"sanm_kernels.backends.{backend}")
+        reason = module.probe(device.index)
+    return reason
+
+
+def gpus() -> list[torch.device]:
+    """Those that torch sees."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cuda", index) for index in range(count)]
+
+
+@functools.cache
+def usable(backend: str) -> str | None:
+    """None if `backend` runs on some device here, else the reason."""
+    reason = load(backend)
+    if reason is not None or DEVICES.get(backend) != ("cuda",):
+        return reason
+    current = torch.cuda.current_device()  # first: a probe takes memory on its GPU
+    reasons: list[str] = []
+    for device in sorted(gpus(), key=lambda device: device.index != current):
+        reason = runs_on(backend, device)
+        if reason is None:
+            return None
+        reasons.append(reason)
+    return "; ".join(dict.fromkeys(reasons))
+
+
+def serves(backend: str, op: str, device: torch.device | str) -> str | None:
+    """None if `backend` can run operator `op` on `device`, else the reason.
+
+    "cuda" is the current GPU.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    reason = runs_on(backend, device)
     if reason is None and backend != "reference":
-        key = device.upper()
+        key = device.type.upper()
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sanm_kernels::{op}.{backend}", key):
             reason = f"it has no kernel for {op}"
     return reason
 
 
-def preferred(op: str, device: str) -> str:
-    """The backend that serves `op` on device type `device` unless another is forced."""
-    for backend in PREFERENCE.get(device, ()):
+def preferred(op: str, device: torch.device | str) -> str:
+    """The backend that serves `op` on `device` unless another is forced."""
+    for backend in PREFERENCE.get(torch.device(device).type, ()):
         if serves(backend, op, device) is None:
             return backend
     return "reference"
 
 
 @functools.cache
-def _choose(op: str, device: str, forced: str | None) -> str:
+def _choose(op: str, device: torch.device, forced: str | None) -> Any:
+    """The overload."""
+    backend = forced or preferred(op, device)
     if forced is not None:
         reason = serves(forced, op, device)
         if reason is not None:
             raise RuntimeError(f"backend {forced!r} cannot run {op}: {reason}")
-        return forced
-    backend = preferred(op, device)
-    if backend == "reference":
+    elif backend == "reference":
         _warn(device)
-    return backend
+    return getattr(getattr(torch.ops.sanm_kernels, op), backend)
 
 
 @functools.cache
-def _warn(device: str) -> None:
-    """Say, once, that the slow reference serves where compiled kernels could."""
-    could = {"cpu": sys.platform == "linux", "cuda": torch.version.cuda is not None}
-    if not could.get(device, False) or (device == "cuda" and not torch.cuda.is_available()):
+def _warn(device: torch.device) -> None:
+    """Say, once a device, that the slow reference serves where compiled kernels could."""
+    could = {"cpu": sys.platform == "linux", "cuda": torch.cuda.is_available()}
+    if not could.get(device.type, False):
         return
-    reasons = [f"{name}: {load(name)}" for name in PREFERENCE[device] if name != "reference"]
-    lines = "\n  ".join(reasons)
+    names, served, advice = PREFERENCE[device.type][:-1], "it lacks operators", remedy()
+    if device.type == "cuda" and torch.version.hip is not None:
+        names, served = ("cuda", "triton"), "it has not been run on ROCm yet"
+        advice = "To try it: SANM_KERNELS_BACKEND=triton"
+    reasons = "\n  ".join(f"{name}: {runs_on(name, device) or served}" for name in names)
     warnings.warn(
         f"sanm_kernels has no compiled kernels for {device} tensors and computes in plain torch, "
-        f"which is several times slower.\n  {lines}\n  {remedy()}",
+        f"which is several times slower.\n  {reasons}\n  {advice}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -149,8 +194,8 @@ def constant(function: F) -> F:
 
 
 @constant
-def _choose_constant(op: str, device: str, forced: str | None) -> str:
-    return _choose(op, device, forced)
+def _choose_constant(op: str, device: torch.device, forced: str | None) -> str:
+    return str(_choose(op, device, forced)._overloadname)
 
 
 def forced(backend: str | None) -> str | None:
@@ -170,9 +215,9 @@ def select(op: str, device: torch.device, backend: str | None) -> Any:
         ValueError: the forced name is no backend.
         RuntimeError: the forced backend cannot run the operator; the message says why.
     """
-    chosen = (_choose_constant if torch.compiler.is_compiling() else _choose)(
-        op, device.type, forced(backend)
-    )
+    if not torch.compiler.is_compiling():
+        return _choose(op, device, forced(backend))
+    chosen = _choose_constant(op, device, forced(backend))
     return getattr(getattr(torch.ops.sanm_kernels, op), chosen)
 
 
@@ -214,9 +259,9 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: `name` is no backend.
-        RuntimeError: the backend cannot be loaded here; the message says why.
+        RuntimeError: the backend runs on no device here; the message says why.
     """
-    reason = load(_check_name(name, "name"))
+    reason = usable(_check_name(name, "name"))
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     own = _Forced(name)
@@ -231,9 +276,10 @@ def available_backends() -> dict[str, str | None]:
     """Which backends can be used here.
 
     Returns:
-        Every backend's name, with None if it can be used or else the reason why it can't.
+        Every backend's name, with None if it can be used, be it on one GPU of several, or else the
+        reason why it can't.
     """
-    return {name: load(name) for name in BACKENDS}
+    return {name: usable(name) for name in BACKENDS}
 
 
 def set_cpu_cache_limit(mebibytes: int) -> int:
@@ -266,9 +312,16 @@ def set_cpu_cache_limit(mebibytes: int) -> int:
 
 
 def table() -> dict[str, dict[str, str]]:
-    """For each operator and device type, the backend that serves it by default."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return {op: {d: preferred(op, d) for d in devices} for op in operators}
+    """For each operator, the backend that serves it by default: on "cpu", and on "cuda".
+
+    Where GPUs differ they stand one by one, "cuda:0", "cuda:1" and so on.
+    """
+    columns = {str(d): {op: preferred(op, d) for op in operators} for d in gpus()}
+    first = next(iter(columns.values()), None)
+    if first is not None and all(column == first for column in columns.values()):
+        columns = {"cuda": first}
+    columns = {"cpu": {op: preferred(op, "cpu") for op in operators}} | columns
+    return {op: {device: column[op] for device, column in columns.items()} for op in operators}
 
 
 _environment = os.environ.get("SANM_KERNELS_BACKEND")

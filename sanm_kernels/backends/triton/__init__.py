@@ -26,25 +26,35 @@ CAPABILITY = (8, 0)  # the first with bfloat16
 
 
 def load() -> str | None:
-    """Import and register the kernels. Returns None, or why they can't run here."""
+    """Import and register the kernels. Returns None, or why they can't run here.
+
+    Which GPUs they run on is for :func:`probe` to say.
+    """
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     try:
         from sanm_kernels.backends.triton import launch
     except Exception as error:  # whatever a triton of another version, or a broken one, may raise
         return f"triton cannot be imported: {type(error).__name__}: {error}"
-    if not launch.INTERPRETED:
-        if not torch.cuda.is_available():
-            built = "sees no GPU" if torch.version.cuda else "was built without CUDA"
-            return (
-                f"torch {torch.__version__} {built} "
-                "(TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-            )
-        best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-        if best < CAPABILITY:
-            return (
-                f"it needs a GPU of compute capability 8.0, the best here has {best[0]}.{best[1]}"
-            )
+    if not launch.INTERPRETED and not torch.cuda.is_available():
+        has_gpus = torch.version.cuda or torch.version.hip
+        built = "sees no GPU" if has_gpus else "was built without CUDA"
+        return (
+            f"torch {torch.__version__} {built} "
+            "(TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+        )
     for name in OPERATORS:
         importlib.import_module(f"sanm_kernels.backends.triton.{name}")
     return None
+
+
+def probe(index: int) -> str | None:
+    """None if the kernels run on GPU `index`, else the reason. AMD's Triton has its own bounds."""
+    from sanm_kernels.backends.triton import launch
+
+    if launch.INTERPRETED or torch.version.hip is not None:
+        return None
+    found = torch.cuda.get_device_capability(index)
+    if found >= CAPABILITY:
+        return None
+    return f"it needs compute capability 8.0, GPU {index} has {found[0]}.{found[1]}"

@@ -126,11 +126,13 @@ def test_a_backend_that_should_serve_and_does_not_fails_the_run(
     monkeypatch.setattr(operations.libraries, "find_nvcc", lambda: nvcc)
     monkeypatch.setattr(operations.torch.version, "cuda", "13.0")
     monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(operations.backends, "load", lambda name: "the driver is too old")
+    monkeypatch.setattr(
+        operations.backends, "runs_on", lambda name, device: "the driver is too old"
+    )
     found = operations.lacking(backend)
     assert (found or "").startswith(wrong or "") and (found is None) == (wrong is None)
     assert wrong is None or found.endswith("the driver is too old")
-    monkeypatch.setattr(operations.backends, "load", lambda name: None)
+    monkeypatch.setattr(operations.backends, "runs_on", lambda name, device: None)
     assert operations.lacking(backend) is None
 
 

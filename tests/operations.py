@@ -389,7 +389,7 @@ def exercise(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
 
 def lacking(backend: str) -> str | None:
     """What keeps from a GPU a backend that should serve it here; None if nothing does."""
-    reason = backends.load(backend)
+    reason = backends.runs_on(backend, torch.device("cuda", 0))
     if reason is None:
         return None
     if backend == "triton" and importlib.util.find_spec("triton") is not None:

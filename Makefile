@@ -73,7 +73,7 @@ dist-test: wheel sdist  ## install both into clean environments and call every o
 	done
 
 # Not in .venv: a machine with a GPU has its own torch and Triton, and may have no network.
-gpu:  ## with PYTHON's own packages: build, GPU tests, sanitizer, benchmarks
+gpu:  ## with PYTHON's own packages: build, probe, GPU tests, sanitizers, benchmarks
 	$(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove .venv and everything built

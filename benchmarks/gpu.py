@@ -1,9 +1,10 @@
 """``python -m benchmarks.gpu``: all that needs a GPU, in one run of limited time; see `make gpu`.
 
-Builds, runs the GPU tests, compute-sanitizer, the error and launch tables and the benchmarks, each
-as a process of its own with a share of the time, and writes what came of it after each step. It
-needs nothing but the interpreter's own packages. Exit status: 0; 1 if a step that decides failed or
-was cut off; 2 if there is no GPU, and then only the steps that need none are run.
+Builds, looks whether every backend serves, runs the GPU tests, the error and launch tables, the
+headline benchmarks, compute-sanitizer and all benchmarks, each as a process of its own with a share
+of the time that the build leaves, and writes what came of it after each step. It needs nothing but
+the interpreter's own packages. Exit status: 0; 1 if a step failed or was cut off, or nvcc or triton
+is there and its kernels cannot be used; 2 if there is no GPU: then only what needs none is run.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.run import HERE, environment, slug, write
 ROOT = HERE.parent
 OK, FAILED, NO_GPU = 0, 1, 2
 FOUND_BY_SANITIZER = 99  # its exit status where it found something
+BUILD = 300.0  # seconds that the build may take
 LAST = 30.0  # seconds that a benchmark's last case may take
 TAIL = 40  # lines of a step's output that are kept
 
@@ -42,11 +44,12 @@ class Step:
     Attributes:
         name: also of its log file.
         command: ``{minutes}`` in it stands for when to begin nothing new, a little before its end.
-        weight: its share of the time that is left, against the weights of the steps after it.
+        weight: its share of the time that is left, against the weights of the steps after it:
+            about the seconds that it gets where each step takes all of its time.
         environment: variables to be set.
         result: a JSON file that it writes, read when it has ended, however that was.
-        decides: whether the run has failed where this step has.
         left_out: why it is not run.
+        limit: seconds it may take, where that is no share.
     """
 
     name: str
@@ -54,8 +57,8 @@ class Step:
     weight: float
     environment: dict[str, str] = field(default_factory=dict)
     result: Path | None = None
-    decides: bool = True
     left_out: str | None = None
+    limit: float | None = None
 
 
 def share(left: float, weights: Sequence[float]) -> float:
@@ -173,10 +176,13 @@ def run_all(
     """Run the steps until `end` on the monotonic clock; `keep` gets the records after each."""
     records: list[dict[str, Any]] = []
     for i, step in enumerate(steps):
-        seconds = share(end - time.monotonic(), [s.weight for s in steps[i:]])
+        left = end - time.monotonic()
+        seconds = share(left, [s.weight for s in steps[i:] if s.limit is None])
+        if step.limit is not None:
+            seconds = min(step.limit, max(left, 0.0))
         print(f"[{i + 1}/{len(steps)}] {step.name} (at most {seconds:.0f} s) …", flush=True)
         record = execute(step, seconds, logs / f"{slug(step.name)}.log")
-        records.append(record | {"decides": step.decides})
+        records.append(record)
         print(f"      {line(record)}", flush=True)
         if record["status"] in ("failed", "out of time"):
             print("\n".join(f"      | {text}" for text in record.get("output", [])), flush=True)
@@ -202,9 +208,8 @@ def line(record: dict[str, Any]) -> str:
 
 
 def bad(records: Sequence[dict[str, Any]]) -> list[str]:
-    """The steps that decide and did not end well."""
-    ended = ("ok", "left out")
-    return [r["name"] for r in records if r["decides"] and r["status"] not in ended]
+    """The steps that did not end well."""
+    return [r["name"] for r in records if r["status"] not in ("ok", "left out")]
 
 
 def plan(gpu: bool, rehearse: bool, work: Path, capability: str | None = None) -> list[Step]:
@@ -249,47 +254,60 @@ def plan(gpu: bool, rehearse: bool, work: Path, capability: str | None = None) -
             f"compute-sanitizer {tool}", command, 45, apart | interpreted, out, left_out=missing
         )
 
-    build = Step("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 80,
-                 archs, decides=False)  # fmt: skip
-    info = Step("info", [python, "-m", "sanm_kernels", "info"], 15)
-    gpu_tests = pytest("tests of the GPU", 100, "tests/test_gpu.py", workers=8)
+    # Not a share: half a library makes a run of half the tests. Against the CPU seconds that the
+    # sources take, on one core and on sixteen, this is plenty.
+    build = Step("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 0, archs,
+                 limit=BUILD)  # fmt: skip
+    first = table("probe", "probe", 50, tiny=rehearse)
+    gpu_tests = pytest("tests of the GPU", 90, "tests/test_gpu.py", workers=8)
     if not gpu and not rehearse:
-        return [build, info, gpu_tests, table("errors", "errors against float64, on the CPU", 60,
-                                             tiny=False)]  # fmt: skip
+        return [build, first, gpu_tests, table("errors", "errors against float64, on the CPU", 60,
+                                              tiny=False)]  # fmt: skip
     found = [
         p for kind in ("gpu", "triton") for p in (ROOT / "tests/ops").glob(f"test_{kind}_*.py")
     ]
     kernels = ["tests/test_triton_tune.py", *sorted(str(path.relative_to(ROOT)) for path in found)]
     # Compiling ahead of time needs no GPU and takes minutes; interpreted, the rest does too.
     kernels = [k for k in kernels if not k.endswith("compiles.py")] if gpu else kernels[:1]
-    out = work / "benchmarks.json"
-    words = ["--device", device, "--minutes", "{minutes}", "--out", str(out)]
-    words += ["--quick", "--no-compile"] if rehearse else ["--seconds", "1.5", "--rounds", "3"]
+    by_triton = {"SANM_KERNELS_BACKEND": "triton"}
+
+    def benchmarks(title: str, weight: float, *more: str) -> Step:
+        out = work / f"{title}.json"
+        words = ["--device", device, "--minutes", "{minutes}", "--out", str(out), *more]
+        words += ["--quick", "--no-compile"] if rehearse else ["--seconds", "1.5", "--rounds", "3"]
+        return Step(title, [python, "-m", "benchmarks.run", *words], weight, {}, out)
+
     return [
         build,
-        info,
+        first,
         gpu_tests,
-        pytest(
-            "tests of the GPU, Triton",
-            70,
-            "tests/test_gpu.py",
-            workers=8,
-            SANM_KERNELS_BACKEND="triton",
-        ),
-        pytest("tests of the kernels", 170, *kernels, workers=14),
+        pytest("tests of the GPU, Triton", 70, "tests/test_gpu.py", workers=8, **by_triton),
+        pytest("tests of the kernels", 130, *kernels, workers=14),
         table("errors", "errors against float64", 35, tiny=rehearse),
         table("launches", "launches per call", 30, tiny=rehearse),
+        benchmarks("headline benchmarks", 70, "--headline"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        Step("benchmarks", [python, "-m", "benchmarks.run", *words], 120, {}, out),
+        benchmarks("benchmarks", 90),
     ]
+
+
+def for_one(archs: dict[str, str]) -> str | None:
+    """What to know of the CUDA library that the build leaves behind; None if nothing."""
+    library = ROOT / "sanm_kernels/lib/cuda.so"
+    if not archs or not library.is_file():
+        return None
+    return (
+        f"{library.relative_to(ROOT)} now has code for sm_{archs['SANM_CUDA_ARCHS']} alone (and "
+        "PTX for GPUs that are newer). For others, build it again with SANM_CUDA_ARCHS=all."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     add = parser.add_argument
-    add("--minutes", type=float, default=9.0, help="for all steps together (default: 9)")
+    add("--minutes", type=float, default=11.5, help="for all steps together (default: 11.5)")
     add("--out", type=Path, metavar="FOLDER", help="for the JSON file and the logs; by default "
         "benchmarks/results and build/gpu")  # fmt: skip
     add("--rehearse", action="store_true", help="every step on the CPU, tiny, Triton's kernels "
@@ -332,6 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = plan(gpu, options.rehearse, Path(work), capability)
         content["planned"] = [step.name for step in steps]
         records = run_all(steps, began + 60 * options.minutes, logs, keep)
+        content["left_behind"] = for_one(steps[0].environment)
     wrong = bad(records)
     code = FAILED if wrong else OK if gpu or options.rehearse else NO_GPU
     content["exit"] = code
@@ -343,6 +362,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for record in records:
         for text in record.get("tests", {}).get("messages", []):
             print(f"  {text}")
+    for record in records:
+        for row in record.get("result", {}).get("probe", []):
+            if not row.get("ok", True):
+                print(f"  {record['name']}: {row.get('reason') or row}")
+    if content["left_behind"]:
+        print(content["left_behind"])
     print(f"\n{time.monotonic() - began:.0f} s; output of the steps: {logs}")
     if target is not None:
         print(f"written to {target}")

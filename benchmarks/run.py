@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import COMPILED, OURS, SHAPES, Case, cases, measure, serving
+from benchmarks.common import COMPILED, HEADLINE, OURS, SHAPES, Case, cases, measure, serving
 from sanm_kernels.__main__ import info
 
 HERE = Path(__file__).resolve().parent
@@ -111,9 +111,11 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def schedule(ops: Sequence[str], quick: bool, in_turns: bool) -> Iterator[Case]:
+def schedule(
+    ops: Sequence[str], quick: bool, in_turns: bool, shapes: Any = SHAPES
+) -> Iterator[Case]:
     """The cases, one operator after the other, or the first of each, then the second of each, …"""
-    listed = [list(cases(op))[: 1 if quick else None] for op in ops]
+    listed = [list(cases(op, shapes))[: 1 if quick else None] for op in ops]
     if in_turns:
         for row in itertools.zip_longest(*listed):
             yield from (case for case in row if case is not None)
@@ -134,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     add = parser.add_argument
     add("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
+    add("--headline", action="store_true", help="the shapes of HEADLINE alone, without "
+        "torch.compile")  # fmt: skip
     add("--quick", action="store_true", help="a trial: the smallest shapes, few rounds, data "
         "partly in the caches; the figures mean little")  # fmt: skip
     add("--no-compile", action="store_true", help="leave out torch.compile")
@@ -144,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "in turns, so that each gets its first")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-COMMIT.json")
     options = parser.parse_args(arguments)
+    if options.headline:
+        options.no_compile, options.ops = True, [op for op in options.ops if op in HEADLINE]
 
     ops = SHAPES if "growth" in options.ops else options.ops
     try:
@@ -163,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = (0.5, 3, 2**25) if options.quick else (options.seconds, options.rounds)
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     records, failed, left_out = [], [], []
-    for case in schedule(options.ops, options.quick, options.minutes is not None):
+    shapes = HEADLINE if options.headline else SHAPES
+    for case in schedule(options.ops, options.quick, options.minutes is not None, shapes):
         name = f"{case.op} {case.shape}"
         if time.monotonic() > end:
             left_out.append(name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
 from pathlib import Path
 
+import operations
 import pytest
 
 from benchmarks import gpu
+from benchmarks.common import HEADLINE
 from benchmarks.run import schedule, slug, write
 
 
@@ -67,7 +70,6 @@ def test_the_next_step_goes_on_and_each_is_kept(tmp_path):
     assert records[2]["result"] == {"rows": [1, 2]}
     assert records[3]["reason"] == "it is not here"
     assert gpu.bad(records) == ["endless", "fails"]
-    assert gpu.bad([r | {"decides": False} for r in records]) == []
     json.dumps(records)
 
 
@@ -80,6 +82,84 @@ def test_an_old_result_is_not_taken_for_a_new_one(tmp_path):
     result = tmp_path / "result.json"
     result.write_text("{}")
     assert "result" not in gpu.execute(python("a", "", result=result), 5.0, tmp_path / "log")
+
+
+def test_the_build_takes_no_share(tmp_path):
+    """It may take its own limit; what it leaves of the whole is shared by the others."""
+    steps = [python("build", "import time; time.sleep(1)", 0.0, limit=30.0), python("a", ""),
+             python("b", "")]  # fmt: skip
+    build, a, b = gpu.run_all(steps, time.monotonic() + 8, tmp_path, lambda _: None)
+    assert build["status"] == "ok" and 7 < build["limit"] <= 8
+    assert 2.5 < a["limit"] <= 3.5 < b["limit"] <= 7
+    planned, *others = gpu.plan(True, False, tmp_path)
+    assert planned.name == "build" and planned.limit == 300
+    assert all(step.limit is None for step in others)
+
+
+def test_the_order_of_the_steps_and_their_seconds(tmp_path):
+    steps = gpu.plan(True, False, tmp_path)
+    assert [step.name for step in steps] == [
+        "build", "probe", "tests of the GPU", "tests of the GPU, Triton", "tests of the kernels",
+        "errors against float64", "launches per call", "headline benchmarks",
+        "compute-sanitizer memcheck", "compute-sanitizer racecheck", "benchmarks",
+    ]  # fmt: skip
+    assert "--headline" in steps[7].command and "--headline" not in steps[10].command
+    assert sum(step.weight for step in steps) <= 60 * 12 - 60  # a minute for the build
+
+
+@pytest.mark.parametrize(
+    ("backend", "nvcc", "environment", "wrong"),
+    [
+        ("cuda", Path("/bin/nvcc"), {}, "nvcc is there (/bin/nvcc), but the CUDA library cannot"),
+        ("cuda", Path("/bin/nvcc"), {"SANM_CUDA": "0"}, None),
+        ("cuda", None, {}, None),
+        ("triton", None, {}, "triton is installed, but its kernels cannot be used"),
+        ("cpu", None, {}, None),
+    ],
+)
+def test_a_backend_that_should_serve_and_does_not_fails_the_run(
+    backend, nvcc, environment, wrong, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("SANM_CUDA", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(operations.libraries, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(operations.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(
+        operations.backends, "runs_on", lambda name, device: "the driver is too old"
+    )
+    found = operations.lacking(backend)
+    assert (found or "").startswith(wrong or "") and (found is None) == (wrong is None)
+    assert wrong is None or found.endswith("the driver is too old")
+    monkeypatch.setattr(operations.backends, "runs_on", lambda name, device: None)
+    assert operations.lacking(backend) is None
+
+
+def test_the_probe_calls_every_function_on_every_backend_and_goes_on(tmp_path, monkeypatch, capsys):
+    broken = dataclasses.replace(operations.OPERATIONS["sample_loss"], run=lambda x, **_: 1 / 0)
+    some = {"broken": broken, "good": operations.OPERATIONS["refine_targets"]}
+    monkeypatch.setattr(operations, "OPERATIONS", some)
+    monkeypatch.setattr(operations, "served_by", lambda *_: ["cpu"])
+    out = tmp_path / "probe.json"
+    assert operations.main(["probe", "--device", "cpu", "--out", str(out)]) == 1
+    known, *rows = json.loads(out.read_text())["probe"]
+    assert known["device"] == "cpu" and "Backends" in capsys.readouterr().out
+    assert {row["backend"] for row in rows} == {"reference", "cpu", "triton", "cuda"}
+    bad, good = rows[-2:]
+    assert not bad["ok"] and bad["error"] == "ZeroDivisionError: division by zero" and good["ok"]
+    del some["broken"]
+    assert operations.main(["probe", "--device", "cpu", "--out", str(out)]) == 0
+
+
+def test_a_library_for_one_gpu_is_spoken_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.for_one({"SANM_CUDA_ARCHS": "90"}) is None
+    (tmp_path / "sanm_kernels/lib").mkdir(parents=True)
+    (tmp_path / "sanm_kernels/lib/cuda.so").touch()
+    assert gpu.for_one({}) is None
+    said = gpu.for_one({"SANM_CUDA_ARCHS": "90"})
+    assert "has code for sm_90 alone" in said and "SANM_CUDA_ARCHS=all" in said
 
 
 def test_time_that_a_step_leaves_goes_to_the_next():
@@ -141,13 +221,21 @@ def test_operators_take_turns_where_time_is_limited():
     in_turns = [case.op for case in schedule(ops, False, True)]
     assert in_turns == ["sample_loss", "masked_loss"] * 3
     assert [case.op for case in schedule(ops, True, False)] == list(ops)
+    few = schedule(list(HEADLINE), False, True, HEADLINE)
+    headline = [f"{case.op} {case.shape}" for case in few]
+    assert headline == [
+        "masked_forward B=128 C=512 h=4 H=32 K=10", "masked_loss n=768 K=100",
+        "mixup_views 12 × (64, 3, 32, 32) → 768 rows", "fit_label_quality N=1000000",
+        "masked_forward B=32 C=2048 h=7 H=224 K=14", "masked_loss n=768 K=1000",
+        "mixup_views 8 × (32, 3, 224, 224) → 128 rows",
+    ]  # fmt: skip
 
 
 def test_the_plan_leaves_out_what_has_no_tool_and_needs_no_gpu_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     steps = {step.name: step for step in gpu.plan(True, False, tmp_path)}
     assert steps["compute-sanitizer memcheck"].left_out == "compute-sanitizer is not on the PATH"
-    assert "cuda" in steps["benchmarks"].command and not steps["build"].decides
+    assert "cuda" in steps["benchmarks"].command
     files = {Path(w).name for w in steps["tests of the kernels"].command}
     assert "test_gpu_masked_forward.py" in files and "test_triton_compiles.py" not in files
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
@@ -172,6 +260,7 @@ def test_a_run_on_a_gpu_writes_one_file_named_after_it(tmp_path, monkeypatch, ca
     assert gpu.main(["--out", str(tmp_path), "--minutes", "0.2"]) == gpu.FAILED
     content = json.loads((tmp_path / "gpu-nvidia-h100-80gb.json").read_text())
     assert [step["status"] for step in content["steps"]] == ["ok", "failed"]
+    assert content["left_behind"] is None  # these steps build nothing
     assert content["exit"] == 1 and content["dirty"] and content["commit"] == "abc-changed"
     assert "FAILED: bad" in capsys.readouterr().out
     steps.pop()

@@ -1,26 +1,35 @@
 """Drop-in replacements for the functions of existing SANM and DivideMix scripts.
 
-Same signatures, side effects and draws; :func:`patch` puts them into a script's module. The
-``official`` semantics and what is wrong with the released functions: docs/switching.md.
+Same signatures, side effects and draws; :func:`patch` puts them into a script's modules, where they
+compute what the script's own functions do. The ``official`` semantics and what is wrong with the
+released functions: docs/switching.md.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
+import functools
 import inspect
 import random
+import sys
+from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sanm_kernels import validate
+from sanm_kernels import trials, validate
 from sanm_kernels.config import MaskConfig
 from sanm_kernels.functional import masked_forward
 from sanm_kernels.losses import masked_loss
 from sanm_kernels.results import MaskedForward
+from sanm_kernels.trials import KEPT, NOT_VERIFIED, REPLACED, Finding
 
 __all__ = [
+    "Finding",
     "NegEntropy",
     "Patch",
     "SemiLoss",
@@ -29,6 +38,8 @@ __all__ = [
     "patch",
 ]
 
+#: What :func:`patch` looks for.
+NAMES = ("attention_erase_map", "attention_erase_map_clothing1m", "SemiLoss", "NegEntropy")
 _CIFAR = MaskConfig.official_cifar()
 _CLOTHING1M = MaskConfig.official_clothing1m()
 
@@ -37,6 +48,18 @@ def _python_draws(batch: int, count: int, device: torch.device) -> Tensor:
     """(batch, count) float64 from Python's `random`, sample after sample."""
     values = [[random.random() for _ in range(count)] for _ in range(batch)]
     return torch.tensor(values, dtype=torch.float64).view(batch, count).to(device)
+
+
+@torch.no_grad()
+def erase(
+    images: Tensor, outputs: Tensor, gmmweight: Tensor, target_mask: Tensor, config: MaskConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attention_erase_map` of any configuration with shared draws and both views."""
+    result = _masked(images, outputs, gmmweight, target_mask, config, None)
+    assert result.images_max is not None and result.images_min is not None
+    assert result.targets_max is not None
+    target_mask.copy_(result.targets_max)
+    return result.images_max, result.images_min, target_mask
 
 
 def _masked(
@@ -48,12 +71,12 @@ def _masked(
     num_classes: int | None,
 ) -> MaskedForward:
     validate.floating(images, "images", 4, shape="(B, Cin, H, W)")
-    validate.floating(gmmweight, "gmmweight")
+    gmmweight = validate.quality(gmmweight, "gmmweight")
     draws = _python_draws(images.shape[0], config.num_draws(images.shape[1]), images.device)
     return masked_forward(
         outputs,
         targets,
-        gmmweight.reshape(-1),
+        gmmweight,
         images=images,
         config=config,
         num_classes=num_classes,
@@ -85,11 +108,7 @@ def attention_erase_map(
         TypeError, ValueError: as :func:`sanm_kernels.masked_forward`; nothing is changed then
             (but for the state of `random`).
     """
-    result = _masked(images, outputs, gmmweight, target_mask, _CIFAR, None)
-    assert result.images_max is not None and result.images_min is not None
-    assert result.targets_max is not None
-    target_mask.copy_(result.targets_max)
-    return result.images_max, result.images_min, target_mask
+    return erase(images, outputs, gmmweight, target_mask, _CIFAR)
 
 
 @torch.no_grad()
@@ -122,6 +141,35 @@ def attention_erase_map_clothing1m(
     return result.ratio_max, result.ratio_min, result.images_max, result.images_min
 
 
+def _both_losses(
+    x: Tensor, targets_x: Tensor, u: Tensor, targets_u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """L_x and L_u, in one call where the logits are what one tensor was cut into."""
+    logits = _uncut(x, u)
+    if logits is None or (targets_x.shape, targets_u.shape) != (x.shape, u.shape):
+        unlabeled = masked_loss(u, targets_u, num_labeled=0).unlabeled
+        return masked_loss(x, targets_x).labeled, unlabeled
+    targets = _uncut(targets_x, targets_u)
+    if targets is None:
+        targets = torch.cat([targets_x, targets_u])
+    result = masked_loss(logits, targets, num_labeled=x.shape[0])
+    return result.labeled, result.unlabeled
+
+
+def _uncut(first: Tensor, second: Tensor) -> Tensor | None:
+    """The tensor whose rows are those of `first`, then those of `second`, if it is there."""
+    whole = first._base
+    if whole is None or whole is not second._base or whole.requires_grad != first.requires_grad:
+        return None
+    rows = first.shape[0]
+    same = whole.stride() == first.stride() == second.stride()
+    shape = torch.Size((rows + second.shape[0], *first.shape[1:]))
+    starts = [x.storage_offset() - whole.storage_offset() for x in (first, second)]
+    if same and whole.shape == shape and starts == [0, rows * whole.stride(0)]:
+        return whole
+    return None
+
+
 class SemiLoss:
     """DivideMix's criterion: cross-entropy, squared error, and the ramped weight of the latter.
 
@@ -151,9 +199,8 @@ class SemiLoss:
         Raises:
             TypeError, ValueError: as :func:`sanm_kernels.masked_loss`.
         """
-        labeled = masked_loss(outputs_x, targets_x).labeled
-        unlabeled = masked_loss(outputs_u, targets_u, num_labeled=0).unlabeled
-        return labeled, unlabeled, self._weight(epoch, warm_up)
+        losses = _both_losses(outputs_x, targets_x, outputs_u, targets_u)
+        return *losses, self._weight(epoch, warm_up)
 
     def _weight(self, epoch: float, warm_up: float) -> float:
         done = 1.0 if self.rampup_length == 0 else (epoch - warm_up) / self.rampup_length
@@ -170,22 +217,28 @@ class NegEntropy:
         return masked_loss(outputs, labels).confidence
 
 
+# ---- patch: what a script's own functions do is found out by calling them.
+
+
 class Patch:
-    """What :func:`patch` replaced. Undone by :meth:`undo`, or at the end of a ``with`` block.
+    """What :func:`patch` did. Undone by :meth:`undo`, or at the end of a ``with`` block.
 
     Attributes:
-        module: the module that was changed.
-        replaced: the originals by name; empty once undone.
+        module: the module whose names were looked at.
+        findings: by name, what was found out about it.
+        replaced: the originals that were replaced, by name; empty once undone.
     """
 
-    def __init__(self, module: ModuleType, replaced: dict[str, Any]) -> None:
+    def __init__(self, module: ModuleType) -> None:
         self.module = module
-        self.replaced = replaced
+        self.findings: dict[str, Finding] = {}
+        self.replaced: dict[str, Any] = {}
+        self._undo: list[Callable[[], object]] = []
 
     def undo(self) -> None:
         """Put the originals back."""
-        for name, original in self.replaced.items():
-            setattr(self.module, name, original)
+        while self._undo:
+            self._undo.pop()()
         self.replaced = {}
 
     def __enter__(self) -> Patch:
@@ -200,77 +253,213 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        names = ", ".join(self.replaced) or "nothing"
-        return f"<sanm_kernels replaced {names} in {self.module.__name__}>"
+        lines = "".join(f"\n  {finding}" for finding in self.findings.values())
+        return f"<sanm_kernels in {self.module.__name__}:{lines}>"
 
 
-def _erase_for(original: Any) -> Any:
-    """Which of the two functions of one name `original` is, told by its arguments."""
+def _semi_loss(original: Any) -> Any:
+    """A SemiLoss's own call with the losses from the kernels; the weight is what it says itself."""
+    names = _parameters(original)[1:5]
+
+    @functools.wraps(original)
+    def call(self: Any, *given: Any, **named: Any) -> Any:
+        given += tuple(named.pop(name) for name in names[len(given) :] if name in named)
+        own = trials.own(original, self, given[4:], named) if len(given) >= 4 else None
+        if own is None or not (len(given[0]) and len(given[2])):  # a mean of nothing is NaN
+            return original(self, *given, **named)
+        return *_both_losses(*given[:4]), *own
+
+    return call
+
+
+def _neg_entropy(original: Any) -> Any:
+    penalty = NegEntropy()
+
+    @functools.wraps(original)
+    def call(self: Any, *given: Any, **named: Any) -> Any:
+        if len(given) != 1 or named or not len(given[0]):
+            return original(self, *given, **named)
+        return penalty(given[0])
+
+    return call
+
+
+def _masking(original: Any, ours: Any) -> Any:
+    """`ours` for images like those that were tried, square and of three channels, all float32."""
+    names = _parameters(original)
+
+    @functools.wraps(original)
+    def call(*given: Any, **named: Any) -> Any:
+        given += tuple(named.pop(name) for name in names[len(given) :] if name in named)
+        alike = all(isinstance(x, Tensor) and x.dtype == torch.float32 for x in given)
+        if alike and not named and given and given[0].shape[1:] == (3, *2 * given[0].shape[-1:]):
+            return ours(*given)
+        return original(*given, **named)
+
+    return call
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _try_masking(name: str, original: Any) -> tuple[Any, Finding]:
+    """The function that serves in place of `original`, and what came of the comparison."""
+    count = len(_parameters(original))
+    if count not in (3, 4):
+        return None, Finding(name, NOT_VERIFIED, f"it takes {count} arguments, not 3 or 4")
+    best: tuple[Any, Finding] | None = None
+    for column in (True, False):  # of qualities, as the scripts have them
+        if count == 3:
+            names = ["ratio_max", "ratio_min", "view at the peak", "view at the trough"]
+            candidates: list[tuple[Any, str]] = [(attention_erase_map_clothing1m, "")]
+        else:
+            names = ["view at the peak", "view at the trough", "returned targets"]
+            config = _CIFAR
+            with contextlib.suppress(ValueError):  # areas in pixels, perhaps
+                config = _CIFAR.replace(**trials.recognised(original, column))
+            text = f"γ = {config.ratio_gamma}, a in [{config.ratio_low}, {config.ratio_high}]"
+            half, whole = (config.replace(area_scale=scale) for scale in (0.5, 1.0))
+            candidates = [
+                (functools.partial(erase, config=half), text),
+                (functools.partial(erase, config=whole), f"{text}, areas not halved"),
+            ]
+        for function, text in candidates:
+            ours = _masking(original, function)
+            inputs = functools.partial(trials.masking_inputs, column=column, soft=count == 4)
+            finding = trials.verify(name, original, ours, inputs, names, exact=True)
+            if finding.state == REPLACED:
+                return ours, dataclasses.replace(finding, reason=text)
+            if best is None or best[1].state == NOT_VERIFIED != finding.state:
+                best = ours, finding
+        if best is not None and best[1].state != NOT_VERIFIED:
+            break
+    assert best is not None
+    return best
+
+
+def _try_criterion(name: str, cls: type, module: ModuleType) -> tuple[Any, Finding]:
+    """The method that serves in place of the class's own, and what came of the comparison."""
+    original = getattr(cls, _method(cls), None)
+    if not inspect.isfunction(original):
+        return None, Finding(name, NOT_VERIFIED, f"it has no {_method(cls)} of its own")
+    semi = name == "SemiLoss"
+    ours = (_semi_loss if semi else _neg_entropy)(original)
+    held = vars(module)
     try:
-        count = len(inspect.signature(original).parameters)
-    except (TypeError, ValueError):
-        return attention_erase_map
-    return attention_erase_map_clothing1m if count == 3 else attention_erase_map
-
-
-def _semi_loss_for(module: ModuleType) -> type[SemiLoss]:
-    """SemiLoss with the weight of the module's own: its constructor's, or its `linear_rampup`'s."""
-    original = getattr(module, "SemiLoss", None)
-    if original is None or "lambda_u" in inspect.signature(original).parameters:
-        return SemiLoss
-    if not callable(getattr(module, "linear_rampup", None)):
-        raise ValueError(
-            "module: expected a SemiLoss(lambda_u=…) or a linear_rampup(epoch, warm_up), for the "
-            f"weight of the unlabelled loss, got {module.__name__}, which has neither"
+        self = next((copy.copy(x) for x in held.values() if type(x) is cls), None) or cls(
+            *(
+                held.get(p.name, trials.number(p.name, 0))
+                for p in inspect.signature(cls).parameters.values()
+                if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+            )
         )
+    except Exception as error:
+        return ours, Finding(name, NOT_VERIFIED, f"no object can be made of it: {error}")
+    more = list(inspect.signature(original).parameters.values())[5 if semi else 2 :]
+    classes = getattr(held.get("args"), "num_class", None)
+    classes = classes if isinstance(classes, int) and classes > 1 else 10
+    inputs = functools.partial(trials.criterion_inputs, more=more, semi=semi, K=classes)
+    names = ["L_x", "L_u", "weight"] if semi else ["penalty"]
+    theirs, tried = (functools.partial(function, self) for function in (original, ours))
+    finding = trials.verify(name, theirs, tried, inputs, names, exact=False)
+    if semi and finding.state == REPLACED:
+        extra = next(iter(inputs("cpu")))[4:]
+        if trials.own(original, self, extra, {}) is None:
+            text = "what it returns beside its losses cannot be had without them"
+            finding = dataclasses.replace(finding, state=KEPT, reason=text)
+    return ours, finding
 
-    class RampedSemiLoss(SemiLoss):
-        """SemiLoss whose weight is what the script's `linear_rampup` returns."""
 
-        def _weight(self, epoch: float, warm_up: float) -> float:
-            weight: float = module.linear_rampup(epoch, warm_up)
-            return weight
-
-    return RampedSemiLoss
+def _method(cls: type) -> str:
+    return "forward" if issubclass(cls, torch.nn.Module) else "__call__"
 
 
-def patch(module: ModuleType, *, verbose: bool = True) -> Patch:
-    """Put this module's functions in place of the same names in `module`.
+def _is_ours(original: Any) -> bool:
+    served = getattr(original, _method(original), None) if isinstance(original, type) else original
+    return getattr(original, "__module__", None) == __name__ or hasattr(served, "_sanm_kernels")
 
-    Replaced are, where they exist, `attention_erase_map` (by the Clothing1M variant if it takes
-    three arguments), `attention_erase_map_clothing1m`, `SemiLoss` and `NegEntropy`. Where the
-    module's own `SemiLoss` takes no `lambda_u`, the weight goes on coming from its `linear_rampup`.
-    Objects made from the old classes before the call stay what they are.
+
+def _put(done: Patch, name: str, original: Any, ours: Any) -> list[str]:
+    """Put `ours` in the original's place, wherever a module holds it; names of other modules.
+
+    In a class it takes the place of the method: objects of the class that were made before, and
+    other names of it, have it too.
+    """
+    done.replaced[name] = original
+    ours._sanm_kernels = True
+    if isinstance(original, type):
+        method = _method(original)
+        if method in vars(original):
+            done._undo.append(functools.partial(setattr, original, method, vars(original)[method]))
+        else:
+            done._undo.append(functools.partial(delattr, original, method))
+        setattr(original, method, ours)
+        return []
+    elsewhere = []
+    for module in {id(m): m for m in (done.module, *sys.modules.values())}.values():
+        held = getattr(module, "__dict__", {})
+        for key in [key for key, value in list(held.items()) if value is original]:
+            held[key] = ours
+            done._undo.append(functools.partial(held.__setitem__, key, original))
+            if module is not done.module:
+                elsewhere.append(module.__name__)
+    return elsewhere
+
+
+def patch(module: ModuleType, *, force: bool = False, verbose: bool = True) -> Patch:
+    """Let a script compute with this package, where that changes none of its results.
+
+    Looked at are `attention_erase_map`, `attention_erase_map_clothing1m`, `SemiLoss` and
+    `NegEntropy`, where `module` has them. Each is called on small random inputs and compared with
+    ours: views, boxes, targets and the random numbers drawn to the last bit, losses and their
+    gradients to float32 rounding. What agrees is replaced. The weight that a `SemiLoss` returns
+    goes on coming from itself, whatever its arguments are; a masking function may have its own γ
+    and range of ratios. A function is replaced in all loaded modules that hold it, a class in
+    place, so that objects made before compute with ours too; what was put elsewhere before, such as
+    a functools.partial of a function, stays as it is. Random states are left as they were.
 
     Args:
-        module: the module whose globals are changed, for instance an imported training script.
-        verbose: print what was replaced.
+        module: the module whose names are looked at, for instance an imported training script.
+        force: replace also what differs or cannot be compared.
+        verbose: print what was found.
 
     Returns:
-        A Patch, which undoes the replacement.
+        A Patch, which holds the findings and undoes the replacement.
 
     Raises:
         TypeError: `module` is no module.
-        ValueError: it has none of the names, or a `SemiLoss` whose weight cannot be known; nothing
-            is replaced then.
+        ValueError: it has none of the names.
     """
     if not isinstance(module, ModuleType):
         raise TypeError(f"module: expected a module, got {type(module).__name__}")
-    ours = {
-        "attention_erase_map": _erase_for(getattr(module, "attention_erase_map", None)),
-        "attention_erase_map_clothing1m": attention_erase_map_clothing1m,
-        "SemiLoss": _semi_loss_for(module),
-        "NegEntropy": NegEntropy,
-    }
-    present = {name: getattr(module, name) for name in ours if hasattr(module, name)}
+    present = {name: getattr(module, name) for name in NAMES if hasattr(module, name)}
     if not present:
         raise ValueError(
-            f"module: expected one with some of {', '.join(ours)}, "
+            f"module: expected one with some of {', '.join(NAMES)}, "
             f"got {module.__name__}, which has none"
         )
-    for name in present:
-        setattr(module, name, ours[name])
-    done = Patch(module, present)
+    done = Patch(module)
+    for name, original in present.items():
+        ours = None
+        if _is_ours(original):
+            finding = Finding(name, KEPT, "it is this package's already")
+        elif name in ("SemiLoss", "NegEntropy") and isinstance(original, type):
+            ours, finding = _try_criterion(name, original, module)
+        elif name in ("SemiLoss", "NegEntropy") or not inspect.isfunction(original):
+            finding = Finding(name, NOT_VERIFIED, f"it is a {type(original).__name__}")
+        else:
+            ours, finding = _try_masking(name, original)
+        if ours is not None and (force or finding.state == REPLACED):
+            if finding.state != REPLACED:
+                finding = dataclasses.replace(
+                    finding, state=REPLACED, reason=f"forced, {finding.state}: {finding.reason}"
+                )
+            also = _put(done, name, original, ours)
+            if also:
+                reason = "; ".join(filter(None, [finding.reason, f"also in {', '.join(also)}"]))
+                finding = dataclasses.replace(finding, reason=reason)
+        done.findings[name] = finding
     if verbose:
         print(done)
     return done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -84,7 +85,8 @@ class MaskConfig:
             "aspect_high",
             "reconstruction_weight",
         ):
-            v = getattr(self, name)
+            v = _plain(getattr(self, name))
+            object.__setattr__(self, name, v)
             if isinstance(v, bool) or not isinstance(v, (int, float)):
                 raise TypeError(f"{name}: expected a number, got {v!r}")
             if not math.isfinite(v) or v < 0:
@@ -155,7 +157,15 @@ class MaskConfig:
         return 2 * self.draw_sets + fills
 
 
+def _plain(value: object) -> object:
+    """A number of another library, such as a NumPy scalar, as Python's."""
+    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return float(value)
+
+
 def _fill_value(value: object) -> float | tuple[float, ...]:
+    value = _plain(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return _finite(value)
     try:

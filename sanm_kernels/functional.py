@@ -132,7 +132,7 @@ def masked_forward(
             channels_last are read in place.
         targets: (B, K) soft targets, or (B,) class indices (then `num_classes`, or the
             classifier's, says K). K ≥ 2.
-        clean_prob: (B,) probability in [0, 1] that the label is right.
+        clean_prob: (B,) or (B, 1) probability in [0, 1] that the label is right.
         images: (B, Cin, H, W), any floating dtype; asks for the masked views.
         classifier: (weight (K, C), bias (K,) or None); asks for logits and loss of the one-pass
             mode. Needs the max view.
@@ -165,7 +165,7 @@ def masked_forward(
     config = _config(config)
     device, batch = features.device, features.shape[0]
 
-    validate.floating(clean_prob, "clean_prob", 1, shape="(B,)")
+    clean_prob = validate.quality(clean_prob)
     validate.length(clean_prob, "clean_prob", batch, "the batch of features")
     validate.same_device(clean_prob, "clean_prob", device, "features")
 
@@ -342,7 +342,7 @@ def _non_empty(x: Tensor, name: str) -> None:
 
 def _size(size: Sequence[int]) -> tuple[int, int]:
     try:
-        height, width = size
+        height, width = map(validate.plain, size)
     except (TypeError, ValueError):
         raise ValueError(f"size: expected (H, W), got {size!r}") from None
     for side in (height, width):

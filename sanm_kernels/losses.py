@@ -394,7 +394,7 @@ def refine_targets(
         logits: (B, K), or a sequence of them: the predictions of several views and networks.
         labels: None, or integers (B,) in [0, K), or soft labels (B, K), rows of
             values in [0, 1] that sum to 1; the sum is not checked.
-        clean_prob: q (B,) in [0, 1]; given exactly when `labels` are.
+        clean_prob: q (B,) or (B, 1) in [0, 1]; given exactly when `labels` are.
         temperature: T > 0, a number or a tensor (), as the weights of :func:`masked_loss`; 1
             leaves p as it is.
         backend: force a backend; see :func:`sanm_kernels.use_backend`.
@@ -435,7 +435,7 @@ def refine_targets(
         else:
             labels = validate.integer(labels, "labels")
             validate.length(labels, "labels", B, "the rows of logits")
-        validate.floating(clean_prob, "clean_prob", 1, shape="(B,)")
+        clean_prob = validate.quality(clean_prob)
         validate.same_device(clean_prob, "clean_prob", first.device, "logits")
         validate.length(clean_prob, "clean_prob", B, "the rows of logits")
         labels, clean_prob = _detached(labels), _detached(clean_prob)

@@ -6,12 +6,14 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sanm_kernels import distributed, validate
 from sanm_kernels.backends import call, constant, forced
 from sanm_kernels.ops import fit_label_quality as _fit_label_quality  # noqa: F401  (defines it)
+from sanm_kernels.reference import checks
 from sanm_kernels.reference import fit_label_quality as reference
 
 EPOCHS_AVERAGED = 5  # the current one included
@@ -79,8 +81,20 @@ def _arguments(
             raise ValueError(
                 f"history: expected shape (E, {losses.shape[0]}), got {list(history.shape)}"
             )
+        if _counted_twice(losses, history):
+            raise ValueError(
+                "history: expected the losses of earlier epochs alone, got some whose last entry "
+                "is losses itself, which would count twice; pass history[:-1]"
+            )
         history = history[max(0, history.shape[0] + 1 - EPOCHS_AVERAGED) :].detach()
     return losses.detach(), history, _uniforms(seed), max_iter, tol, reg_covar, normalize
+
+
+def _counted_twice(losses: Tensor, history: Tensor) -> bool:
+    """Whether the last row is this epoch's, where values are checked; equal losses tell nothing."""
+    if history.numel() == 0 or torch.compiler.is_compiling() or not checks.enabled(losses):
+        return False
+    return torch.equal(history[-1], losses) and bool((losses != losses[0]).any())
 
 
 @validate.public
@@ -109,9 +123,9 @@ def fit_label_quality(
         max_iter: EM iterations at most, at least 1.
         tol: EM stops when the mean log-likelihood changes by less than this; ≥ 0.
         reg_covar: added to both variances; ≥ 0.
-        history: (E, N) losses of earlier epochs, the oldest first, in the dtype of `losses`. The
-            mixture is fitted to the mean over the last five epochs, the current one included;
-            older rows are not read.
+        history: (E, N) losses of earlier epochs, the oldest first, in the dtype of `losses`, and
+            not `losses` itself. The mixture is fitted to the mean over the last five epochs, the
+            current one included; older rows are not read.
         normalize: min–max normalise each epoch to [0, 1] first (all 0 where its losses are equal).
         backend: force a backend; see :func:`sanm_kernels.use_backend`. Over a process group it is
             ``"reference"``.

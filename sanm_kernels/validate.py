@@ -56,6 +56,14 @@ def floating(x: Any, name: str, dims: int | None = None, *, shape: str = "") -> 
     return x
 
 
+def quality(x: Any, name: str = "clean_prob") -> Tensor:
+    """`x` is a floating-point tensor (B,) or, as scripts have it, (B, 1); returned as (B,)."""
+    x = floating(x, name)
+    if x.dim() == 2 and x.shape[1] == 1:
+        return x.select(1, 0)
+    return floating(x, name, 1, shape="(B,) or (B, 1)")
+
+
 def integer(x: Any, name: str, dims: int = 1, *, shape: str = "(B,)") -> Tensor:
     """`x` is an integer tensor of `dims` dimensions; returned as int64."""
     x = is_tensor(x, name)
@@ -79,6 +87,11 @@ def length(x: Tensor, name: str, expected: int, what: str) -> None:
         raise ValueError(f"{name}: expected {expected} rows ({what}), got {x.shape[0]}")
 
 
+def plain(x: Any) -> Any:
+    """A NumPy scalar as Python's number; all else as it is."""
+    return x.item() if isinstance(x, (numpy.integer, numpy.floating)) else x
+
+
 def number(x: Any, name: str, low: float | None = None, high: float | None = None) -> float:
     """`x` as a float in [low, high]; a number or a 0-d CPU tensor."""
     if isinstance(x, Tensor) and x.dim() == 0:
@@ -88,8 +101,7 @@ def number(x: Any, name: str, low: float | None = None, high: float | None = Non
                 f"got one on {x.device}"
             )
         x = x.item()
-    elif isinstance(x, (numpy.integer, numpy.floating)):
-        x = x.item()
+    x = plain(x)
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
     if (low is not None and not x >= low) or (high is not None and not x <= high) or x != x:

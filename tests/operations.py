@@ -1,8 +1,10 @@
 """Every public function as a call, for test_gpu.py; and ``python tests/operations.py PART``:
 
-errors: the error of every public function against float64, by dtype; launches: how many kernels a
-call launches; exercise: every function once on small odd shapes, for compute-sanitizer; installed:
-the same with the compiled library of an installed copy, which this must not find in the checkout.
+probe: device, driver, versions, backends, and every function once on each; errors: the error of
+every public function against float64, by dtype; launches: how many kernels a call launches;
+exercise: every function once on small odd shapes, for compute-sanitizer; installed: the same with
+the compiled library of an installed copy, which this must not find in the checkout. Exit status 1
+if a function raises, a result is not finite, or a backend does not serve that should.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_host import libraries
 from torch import Tensor
 
 import sanm_kernels as sk
 from sanm_kernels import backends
+from sanm_kernels.__main__ import info, text
 
 Inputs = dict[str, Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -65,11 +71,11 @@ def _masked(B: int = 3, C: int = 9, h: int = 3, H: int = 13, K: int = 5) -> Inpu
     }
 
 
-def run_masked_forward(x: Inputs, out: sk.MaskedForward | None = None, **options: Any) -> Inputs:
+def run_masked_forward(x: Inputs, **options: Any) -> Inputs:
     """Official semantics, both views and the targets."""
     result = sk.masked_forward(
         x["features"], x["targets"], x["clean_prob"], images=x["images"], draws=x["draws"],
-        config=OFFICIAL, out=out, **options,
+        config=OFFICIAL, **options,
     )  # fmt: skip
     assert result.images_masked is not None and result.targets_max is not None
     return {"images_masked": result.images_masked, "targets_max": result.targets_max}
@@ -82,6 +88,30 @@ def _run_classifier(x: Inputs, **options: Any) -> Inputs:
     )  # fmt: skip
     assert result.logits is not None and result.loss is not None
     return {"logits": result.logits, "loss": result.loss}
+
+
+def _run_clamped(x: Inputs, **options: Any) -> Inputs:
+    """The paper's drop, whose gradient in the targets is an operator of its own."""
+    result = sk.masked_forward(
+        x["features"], x["targets"], x["clean_prob"], size=(13, 13), draws=x["draws"][:, :2],
+        **options,
+    )  # fmt: skip
+    assert result.targets_max is not None and result.targets_min is not None
+    return {"targets_max": result.targets_max, "targets_min": result.targets_min}
+
+
+def _run_into(x: Inputs, **options: Any) -> Inputs:
+    """Two calls: the second writes into the result of the first, which had other draws."""
+
+    def call(draws: Tensor, out: sk.MaskedForward | None = None) -> sk.MaskedForward:
+        return sk.masked_forward(
+            x["features"], x["targets"], x["clean_prob"], images=x["images"], draws=draws,
+            config=OFFICIAL, out=out, **options,
+        )  # fmt: skip
+
+    result = call(x["draws"], call(1 - x["draws"]))
+    assert result.images_masked is not None and result.targets_max is not None
+    return {"images_masked": result.images_masked, "targets_max": result.targets_max}
 
 
 def _run_stats(x: Inputs, **options: Any) -> Inputs:
@@ -177,6 +207,10 @@ OPERATIONS = {
                                 ("images", "targets"), ("images",), MAP),
     "masked_forward, classifier": Operation("masked_forward", _masked, _run_classifier,
                                             ("features", "weight", "bias"), ("features",), MAP),
+    "masked_forward, clamped": Operation("masked_forward", _masked, _run_clamped,
+                                         ("targets",), ("targets",), MAP),
+    "masked_forward, out=": Operation("masked_forward", _masked, _run_into, (), ("images",),
+                                      MAP),
     "activation_stats": Operation("activation_stats", _masked, _run_stats, (), ("features",), MAP),
     "masked_loss": Operation("masked_loss", _loss, _run_loss, ("logits",), ("logits",), BATCH),
     "reconstruction_loss": Operation("reconstruction_loss", _rebuilt, _run_rebuilt,
@@ -342,10 +376,52 @@ def exercise(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
         for backend, dtype in itertools.product(served_by(operation, device), kinds):
             if backend == "reference":
                 continue  # torch's own kernels, perhaps hundreds
-            x = inputs_of(operation, device, dtype)
-            results = with_gradients(operation, x, backend=backend)
-            finite = all(bool(v.isfinite().all()) for v in results.values())
-            yield {"function": name, "dtype": str(dtype)[6:], "backend": backend, "finite": finite}
+            row = {"function": name, "dtype": str(dtype)[6:], "backend": backend}
+            try:
+                x = inputs_of(operation, device, dtype)
+                results = with_gradients(operation, x, backend=backend)
+                row["ok"] = all(bool(v.isfinite().all()) for v in results.values())
+            except Exception as error:  # the others may run all the same
+                traceback.print_exc()
+                row |= {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            yield row
+
+
+def lacking(backend: str) -> str | None:
+    """What keeps from a GPU a backend that should serve it here; None if nothing does."""
+    reason = backends.runs_on(backend, torch.device("cuda", 0))
+    if reason is None:
+        return None
+    if backend == "triton" and importlib.util.find_spec("triton") is not None:
+        return f"triton is installed, but its kernels cannot be used: {reason}"
+    nvcc = libraries.find_nvcc()
+    asked = torch.version.cuda is not None and os.environ.get("SANM_CUDA") != "0"
+    if backend == "cuda" and nvcc is not None and asked:
+        return f"nvcc is there ({nvcc}), but the CUDA library cannot be used: {reason}"
+    return None
+
+
+def probe(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Device, driver, versions, backends; then every operation once on each backend.
+
+    Also compiles Triton's kernels, which the steps that follow then find compiled.
+    """
+    facts = info()
+    print(text(facts), flush=True)
+    known: dict[str, Any] = {"device": device, "torch": torch.__version__}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        known |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": torch._C._cuda_getDriverVersion(),
+            "runtime": torch._C._cuda_getCompiledVersion(),
+        }
+    yield known
+    for backend, reason in facts["backends"].items():
+        wrong = lacking(backend) if device == "cuda" else None
+        yield {"backend": backend, "ok": wrong is None, "reason": wrong or reason}
+    yield from exercise(device, tiny=True)
 
 
 def installed(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
@@ -363,7 +439,7 @@ def installed(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python tests/operations.py", description=__doc__)
-    parts = {"errors": errors, "launches": launches, "exercise": exercise, "installed": installed}
+    parts = {part.__name__: part for part in (probe, errors, launches, exercise, installed)}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
@@ -377,7 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             temporary = options.out.with_suffix(".tmp")  # the file is whole at any time
             temporary.write_text(json.dumps({options.part: rows}))
             os.replace(temporary, options.out)
-    return 0 if all(row.get("finite", True) for row in rows) else 1
+    return 0 if all(row.get("ok", True) for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The drop-in functions: recorded results from `random.seed`, side effects, patching."""
+"""The drop-in functions: recorded results from `random.seed`, side effects, kinds of arguments."""
 
 from __future__ import annotations
 
 import random
-import types
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +110,46 @@ def test_semi_loss(dtype):
         assert_accurate(got, exact, eager.to(got.dtype))
 
 
+@pytest.mark.parametrize("targets", ["cut", "apart"])
+@pytest.mark.parametrize("cut", ["rows", "swapped", "gap", "columns", "detached"])
+def test_semi_loss_of_slices(cut, targets, monkeypatch):
+    """One call where the two are what one tensor was cut into; the same results anyhow."""
+    logits = torch.randn(11, 6, requires_grad=True)
+    t = torch.softmax(torch.randn(11, 6), 1)
+    calls = []
+    monkeypatch.setattr(
+        compat, "masked_loss", lambda *a, **k: calls.append(1) or sk.masked_loss(*a, **k)
+    )
+
+    def split(z, t):
+        if cut == "swapped":
+            return z[4:], t[4:], z[:4], t[:4]
+        if cut == "columns":
+            return z[:, :3], t[:, :3], z[:, 3:], t[:, 3:]
+        end = 10 if cut == "gap" else 11
+        return z[:4], t[:4], z[4:end], t[4:end]
+
+    x, tx, u, tu = split(logits * 1.0, t)
+    if targets == "apart":
+        tx, tu = tx.clone(), tu.clone()
+    if cut == "detached":
+        u = u.detach()
+    lx, lu, _ = compat.SemiLoss()(x, tx, u, tu, 14.0, 10)
+    assert len(calls) == (1 if cut == "rows" else 2)
+    a, ta, b, tb = split(logits, t)
+    one = -(F.log_softmax(a, 1) * ta).sum(1).mean()
+    two = ((torch.softmax(b.detach() if cut == "detached" else b, 1) - tb) ** 2).mean()
+    torch.testing.assert_close((lx, lu), (one, two))
+    got, expected = (torch.autograd.grad(p + 3 * q, logits)[0] for p, q in ((lx, lu), (one, two)))
+    torch.testing.assert_close(got, expected)
+
+
+def test_semi_loss_of_slices_names_wrong_rows():
+    z, t = torch.randn(9, 3), torch.softmax(torch.randn(9, 3), 1)
+    with pytest.raises(ValueError, match="targets"):
+        compat.SemiLoss()(z[:4], t[:5], z[4:], t[5:], 14.0, 10)
+
+
 @pytest.mark.parametrize(("epoch", "expected"), [(0, 0), (10, 0), (18, 12.5), (26, 25), (300, 25)])
 def test_ramp(epoch, expected):
     z, t = torch.zeros(1, 2), torch.tensor([[0.5, 0.5]])
@@ -127,62 +166,50 @@ def test_neg_entropy():
     assert z.grad.abs().sum() > 0
 
 
-def script(name="their_script", **names):
-    module = types.ModuleType(name)
-    module.__dict__.update(names)
-    return module
+def same(a, b):
+    """All tensors of two results are equal."""
+    a, b = ([x for x in r if isinstance(x, torch.Tensor)] for r in (a, b))
+    return len(a) == len(b) > 0 and all(map(torch.equal, a, b))
 
 
-def test_patch_says_what_it_replaced_and_can_be_undone(capsys):
-    def attention_erase_map(images, outputs, gmmweight, target_mask): ...
-
-    class SemiLoss:
-        def __init__(self, lambda_u=25): ...
-
-    module = script(attention_erase_map=attention_erase_map, SemiLoss=SemiLoss, other=1)
-    done = compat.patch(module)
-    assert "attention_erase_map, SemiLoss in their_script" in capsys.readouterr().out
-    assert module.attention_erase_map is compat.attention_erase_map
-    assert module.SemiLoss is compat.SemiLoss and module.other == 1
-    assert not hasattr(module, "NegEntropy")
-    done.undo()
-    assert module.attention_erase_map is attention_erase_map and module.SemiLoss is SemiLoss
-    done.undo()
-    with compat.patch(module, verbose=False):
-        assert module.SemiLoss is compat.SemiLoss
-    assert module.SemiLoss is SemiLoss and capsys.readouterr().out == ""
+def test_qualities_may_be_a_column_everywhere():
+    q, logits = torch.rand(4), torch.randn(4, 5)
+    features, targets, images = (
+        torch.randn(4, 6, 3, 3),
+        torch.softmax(logits, 1),
+        torch.rand(4, 3, 9, 9),
+    )
+    results = [
+        (
+            *sk.masked_forward(features, targets, w, images=images, generator=0).buffers,
+            sk.refine_targets([logits], labels=torch.arange(4), clean_prob=w),
+        )
+        for w in (q, q[:, None])
+    ]
+    assert same(*results)
 
 
-def test_patch_tells_the_clothing1m_variant_by_its_arguments():
-    module = script(attention_erase_map=lambda images, outputs, gmmweight: None)
-    with compat.patch(module, verbose=False):
-        assert module.attention_erase_map is compat.attention_erase_map_clothing1m
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numpy_scalars_are_numbers(kind):
+    z, q = torch.randn(6, 5), torch.rand(6)
+    t, order = torch.softmax(torch.randn(6, 5), 1), torch.randperm(6)
+    maps, labels = torch.randn(6, 4, 2, 2), torch.arange(6) % 5
 
+    def calls(real, whole):
+        config = sk.MaskConfig(
+            ratio_low=real(0.25), ratio_high=real(0.5), ratio_gamma=real(0.125),
+            area_scale=whole(1), fill_value=real(0.5),
+        )  # fmt: skip
+        options = {"config": config, "size": (whole(8), whole(9)), "generator": whole(3)}
+        weights = {"unlabeled_weight": real(25), "prior_weight": real(1)}
+        fit = {"seed": whole(3), "max_iter": whole(5), "tol": real(0.25), "reg_covar": real(0.5)}
+        sk.set_cpu_cache_limit(whole(sk.set_cpu_cache_limit(whole(64))))
+        return (
+            *sk.masked_forward(maps, labels, q, num_classes=whole(5), **options).buffers,
+            *sk.masked_loss(z, t, mix=(real(0.25), order), num_labeled=whole(3), **weights),
+            sk.mixup_views([z], real(0.25), order, rows=whole(4)),
+            sk.refine_targets([z], temperature=real(0.5)),
+            *sk.fit_label_quality(z[:, 0], **fit),
+        )
 
-def test_patch_keeps_the_weight_of_a_script_s_own_ramp():
-    class SemiLoss: ...
-
-    args = types.SimpleNamespace(lambda_u=150)
-
-    def linear_rampup(current, warm_up, length=16):
-        return args.lambda_u * min(max((current - warm_up) / length, 0.0), 1.0)
-
-    module = script(SemiLoss=SemiLoss, linear_rampup=linear_rampup)
-    z, t = torch.randn(3, 2), torch.softmax(torch.randn(3, 2), 1)
-    with compat.patch(module, verbose=False):
-        criterion = module.SemiLoss()
-        args.lambda_u = 75
-        got = criterion(z, t, z, t, 18, warm_up=10)
-    expected = compat.SemiLoss(75)(z, t, z, t, 18, 10)
-    assert got == expected and got[2] == 37.5
-
-
-def test_patch_refuses_what_it_cannot_patch():
-    unknown = script(SemiLoss=type("SemiLoss", (), {}), NegEntropy=int)
-    with pytest.raises(ValueError, match=r"module: expected a SemiLoss\(lambda_u=…\) or a linear_"):
-        compat.patch(unknown)
-    assert unknown.NegEntropy is int
-    with pytest.raises(TypeError, match="module: expected a module, got str"):
-        compat.patch("train")
-    with pytest.raises(ValueError, match="module: expected one with some of"):
-        compat.patch(script())
+    assert same(calls(float, int), calls(kind, np.int64))

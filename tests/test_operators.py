@@ -6,7 +6,6 @@ parametrization says (inputs.py). This file is made from the registry and leaves
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -24,21 +23,6 @@ DEVICES = {name: "cpu" for name in BACKENDS} | GPU_DEVICES
 MISSING = {"cuda": {"sample_loss", "sample_loss_backward"}}
 
 
-def _clamped(x: Inputs, **options: Any) -> Inputs:
-    """The paper's drop, whose gradient in the targets is an operator of its own."""
-    result = sk.masked_forward(
-        x["features"], x["targets"], x["clean_prob"], size=(13, 13), draws=x["draws"][:, :2],
-        **options,
-    )  # fmt: skip
-    assert result.targets_max is not None and result.targets_min is not None
-    return {"targets_max": result.targets_max, "targets_min": result.targets_min}
-
-
-CALLS = OPERATIONS | {
-    "masked_forward, clamped": dataclasses.replace(
-        OPERATIONS["masked_forward"], run=_clamped, wrt=("targets",), cast=("targets",)
-    )
-}
 # NumPy's, of Triton's interpreter
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -52,10 +36,10 @@ def device_of(backend: str) -> str:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", [name for name in DEVICES if name != "reference"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_results_and_gradients(name, backend, dtype):
     """Against the reference, on small odd sizes; what that is measured against: tests/ops/."""
-    operation = CALLS[name]
+    operation = OPERATIONS[name]
     if operation.op in MISSING.get(backend, ()):
         pytest.skip("another backend serves it")
     x = inputs_of(operation, device_of(backend), dtype)
@@ -69,9 +53,9 @@ def test_results_and_gradients(name, backend, dtype):
         assert_accurate(value.cpu(), exact[key], eager[key], key, 16.0)
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if CALLS[name].wrt])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if OPERATIONS[name].wrt])
 def test_gradients_of_the_reference_are_slopes(name):
-    operation = CALLS[name]
+    operation = OPERATIONS[name]
     x = wider(operation, inputs_of(operation, "cpu", torch.float64))
     leaves = [x[key].requires_grad_() for key in operation.wrt]
 
@@ -121,12 +105,10 @@ def test_no_operator_is_left_out(backend):
     for op in backends.operators:
         assert (backends.serves(backend, op, device) is None) == (op not in missing), op
     with Recorded() as calls:
-        for operation in CALLS.values():
+        for operation in OPERATIONS.values():
             sizes = {"N": 9} if operation.op == "fit_label_quality" else {"B": 1}
             if operation.op not in missing:
                 x = inputs_of(operation, device, torch.float32, **sizes)
                 with_gradients(operation, x, backend=backend)
-        x = inputs_of(OPERATIONS["masked_forward"], device, torch.float32)
-        into(into(None, x, backend), x, backend)
     assert set(calls.seen) == {backend}
     assert calls.seen[backend] == set(backends.operators) - missing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import numbers
 import os
 import shlex
 import sys
@@ -303,11 +304,11 @@ def set_cpu_cache_limit(mebibytes: int) -> int:
             range.
     """
     cpu = importlib.import_module("sanm_kernels.backends.cpu")
-    if isinstance(mebibytes, bool) or not isinstance(mebibytes, int):
+    if isinstance(mebibytes, bool) or not isinstance(mebibytes, numbers.Integral):
         raise TypeError(f"mebibytes: expected an int, got {type(mebibytes).__name__}")
     if mebibytes not in cpu.LIMITS:
         raise ValueError(f"mebibytes: expected {cpu.IN_LIMITS}, got {mebibytes}")
-    return int(cpu.set_cache_limit(mebibytes)) if load("cpu") is None else 0
+    return int(cpu.set_cache_limit(int(mebibytes))) if load("cpu") is None else 0
 
 
 def table() -> dict[str, dict[str, str]]:

@@ -265,7 +265,17 @@ def test_values_that_are_not_finite_are_named(backend, dtype, value):
     assert torch.equal(x[x.isfinite()], before[before.isfinite()])
     history[4, 17] = value
     with pytest.raises(ValueError, match=rf"^history\[-4:\]: .* got {word} at index \[2, 17\]"):
-        sk.fit_label_quality(history[0], history=history, backend=backend)
+        sk.fit_label_quality(2 * history[0], history=history, backend=backend)
+
+
+def test_a_history_that_ends_with_the_losses_is_refused():
+    """As scripts have it, which append first: the epoch would count twice, and q moves."""
+    earlier, x = data("bimodal", 300).float(), data("overlapping", 300).float()
+    with pytest.raises(ValueError, match=r"^history: .* pass history\[:-1\]$"):
+        sk.fit_label_quality(x, history=torch.stack([earlier, x]))
+    sk.fit_label_quality(x, history=torch.stack([x, earlier]))
+    same = torch.ones(5)
+    assert sk.fit_label_quality(same, history=same[None]).degenerate
 
 
 LOSSES = torch.rand(6)
@@ -351,7 +361,7 @@ def test_gradients_stop_here_and_autocast_changes_nothing(backend):
     plain = sk.fit_label_quality(x, backend=backend)
     leaf = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        fit = sk.fit_label_quality(leaf, history=leaf[None], backend=backend)
+        fit = sk.fit_label_quality(leaf, history=2 * leaf[None], backend=backend)
         again = sk.fit_label_quality(leaf, backend=backend)
     assert not any(t.requires_grad for t in (*fit, *again))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))

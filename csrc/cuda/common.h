@@ -12,6 +12,9 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "cuda/device.h"
 #include "stable.h"
@@ -56,10 +59,6 @@ inline int multiprocessors(const Tensor& on) {
 inline int64_t shared_limit(const Tensor& on) {
   return attribute(on, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
-// Blocks that a cluster can have everywhere: 8, or 1 before sm_90.
-inline int cluster_limit(const Tensor& on) {
-  return attribute(on, cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1;
-}
 
 // Makes the device of `on` current while it lives; torch's stream on it.
 class OnDevice {
@@ -99,6 +98,26 @@ inline int64_t blocks_for(int64_t n, int64_t per_block) {
   return std::min<int64_t>(ceil_div(n, per_block), 0x7FFFFFFF);
 }
 
+// Blocks that a cluster can have everywhere, or 1 where the kernel's code has no clusters: which is
+// not for the device to say, as it may run code for an earlier architecture (see device.h).
+template <typename... Parameters>
+int cluster_limit(const Tensor& on, void (*kernel)(Parameters...)) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;  // (kernel, device) → architecture
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] =
+      known.try_emplace({reinterpret_cast<const void*>(kernel), on.get_device_index()}, 0);
+  if (is_new) {
+    const OnDevice device(on);
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) known.erase(entry);
+    check_cuda(error, "cudaFuncGetAttributes");
+    entry->second = attributes.ptxVersion;  // __CUDA_ARCH__ / 10, of machine code too
+  }
+  return entry->second >= 90 ? 8 : 1;
+}
+
 struct Grid {
   int64_t x, y = 1, z = 1;
 };
@@ -109,7 +128,7 @@ struct Launch {
   Grid grid;         // an empty one launches nothing
   int64_t threads;   // of a block
   int64_t shared = 0;   // bytes of dynamic shared memory, up to shared_limit(on)
-  int64_t cluster = 1;  // blocks of a cluster along x, up to cluster_limit(on); divides grid.x
+  int64_t cluster = 1;  // blocks of a cluster along x, up to cluster_limit(); divides grid.x
 };
 
 // launch({"name", out, {blocks}, kThreads, bytes}, kernel<T>, arguments...)

@@ -317,9 +317,16 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(const A* rows, int64_t B
 
 int least_multiple(int64_t n, int64_t of) { return static_cast<int>(ceil_div(n, of) * of); }
 
+int cluster_limit_of(const Tensor& features) {
+  return acc_type(features) == ScalarType::Double
+             ? cluster_limit(features, masked_forward_kernel<double>)
+             : cluster_limit(features, masked_forward_kernel<float>);
+}
+
 // Sizes and the features' layout of a call, and over how many blocks a sample is spread.
 Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_channels) {
   const Tensor& x = features.tensor;
+  const int clusters = cluster_limit_of(x);
   Problem p{};
   p.B = x.size(0);
   p.C = static_cast<int>(x.size(1));
@@ -341,7 +348,7 @@ Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_chann
   const int64_t wanted = 2 * multiprocessors(x);
   p.parts = 1;
   while (p.parts < 8 && p.B * p.parts < wanted && work / (2 * p.parts) >= kLeast) p.parts *= 2;
-  if (cluster_limit(x) == 1 && image_channels == 0) p.parts = 1;  // nothing to share out
+  if (clusters == 1 && image_channels == 0) p.parts = 1;  // nothing to share out
   p.each = least_multiple(ceil_div(p.C, p.parts), V);
   p.image_each = least_multiple(ceil_div(p.canvas.size(), p.parts), 64);
   return p;
@@ -350,7 +357,7 @@ Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_chann
 void launch_samples(const Tensor& features, const Problem& p, const FillValues& values) {
   const auto go = [&](auto zero) {
     using A = decltype(zero);
-    int64_t cluster = std::min<int64_t>(p.parts, cluster_limit(features));
+    int64_t cluster = std::min<int64_t>(p.parts, cluster_limit_of(features));
     Layout layout(p, sizeof(A), 0);
     Tensor workspace = new_tensor(features, {0}, ScalarType::Byte);
     unsigned char* memory = nullptr;

@@ -60,6 +60,12 @@ inline void check(bool condition, const char* message) {
   if (!condition) throw std::runtime_error(message);
 }
 
+// The compute capability of the device (80 has no clusters), and the architecture that the code was
+// compiled for; both times ten.
+inline int capability() { return number("SANM_CUDA_HOST_CAPABILITY", 90); }
+inline int code() { return number("SANM_CUDA_HOST_CODE", capability()); }
+inline bool has_clusters() { return code() >= 90; }
+
 inline uint64_t meet_block(const char* where, uint64_t contribution = 0) {
   return group().meet(current->block->barrier, group().grid.block_threads(), where, contribution);
 }
@@ -132,15 +138,22 @@ T __shfl_up_sync(unsigned mask, T x, int by, int width = 32) {
   return cuda_host::shuffle(mask, x, lane % width - by >= 0 ? lane - by : lane);
 }
 
-inline unsigned __clusterRelativeBlockRank() { return cuda_host::current->block->rank; }
-inline unsigned __clusterSizeInBlocks() { return cuda_host::group().grid.cluster; }
+// In code for less than sm_90 they do what device.h does there, whatever the device.
+inline unsigned __clusterRelativeBlockRank() {
+  return cuda_host::has_clusters() ? cuda_host::current->block->rank : 0;
+}
+inline unsigned __clusterSizeInBlocks() {
+  return cuda_host::has_clusters() ? cuda_host::group().grid.cluster : 1;
+}
 inline void __cluster_barrier_arrive() {}  // both halves at once, in the wait
 inline void __cluster_barrier_wait() {
+  if (!cuda_host::has_clusters()) return __syncthreads();
   const cuda_host::Grid& grid = cuda_host::group().grid;
   cuda_host::group().meet(cuda_host::current->block->cluster->barrier,
                           grid.cluster * grid.block_threads(), "the cluster's barrier", 0);
 }
 inline void* __cluster_map_shared_rank(void* p, unsigned rank) {
+  if (!cuda_host::has_clusters()) return p;
   cuda_host::Block& own = *cuda_host::current->block;
   cuda_host::check(rank < own.cluster->blocks.size(), "no such rank in the cluster");
   unsigned char* other = own.cluster->blocks[rank]->shared.get();
@@ -229,6 +242,7 @@ using std::min;
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorLaunchFailure = 719,
 };
 enum cudaDeviceAttr {
@@ -240,6 +254,9 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributeNonPortableClusterSizeAllowed,
+};
+struct cudaFuncAttributes {
+  int ptxVersion, binaryVersion;
 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 using cudaStream_t = void*;
@@ -263,15 +280,16 @@ inline thread_local std::set<const void*> large;        // kernels that may have
 }  // namespace cuda_host
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess              ? "no error"
-         : error == cudaErrorLaunchFailure ? cuda_host::failure.c_str()
-                                           : "invalid configuration argument";
+  return error == cudaSuccess                     ? "no error"
+         : error == cudaErrorLaunchFailure        ? cuda_host::failure.c_str()
+         : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+                                                  : "no kernel image is available";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-// SANM_CUDA_HOST_CAPABILITY=80 takes clusters away, SANM_CUDA_HOST_SHARED makes them necessary.
+// SANM_CUDA_HOST_SHARED leaves a block less shared memory.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  const int capability = cuda_host::number("SANM_CUDA_HOST_CAPABILITY", 90);
+  const int capability = cuda_host::capability();
   switch (which) {
     case cudaDevAttrMultiProcessorCount:
       *value = cuda_host::number("SANM_CUDA_HOST_MULTIPROCESSORS", 4);
@@ -283,6 +301,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
     case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; break;
   }
   return cudaSuccess;
+}
+
+template <typename... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+  *attributes = {cuda_host::code(), cuda_host::code()};
+  return cuda_host::code() <= cuda_host::capability() ? cudaSuccess
+                                                      : cudaErrorNoKernelImageForDevice;
 }
 
 template <typename... P>

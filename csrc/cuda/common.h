@@ -98,24 +98,32 @@ inline int64_t blocks_for(int64_t n, int64_t per_block) {
   return std::min<int64_t>(ceil_div(n, per_block), 0x7FFFFFFF);
 }
 
+// Asks the runtime, once per kernel and device, which architecture the kernel's code there was
+// compiled for (__CUDA_ARCH__ / 10), and lets it have all the shared memory that a block can have:
+// a limit of each launch's own size would be another thread's too. The device is current.
+template <typename... Parameters>
+int architecture(const Tensor& on, void (*kernel)(Parameters...)) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& found = known[{reinterpret_cast<const void*>(kernel), on.get_device_index()}];
+  if (found == 0) {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_limit(on))),
+               "cudaFuncSetAttribute");
+    found = attributes.ptxVersion;  // of machine code too
+  }
+  return found;
+}
+
 // Blocks that a cluster can have everywhere, or 1 where the kernel's code has no clusters: which is
 // not for the device to say, as it may run code for an earlier architecture (see device.h).
 template <typename... Parameters>
 int cluster_limit(const Tensor& on, void (*kernel)(Parameters...)) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> known;  // (kernel, device) → architecture
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] =
-      known.try_emplace({reinterpret_cast<const void*>(kernel), on.get_device_index()}, 0);
-  if (is_new) {
-    const OnDevice device(on);
-    cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess) known.erase(entry);
-    check_cuda(error, "cudaFuncGetAttributes");
-    entry->second = attributes.ptxVersion;  // __CUDA_ARCH__ / 10, of machine code too
-  }
-  return entry->second >= 90 ? 8 : 1;
+  const OnDevice device(on);
+  return architecture(on, kernel) >= 90 ? 8 : 1;
 }
 
 struct Grid {
@@ -138,10 +146,7 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... argum
   if (l.grid.x > 0x7FFFFFFF || l.grid.y > 65535 || l.grid.z > 65535)
     throw std::runtime_error(std::string("CUDA: ") + l.name + ": the grid is too large");
   const OnDevice device(l.on);
-  if (l.shared > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(l.shared)),
-               l.name);
+  if (l.shared > 48 * 1024) architecture(l.on, kernel);  // allows it
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);

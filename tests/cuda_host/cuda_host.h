@@ -8,7 +8,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <set>
+#include <map>
+#include <mutex>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -241,6 +242,7 @@ using std::min;
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorLaunchFailure = 719,
@@ -275,14 +277,21 @@ struct cudaLaunchConfig_t {
 };
 
 namespace cuda_host {
-inline thread_local std::string failure;                // what the last launch failed of
-inline thread_local std::set<const void*> large;        // kernels that may have more than 48 KiB
+inline thread_local std::string failure;  // what the last launch failed of
+inline std::mutex limits_mutex;
+inline std::map<const void*, int> limits;  // of dynamic shared memory, where one was set
+
+template <typename... P>
+int& limit_of(void (*kernel)(P...)) {
+  return limits.try_emplace(reinterpret_cast<const void*>(kernel), 48 * 1024).first->second;
+}
 }  // namespace cuda_host
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess                     ? "no error"
          : error == cudaErrorLaunchFailure        ? cuda_host::failure.c_str()
          : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+         : error == cudaErrorInvalidValue         ? "invalid argument"
                                                   : "no kernel image is available";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -310,9 +319,16 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)
                                                       : cudaErrorNoKernelImageForDevice;
 }
 
+// Stricter than CUDA: a limit that is lowered fails the launch of a thread that has just raised it.
 template <typename... P>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int) {
-  cuda_host::large.insert(reinterpret_cast<const void*>(kernel));
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute which, int value) {
+  int most = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  const std::lock_guard<std::mutex> lock(cuda_host::limits_mutex);
+  int& limit = cuda_host::limit_of(kernel);
+  if (which != cudaFuncAttributeMaxDynamicSharedMemorySize || value > most || value < limit)
+    return cudaErrorInvalidValue;
+  limit = value;
   return cudaSuccess;
 }
 
@@ -320,10 +336,11 @@ template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... a) {
   const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
   int limit = 0, major = 0;
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-  if (cuda_host::large.count(reinterpret_cast<const void*>(kernel)) == 0)
-    limit = std::min(limit, 48 * 1024);
+  {
+    const std::lock_guard<std::mutex> lock(cuda_host::limits_mutex);
+    limit = cuda_host::limit_of(kernel);
+  }
   cuda_host::Grid grid;
   grid.blocks = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
   grid.threads = {config->blockDim.x, config->blockDim.y, config->blockDim.z};

@@ -98,6 +98,21 @@ T shuffle(unsigned mask, T value, unsigned source) {
   return value;
 }
 
+// What the lanes of `mask` have, by op.
+template <typename T, typename Op>
+T reduce(unsigned mask, T value, Op op) {
+  Exchange& exchange = exchange_of(mask, "a reduction");
+  uint64_t* slot = exchange.slot[exchange.generation % 2];
+  std::memcpy(&slot[current->linear % 32], &value, sizeof(T));
+  group().meet(exchange, __builtin_popcount(mask), "a reduction", 0);
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    T other;
+    std::memcpy(&other, &slot[lane], sizeof(T));
+    if (mask >> lane & 1) value = op(value, other);
+  }
+  return value;
+}
+
 }  // namespace cuda_host
 
 #define SANM_DEVICE_CHECK(condition, message) cuda_host::check(condition, message)
@@ -139,6 +154,13 @@ T __shfl_up_sync(unsigned mask, T x, int by, int width = 32) {
   return cuda_host::shuffle(mask, x, lane % width - by >= 0 ? lane - by : lane);
 }
 
+inline int __reduce_min_sync(unsigned mask, int x) {
+  return cuda_host::reduce(mask, x, [](int a, int b) { return std::min(a, b); });
+}
+inline int __reduce_max_sync(unsigned mask, int x) {
+  return cuda_host::reduce(mask, x, [](int a, int b) { return std::max(a, b); });
+}
+
 // In code for less than sm_90 they do what device.h does there, whatever the device.
 inline unsigned __clusterRelativeBlockRank() {
   return cuda_host::has_clusters() ? cuda_host::current->block->rank : 0;
@@ -170,6 +192,8 @@ template <typename T>
 T __ldcs(const T* p) { return *p; }
 template <typename T>
 T __ldcg(const T* p) { return *p; }
+template <typename T>
+void __stwb(T* p, T x) { *p = x; }
 template <typename T>
 void __stcs(T* p, T x) { *p = x; }
 template <typename T>

@@ -81,7 +81,8 @@ SANM_DEVICE void statistics(const Team& team, const A* e, int n, A* value, int64
       n,
       [&](int k) {
         const A p = e[k] / sum;
-        return Spread<A>{(e[k] - mean) * (e[k] - mean), p != 0 ? static_cast<A>(-p * log(p)) : A{0}};
+        return Spread<A>{(e[k] - mean) * (e[k] - mean),
+                         p != 0 ? static_cast<A>(-p * log(p)) : A{0}};
       },
       Merge(), Spread<A>{A{0}, A{0}}, shared_memory<Spread<A>>());
   if (team.rank() != 0) return;
@@ -112,7 +113,7 @@ SANM_DEVICE void normalize(const Team& team, float* e, int n, float* scratch) {
   team.sync();
 }
 
-// How the map's cells (h, w) make the pixels (H, W) of the upsampled map U: known before the map is.
+// How the map's cells (h, w) make the pixels (H, W) of the upsampled map U: known before the map.
 struct Taps {
   int* left;      // (W): each column's left cell
   float* across;  // (W): how far it lies towards the right one

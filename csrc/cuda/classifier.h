@@ -28,7 +28,7 @@ SANM_DEVICE void visibility(const Team& team, const Taps& taps, const Box& box, 
   team.sync();
 }
 
-// z_c = Σ v·F of the channels `own`. source: element (c, k) of the slice lies at c·c_step + k·k_step.
+// z_c = Σ v·F of the channels `own`. source: element (c, k) of the slice is at c·c_step + k·k_step.
 template <typename Source, typename A>
 SANM_DEVICE void pool(const Source& source, int64_t c_step, int64_t k_step, const Slice& own, int n,
                       const A* share, A* pooled) {

@@ -265,7 +265,7 @@ struct Untyped {
   }
 };
 
-// The block asks for what it will read later to be brought into the L2 cache, and waits for nothing.
+// The block asks for what it will read to be brought into the L2 cache, and waits for nothing.
 SANM_DEVICE void prefetch(const void* p, int64_t bytes) {
   constexpr int kLine = 128;
   for (int64_t at = threadIdx.x * kLine; at < bytes; at += blockDim.x * kLine)

@@ -28,10 +28,11 @@ struct Rows {
   }
 };
 
-// E over a slice of a contiguous map. V numbers are read at a time; a thread's next ones lie a whole
-// number of channels on, so that its V sums belong to the same cells throughout. Those of a warp are
-// added cell by cell if the map is small: a row for each warp. For larger maps a row is what as many
-// threads hold as a map takes, and for the largest a thread takes V cells through all channels.
+// E over a slice of a contiguous map. V numbers are read at a time; a thread's next ones lie a
+// whole number of channels on, so that its V sums belong to the same cells throughout. Those of a
+// warp are added cell by cell if the map is small: a row for each warp. For larger maps a row is
+// what threads one after another hold, and for the largest a thread takes V cells through all
+// channels.
 template <int V, typename Source, typename F = typename Source::Element, typename A = acc_t<F>>
 SANM_DEVICE Rows energy_contiguous(
     const Source& f,       // (count, n), the slice
@@ -95,8 +96,8 @@ template <int V, typename Source, typename F = typename Source::Element, typenam
 SANM_DEVICE Rows energy_channels_last(
     const Source& f,  // (n, C) from the slice's first channel on
     int64_t C, int count, int n,
-    F* held,     // (n, count) in shared memory, or null
-    A* sums) {   // (1, n) of scratch
+    F* held,    // (n, count) in shared memory, or null
+    A* sums) {  // (1, n) of scratch
   for (int p = warp(); p < n; p += warps()) {
     A sum = 0;
 #pragma unroll 4

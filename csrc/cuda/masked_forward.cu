@@ -9,7 +9,7 @@
 // Each part paints its share of the image and, in the one-pass mode, pools its own channels, from
 // shared memory where they fit.
 //
-// Logits and loss follow: a matrix product, one block for each row's cross-entropy, one for the mean.
+// Logits and loss follow: a matrix product, a block for each row's cross-entropy, one for the mean.
 #include <numeric>
 
 #include "cuda/activation.h"
@@ -23,10 +23,10 @@ namespace sanm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostParts = 8;                 // blocks of a cluster that every device can have
-constexpr int64_t kLeast = 8192;              // elements of a sample that are worth a block: about
-                                              // as many move while it computes what is not shared out
-constexpr int64_t kHeldBytes = 100 * 1024;    // shared memory of a block that still leaves room for two
+constexpr int kMostParts = 8;               // blocks of a cluster that every device can have
+constexpr int64_t kLeast = 8192;            // elements of a sample that are worth a block: so many
+                                            // move while it computes what is not shared out
+constexpr int64_t kHeldBytes = 100 * 1024;  // shared memory of a block that leaves room for two
 constexpr int64_t kReduceBytes = kWarp * sizeof(Range<double>);  // of the largest type reduced
 constexpr int64_t kAhead = 48 * 1024;  // of what a block will read, asked for before it is needed
 constexpr int kLongRow = 1024;  // targets from which on a row is a block's work, not a warp's
@@ -66,8 +66,8 @@ struct Problem {
 
 // Where things lie in a block's scratch memory, in bytes.
 struct Layout {
-  int64_t partial, sums, slice, e, map, norm, left, across, down, begin, rows, hit, size, ratio,
-      fill, held, total;
+  int64_t partial, sums, slice, e, map, norm, left, across, down, begin, rows, hit, size, fill,
+      held, total;
 
   // acc: bytes of a number that sums are taken in; held_bytes: of the features kept, or 0.
   Layout(const Problem& p, int64_t acc, int64_t held_bytes) {
@@ -92,7 +92,6 @@ struct Layout {
     rows = take(4 * p.h * sizeof(float));
     hit = take(kWarps * sizeof(Pixel));
     size = take(2 * sizeof(Size));
-    ratio = take(2 * sizeof(float));
     fill = take(2 * p.canvas.channels * sizeof(double));
     held = take(held_bytes);
     total = end;
@@ -102,7 +101,7 @@ struct Layout {
 // E of the sample's channels `own`, f (C, h, w).
 template <int V, typename Source, typename F = typename Source::Element, typename A = acc_t<F>>
 SANM_DEVICE Rows energy(const Problem& p, const Source& f, const Slice& own, F* held,
-                           A* partial, A* sums) {
+                        A* partial, A* sums) {
   if (p.channels_last)
     return energy_channels_last<V>(f + own.first, p.C, own.count, p.n, held, sums);
   return energy_contiguous<V>(f + static_cast<int64_t>(own.first) * p.n, own.count, p.n, held,
@@ -144,15 +143,48 @@ SANM_DEVICE void ahead(const void* p, ScalarType type, int64_t first, int64_t co
            bytes < kAhead ? bytes : kAhead);
 }
 
+// What needs no map, by a warp each: ratios, sizes of boxes and constants to fill with → scratch,
+// and new targets. Long rows of those, and means to fill with, are the block's. A barrier follows.
+template <bool kShared>
+SANM_DEVICE void need_no_map(const Problem& p, const Layout& layout, const FillValues& values,
+                             const Memory<kShared>& memory, int64_t b, int part,
+                             const Draws& draws, float clean_prob) {
+  const Settings& s = p.settings;
+  const int sets = s.draw_sets(), V = s.view_count(), C = p.canvas.channels, last = warps() - 1;
+  double* const fill = memory.template at<double>(layout.fill);
+  const auto ratio = [&](int set) { return mask_ratio(s, draws(2 * set), clean_prob); };
+  if (warp() == last - 1) {
+    if (lane() < sets) {
+      const float r = ratio(lane());
+      memory.template at<Size>(layout.size)[lane()] =
+          box_size(s, r, draws(2 * lane() + 1), p.canvas.H, p.canvas.W);
+      if (part == 0) p.ratio[lane() * p.B + b] = r;
+    }
+    if (s.fill == kConstant || s.fill == kUniform)
+      for (int k = lane(); k < V * C; k += kWarp)
+        fill[k] = s.fill == kUniform ? draws(2 * sets + k)
+                                     : values.value[values.count == 1 ? 0 : k % C];
+  }
+  const bool long_row = p.K > kLongRow;
+  for (int set = 0; part == 0 && set < sets; ++set)
+    if (long_row || warp() == last - 2 - set) modulate_targets(p, b, long_row, set, ratio(set));
+  if (p.images && s.fill == kMean)
+    for (int c = 0; c < C; ++c) {
+      const double mean = channel_mean(
+          Untyped<double>{p.image_type, p.images, b * p.canvas.size()}, p.canvas, c);
+      for (int v = threadIdx.x; v < V; v += blockDim.x) fill[v * C + c] = mean;
+    }
+}
+
 // Block b·parts + part. Only the energy and the pooling depend on the type of the features: each
-// asks for it once. What lies in memory is asked for at entry; what needs no map (ratios, sizes of
-// boxes, constants to fill with, targets) is a warp's task each, while others search the map.
+// asks for it once. What lies in memory is asked for at entry, and what needs no map is computed
+// while other warps search the map.
 template <typename A, bool kShared>
 __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kernel(
     const __grid_constant__ Problem p, const __grid_constant__ Layout layout,
     const __grid_constant__ FillValues values,
     unsigned char* workspace) {  // layout.total bytes a block; not read if kShared
-  const int part = blockIdx.x % p.parts, last = warps() - 1;
+  const int part = blockIdx.x % p.parts;
   const int64_t b = blockIdx.x / p.parts;
   const Memory<kShared> memory{workspace + (kShared ? 0 : blockIdx.x * layout.total)};
   const int channel = part * p.each < p.C ? part * p.each : p.C;
@@ -162,7 +194,6 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
   const bool spread = kShared && cluster_size() > 1, holds = kShared && layout.total > layout.held;
   const bool masks = p.targets != nullptr;  // else activation_stats
   const Settings& s = p.settings;
-  const int sets = s.draw_sets();
 
   // The energy, and meanwhile what is known before it.
   const Slice summed = spread ? own : Slice{0, p.C};
@@ -175,7 +206,8 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
     draws = {p.draws ? p.draws + b * p.draw_count : nullptr, p.index ? p.index[b] : b,
              p.seed ? *p.seed : 0};
     clean_prob = p.clean_prob[b];
-    if (p.soft && p.t_k == 1) ahead(p.targets, p.target_type, b * p.t_b, p.K);
+    if (!p.soft) prefetch(static_cast<const int64_t*>(p.targets) + b * p.t_b, sizeof(int64_t));
+    else if (p.t_k == 1) ahead(p.targets, p.target_type, b * p.t_b, p.K);
   }
   const Taps taps{memory.template at<int>(layout.left), memory.template at<float>(layout.across),
                   memory.template at<float>(layout.down), memory.template at<int>(layout.begin),
@@ -220,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
     map[k] = static_cast<float>(cell);
     odd = odd || !(map[k] - map[k] == 0);
   }
-  if (spread) cluster_arrive();  // waited for in the end: no block ends while another reads its sums
+  if (spread) cluster_arrive();  // waited for in the end: until then others read this block's sums
   odd = team.any(odd);
 
   // Peak and trough; the last warps, which have the fewest columns, have something else to do.
@@ -235,33 +267,9 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
   }
   __syncthreads();
   if (!odd) locator.search();
-  if (part == 0 && !team.block && warp() == last)
+  if (part == 0 && !team.block && warp() == warps() - 1)
     statistics(team, e, p.n, static_cast<A*>(p.stats) + b, p.B);
-  Size* const sizes = memory.template at<Size>(layout.size);
-  float* const ratios = memory.template at<float>(layout.ratio);
-  double* const fill = memory.template at<double>(layout.fill);
-  const auto ratio = [&](int set) { return mask_ratio(s, draws(2 * set), clean_prob); };
-  if (masks && warp() == last - 1) {
-    if (lane() < sets) {
-      const float r = ratios[lane()] = ratio(lane());
-      sizes[lane()] = box_size(s, r, draws(2 * lane() + 1), p.canvas.H, p.canvas.W);
-      if (part == 0) p.ratio[lane() * p.B + b] = r;
-    }
-    if (s.fill == kConstant || s.fill == kUniform)
-      for (int k = lane(); k < s.view_count() * p.canvas.channels; k += kWarp)
-        fill[k] = s.fill == kUniform ? draws(2 * sets + k)
-                                     : values.value[values.count == 1 ? 0 : k % p.canvas.channels];
-  }
-  const bool long_row = p.K > kLongRow;
-  for (int set = 0; masks && part == 0 && set < sets; ++set)
-    if (long_row || warp() == last - 2 - set) modulate_targets(p, b, long_row, set, ratio(set));
-  if (masks && p.images && s.fill == kMean)
-    for (int c = 0; c < p.canvas.channels; ++c) {
-      const double mean =
-          channel_mean(Untyped<double>{p.image_type, p.images, b * size}, p.canvas, c);
-      for (int v = threadIdx.x; v < s.view_count(); v += blockDim.x)
-        fill[v * p.canvas.channels + c] = mean;
-    }
+  if (masks) need_no_map(p, layout, values, memory, b, part, draws, clean_prob);
   __syncthreads();
 
   const Pixel flat{0, 0}, peak = odd ? flat : locator.found(true),
@@ -272,10 +280,11 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
     for (int k = 0; k < 4; ++k) p.positions[2 * (k / 2 * p.B + b) + k % 2] = positions[k];
   }
   if (masks) {
+    const Size* const sizes = memory.template at<Size>(layout.size);
     const bool trough_first = s.views == 2;
     const Pixel at{trough_first ? trough.y : peak.y, trough_first ? trough.x : peak.x};
-    const Box box[2] = {place(s, p.canvas, at, sizes[0]),
-                        place(s, p.canvas, trough, sizes[sets - 1])};  // the second of two views
+    const Box box[2] = {place(s, p.canvas, at, sizes[0]),  // and the second of two views
+                        place(s, p.canvas, trough, sizes[s.draw_sets() - 1])};
     if (part == 0 && threadIdx.x == 0)
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
@@ -324,9 +333,9 @@ int cluster_limit_of(const Tensor& features) {
              : cluster_limit(features, masked_forward_kernel<float, true>);
 }
 
-// Over how many blocks a sample is spread: what takes the least time where `slots` blocks run at a
-// time, counted in elements that each moves. Two views are written for an image that is read; without
-// clusters every part reads the whole map; and every wave of blocks pays for all between.
+// Over how many blocks a sample is spread: what takes the least time where `slots` blocks run at
+// once, counted in elements that each moves. Two views are written for an image that is read;
+// without clusters every part reads the whole map; every wave pays for what is not shared out.
 int parts_of(const Problem& p, int clusters, int64_t slots) {
   const int64_t map = int64_t{p.C} * p.n, image = p.canvas.size();
   const auto time = [&](int64_t parts) {

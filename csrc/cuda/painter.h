@@ -55,8 +55,8 @@ SANM_DEVICE void store_any(ScalarType type, void* p, int64_t k, A value) {
   else store_global(static_cast<Bits16*>(p) + k, Vector<Bits16, 1>{stored<Bits16>(type, value)});
 }
 
-// Scratch of a block: shared memory, of which the first kReduceBytes are for reductions, or where it
-// does not suffice its part of a workspace. A type of its own for each, so that the compiler knows
+// Scratch of a block: shared memory, the first of which is for reductions, or where that does not
+// suffice the block's part of a workspace. A type of its own for each, so that the compiler knows
 // which of the two it reads and writes.
 template <bool kShared>
 struct Memory {
@@ -217,8 +217,8 @@ SANM_DEVICE_CALL void paint(
   }
 }
 
-// One row of new targets: from soft targets t (K), a stride apart, or from the label where `soft` is
-// false, by a warp or by the block. A: what they are computed in.
+// One row of new targets: from soft targets t (K), a stride apart, or from the label where `soft`
+// is false, by a warp or by the block. A: what they are computed in.
 template <typename A>
 SANM_DEVICE_CALL void modulate(Team team, bool soft, Untyped<A> t, int64_t stride, int64_t label,
                                int K, float ratio, bool clamp, void* result, int64_t row) {

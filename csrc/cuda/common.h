@@ -12,6 +12,9 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "cuda/device.h"
 #include "stable.h"
@@ -55,10 +58,6 @@ inline int multiprocessors(const Tensor& on) {
 // Bytes of dynamic shared memory that a block can have.
 inline int64_t shared_limit(const Tensor& on) {
   return attribute(on, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-}
-// Blocks that a cluster can have everywhere: 8, or 1 before sm_90.
-inline int cluster_limit(const Tensor& on) {
-  return attribute(on, cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1;
 }
 
 // Makes the device of `on` current while it lives; torch's stream on it.
@@ -144,6 +143,34 @@ inline int64_t blocks_for(int64_t n, int64_t per_block) {
   return std::min<int64_t>(ceil_div(n, per_block), 0x7FFFFFFF);
 }
 
+// Asks the runtime, once per kernel and device, which architecture the kernel's code there was
+// compiled for (__CUDA_ARCH__ / 10), and lets it have all the shared memory that a block can have:
+// a limit of each launch's own size would be another thread's too. The device is current.
+template <typename... Parameters>
+int architecture(const Tensor& on, void (*kernel)(Parameters...)) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& found = known[{reinterpret_cast<const void*>(kernel), on.get_device_index()}];
+  if (found == 0) {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_limit(on))),
+               "cudaFuncSetAttribute");
+    found = attributes.ptxVersion;  // of machine code too
+  }
+  return found;
+}
+
+// Blocks that a cluster can have everywhere, or 1 where the kernel's code has no clusters: which is
+// not for the device to say, as it may run code for an earlier architecture (see device.h).
+template <typename... Parameters>
+int cluster_limit(const Tensor& on, void (*kernel)(Parameters...)) {
+  const OnDevice device(on);
+  return architecture(on, kernel) >= 90 ? 8 : 1;
+}
+
 struct Grid {
   int64_t x, y = 1, z = 1;
 };
@@ -154,7 +181,7 @@ struct Launch {
   Grid grid;         // an empty one launches nothing
   int64_t threads;   // of a block
   int64_t shared = 0;   // bytes of dynamic shared memory, up to shared_limit(on)
-  int64_t cluster = 1;  // blocks of a cluster along x, up to cluster_limit(on); divides grid.x
+  int64_t cluster = 1;  // blocks of a cluster along x, up to cluster_limit(); divides grid.x
 };
 
 // launch({"name", out, {blocks}, kThreads, bytes}, kernel<T>, arguments...)
@@ -164,10 +191,7 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... argum
   if (l.grid.x > 0x7FFFFFFF || l.grid.y > 65535 || l.grid.z > 65535)
     throw std::runtime_error(std::string("CUDA: ") + l.name + ": the grid is too large");
   const OnDevice device(l.on);
-  if (l.shared > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(l.shared)),
-               l.name);
+  if (l.shared > 48 * 1024) architecture(l.on, kernel);  // allows it
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);

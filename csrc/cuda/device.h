@@ -121,6 +121,18 @@ SANM_DEVICE T warp_reduce(T x, Op op) {
   return x;
 }
 
+// Extremes of a warp's numbers by one instruction (sm_80); of floats, none of them NaN, as the
+// integers that are in the same order.
+SANM_DEVICE int warp_min(int x) { return __reduce_min_sync(kFullMask, x); }
+SANM_DEVICE int warp_max(int x) { return __reduce_max_sync(kFullMask, x); }
+SANM_DEVICE int ordered(int bits) { return bits ^ (bits >> 31 & INT32_MAX); }  // its own inverse
+SANM_DEVICE float warp_min(float x) {
+  return __int_as_float(ordered(warp_min(ordered(__float_as_int(x)))));
+}
+SANM_DEVICE float warp_max(float x) {
+  return __int_as_float(ordered(warp_max(ordered(__float_as_int(x)))));
+}
+
 // scratch: kWarp entries of shared memory, free again when the function returns.
 template <typename T, typename Op>
 SANM_DEVICE T block_reduce(T x, Op op, T identity, T* scratch) {
@@ -184,6 +196,12 @@ SANM_DEVICE V from_word(word_t<V> raw) {
 
 }  // namespace detail
 
+#ifdef SANM_CUDA_HOST
+SANM_DEVICE void prefetch_line(const void*) {}
+#else
+SANM_DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+#endif
+
 // How a global access uses the caches: kept as usual; kStream, touched once (evicted first).
 enum Cache { kKeep, kStream };
 
@@ -206,12 +224,52 @@ SANM_DEVICE void store_global(T* p, const Vector<T, N>& x) {
   if (cache == kStream)
     __stcs(reinterpret_cast<W*>(p), raw);
   else
-    *reinterpret_cast<W*>(p) = raw;
+    __stwb(reinterpret_cast<W*>(p), raw);
 }
 
 template <typename T, int N>
 SANM_DEVICE void store_shared(T* p, const Vector<T, N>& x) {
-  store_global(p, x);
+  SANM_DEVICE_CHECK(reinterpret_cast<uintptr_t>(p) % sizeof(x) == 0, "a misaligned vector store");
+  *reinterpret_cast<Vector<T, N>*>(p) = x;
+}
+
+// Arrays in global memory that no thread of the launch writes: of elements T, read N at a time, …
+template <typename T>
+struct Typed {
+  using Element = T;
+  const T* p;
+
+  SANM_DEVICE Typed operator+(int64_t offset) const { return {p + offset}; }
+  template <int N>
+  SANM_DEVICE Vector<T, N> load(int64_t at) const { return load_global<N>(p + at); }
+};
+
+// … or of a dtype that is known when the kernel runs, read one at a time as A, which holds it.
+template <typename A>
+struct Untyped {
+  using Element = A;
+  ScalarType type;
+  const void* p;
+  int64_t start;
+
+  SANM_DEVICE Untyped operator+(int64_t offset) const { return {type, p, start + offset}; }
+  template <int N = 1>
+  SANM_DEVICE Vector<A, 1> load(int64_t at) const { return {(*this)[at]}; }
+  SANM_DEVICE A operator[](int64_t at) const {
+    if constexpr (sizeof(A) == 8)
+      if (type == ScalarType::Double) return __ldg(static_cast<const double*>(p) + start + at);
+    if (type == ScalarType::Float) return __ldg(static_cast<const float*>(p) + start + at);
+    const Bits16 x = __ldg(static_cast<const Bits16*>(p) + start + at);
+    return type == ScalarType::Half ? static_cast<float>(Half(x, Half::from_bits()))
+                                    : static_cast<float>(BFloat16(x, BFloat16::from_bits()));
+  }
+};
+
+// The block asks for what it will read to be brought into the L2 cache, and waits for nothing.
+SANM_DEVICE void prefetch(const void* p, int64_t bytes) {
+  constexpr int kLine = 128;
+  for (int64_t at = threadIdx.x * kLine; at < bytes; at += blockDim.x * kLine)
+    prefetch_line(static_cast<const unsigned char*>(p) + at);
 }
 
 // ---- Thread-block clusters (sm_90 and later). Elsewhere a cluster is one block; the host launches
@@ -221,22 +279,26 @@ SANM_DEVICE void store_shared(T* p, const Vector<T, N>& x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 SANM_DEVICE int cluster_rank() { return 0; }
 SANM_DEVICE int cluster_size() { return 1; }
-SANM_DEVICE void cluster_sync() { __syncthreads(); }
+SANM_DEVICE void cluster_arrive() {}
+SANM_DEVICE void cluster_wait() { __syncthreads(); }
 template <typename T>
-SANM_DEVICE T* cluster_map(T* shared, int) { return shared; }
+SANM_DEVICE T cluster_load(const T* shared, int) { return *shared; }
 #else
 SANM_DEVICE int cluster_rank() { return __clusterRelativeBlockRank(); }
 SANM_DEVICE int cluster_size() { return __clusterSizeInBlocks(); }
-SANM_DEVICE void cluster_sync() {  // orders shared memory of all its blocks
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
-}
-// The same place in the shared memory of the cluster's block `rank`.
+SANM_DEVICE void cluster_arrive() { __cluster_barrier_arrive(); }
+SANM_DEVICE void cluster_wait() { __cluster_barrier_wait(); }
+// What lies at the same place in the shared memory of the cluster's block `rank`.
 template <typename T>
-SANM_DEVICE T* cluster_map(T* shared, int rank) {
-  return static_cast<T*>(__cluster_map_shared_rank(const_cast<std::remove_const_t<T>*>(shared),
-                                                   static_cast<unsigned>(rank)));
+SANM_DEVICE T cluster_load(const T* shared, int rank) {
+  return *static_cast<const T*>(
+      __cluster_map_shared_rank(const_cast<T*>(shared), static_cast<unsigned>(rank)));
 }
 #endif
+// The two halves of the cluster's barrier, which orders shared memory of all its blocks.
+SANM_DEVICE void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
 
 }  // namespace sanm

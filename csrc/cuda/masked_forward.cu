@@ -9,22 +9,27 @@
 // Each part paints its share of the image and, in the one-pass mode, pools its own channels, from
 // shared memory where they fit.
 //
-// Logits and loss follow: a matrix product, one block for each row's cross-entropy, one for the mean.
+// Logits and loss follow: a matrix product, a block for each row's cross-entropy, one for the mean.
 #include <numeric>
 
 #include "cuda/activation.h"
+#include "cuda/classifier.h"
 #include "cuda/common.h"
+#include "cuda/energy.h"
 #include "cuda/painter.h"
 #include "masked_forward.h"
-#include "matrix.h"
 
 namespace sanm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kLeast = 8192;              // elements of a sample that are worth a block
-constexpr int64_t kHeldBytes = 100 * 1024;    // shared memory of a block that still leaves room for two
-constexpr int64_t kReduceBytes = kWarp * 16;  // of any type that is reduced
+constexpr int kMostParts = 8;               // blocks of a cluster that every device can have
+constexpr int64_t kLeast = 8192;            // elements of a sample that are worth a block: so many
+                                            // move while it computes what is not shared out
+constexpr int64_t kHeldBytes = 100 * 1024;  // shared memory of a block that leaves room for two
+constexpr int64_t kReduceBytes = kWarp * sizeof(Range<double>);  // of the largest type reduced
+constexpr int64_t kAhead = 48 * 1024;  // of what a block will read, asked for before it is needed
+constexpr int kLongRow = 1024;  // targets from which on a row is a block's work, not a warp's
 
 struct FillValues {
   double value[kFillValues];
@@ -61,103 +66,65 @@ struct Problem {
 
 // Where things lie in a block's scratch memory, in bytes.
 struct Layout {
-  int64_t slice, e, map, partial, left, t, begin, rows, reduce, position, box, fill, held, total;
+  int64_t partial, sums, slice, e, map, norm, left, across, down, begin, rows, hit, size, fill,
+      held, total;
 
   // acc: bytes of a number that sums are taken in; held_bytes: of the features kept, or 0.
   Layout(const Problem& p, int64_t acc, int64_t held_bytes) {
-    int64_t end = 0;
+    constexpr int64_t kWarps = kThreads / kWarp;
+    const int64_t copies = p.n <= kWarpCells ? kWarps : 1;  // of a map: each warp's, or the block's
+    int64_t end = kReduceBytes;
     const auto take = [&](int64_t bytes) {
       const int64_t start = end;
       end += (bytes + 15) / 16 * 16;
       return start;
     };
-    slice = take(p.n * acc);
-    e = take(p.n * acc);
-    map = take(p.n * sizeof(float));
     partial = take(kThreads * 8 * sizeof(float));
+    sums = take(copies * p.n * acc);
+    slice = take(p.n * acc);
+    e = take(copies * p.n * acc);
+    map = take(copies * p.n * sizeof(float));
+    norm = take(copies * 8 * sizeof(float));
     left = take(p.canvas.W * sizeof(int));
-    t = take(p.canvas.W * sizeof(float));
+    across = take(p.canvas.W * sizeof(float));
+    down = take(p.canvas.H * sizeof(float));
     begin = take((p.h + 1) * sizeof(int));
     rows = take(4 * p.h * sizeof(float));
-    reduce = take(kReduceBytes);
-    position = take(4 * sizeof(int));
-    box = take(8 * sizeof(int));
+    hit = take(kWarps * sizeof(Pixel));
+    size = take(2 * sizeof(Size));
     fill = take(2 * p.canvas.channels * sizeof(double));
     held = take(held_bytes);
     total = end;
   }
 };
 
-// E of the sample's channels `own` → e (n).
-template <typename F>
-SANM_DEVICE void energy(const Problem& p, const F* f, const Slice& own, F* held,
-                        acc_t<F>* partial, acc_t<F>* e) {
-  if (p.channels_last) {
-    if (p.vectors) energy_channels_last<kVector<F>>(f + own.first, p.C, own.count, p.n, held, e);
-    else energy_channels_last<1>(f + own.first, p.C, own.count, p.n, held, e);
-  } else {
-    const F* first = f + static_cast<int64_t>(own.first) * p.n;
-    if (p.vectors) energy_contiguous<kVector<F>>(first, own.count, p.n, held, partial, e);
-    else energy_contiguous<1>(first, own.count, p.n, held, partial, e);
-  }
+// E of the sample's channels `own`, f (C, h, w).
+template <int V, typename Source, typename F = typename Source::Element, typename A = acc_t<F>>
+SANM_DEVICE Rows energy(const Problem& p, const Source& f, const Slice& own, F* held,
+                        A* partial, A* sums) {
+  if (p.channels_last)
+    return energy_channels_last<V>(f + own.first, p.C, own.count, p.n, held, sums);
+  return energy_contiguous<V>(f + static_cast<int64_t>(own.first) * p.n, own.count, p.n, held,
+                              partial, sums);
 }
 
-// Ratios and boxes of sample b, by one thread → box (V, 4), ratio (S); the first part writes them.
-SANM_DEVICE void place(const Problem& p, const Draws& draw, const int* position, int64_t b,
-                       bool write, int* box, float* ratio) {
-  const Settings& s = p.settings;
-  const int H = p.canvas.H, W = p.canvas.W;
-  for (int v = 0; v < s.view_count(); ++v) {
-    const int set = s.shared ? 0 : v;
-    const float r = mask_ratio(s, draw(2 * set), p.clean_prob[b]);
-    const Size size = box_size(s, r, draw(2 * set + 1), H, W);
-    const bool peak = s.views == 3 ? v == 0 : s.views == 1;
-    const int* at = position + (peak ? 0 : 2);
-    int* corners = box + 4 * v;
-    corners[0] = corner(at[0], size.height, H, s.centered);
-    corners[1] = corner(at[1], size.width, W, s.centered);
-    corners[2] = corners[0] + size.height;
-    corners[3] = corners[1] + size.width;
-    ratio[set] = r;
-    if (!write) continue;
-    if (v == set) p.ratio[v * p.B + b] = r;
-    for (int k = 0; k < 4; ++k) p.boxes[4 * (v * p.B + b) + k] = corners[k];
-  }
+// A box of this size at its peak, or trough.
+SANM_DEVICE Box place(const Settings& s, const Canvas& canvas, const Pixel& at, const Size& size) {
+  const int top = corner(at.y, size.height, canvas.H, s.centered),
+            left = corner(at.x, size.width, canvas.W, s.centered);
+  return {top, left, top + size.height, left + size.width};
 }
 
-// v / Σv (h, w) → share: v is the part of a cell that the box leaves visible; zeros where none is.
-template <typename A>
-SANM_DEVICE void visibility(const Problem& p, const int* box, A* share, A* scratch) {
-  A total = 0;
-  for (int k = threadIdx.x; k < p.n; k += blockDim.x) {
-    const A rows = overlap<A>(box[0], box[2], k / p.w, p.h, p.canvas.H);
-    const A v = A{1} - rows * overlap<A>(box[1], box[3], k % p.w, p.w, p.canvas.W);
-    share[k] = v > 0 ? v : A{0};
-    total += share[k];
-  }
-  total = block_sum(total, scratch);
-  for (int k = threadIdx.x; k < p.n; k += blockDim.x) share[k] = total > 0 ? share[k] / total : 0;
-  __syncthreads();
-}
-
-// z_c = Σ v·F of the channels `own`. source: element (c, k) of the slice lies at c·c_step + k·k_step.
-template <typename F>
-SANM_DEVICE void pool(const F* source, int64_t c_step, int64_t k_step, const Slice& own, int n,
-                      const acc_t<F>* share, acc_t<F>* pooled) {
-  if (k_step == 1) {  // cells lie together: a warp takes a channel
-    for (int c = warp(); c < own.count; c += warps()) {
-      acc_t<F> sum = 0;
-      for (int k = lane(); k < n; k += kWarp) sum += share[k] * widen(source[c * c_step + k]);
-      sum = warp_reduce(sum, Sum());
-      if (lane() == 0) pooled[own.first + c] = sum;
-    }
-    return;
-  }
-  for (int c = threadIdx.x; c < own.count; c += blockDim.x) {
-    acc_t<F> sum = 0;
-    for (int k = 0; k < n; ++k) sum += share[k] * widen(source[c * c_step + k * k_step]);
-    pooled[own.first + c] = sum;
-  }
+// Sample b's new targets of a draw set with this ratio, by the warp or by the block.
+SANM_DEVICE void modulate_targets(const Problem& p, int64_t b, bool by_block, int set,
+                                  float ratio) {
+  const int64_t label = p.soft ? 0 : static_cast<const int64_t*>(p.targets)[b * p.t_b];
+  const auto go = [&](auto zero) {
+    using T = decltype(zero);
+    modulate<T>(Team{by_block}, p.soft, Untyped<T>{p.target_type, p.targets, b * p.t_b}, p.t_k,
+                label, p.K, ratio, p.settings.clamp, p.new_targets, (set * p.B + b) * p.K);
+  };
+  p.target_type == ScalarType::Double ? go(double{}) : go(float{});
 }
 
 // Calls body(F{}) with F the features' type, one of those that are summed in A.
@@ -169,153 +136,218 @@ SANM_DEVICE void dispatch_features(ScalarType type, const Body& body) {
   else body(BFloat16{});
 }
 
-// Block b·parts + part. `workspace`: layout.total bytes a block where shared memory is too small.
-// Only the energy and the pooling depend on the type of the features: each asks for it once.
-template <typename A>
-__global__ void __launch_bounds__(kThreads) masked_forward_kernel(
+// Elements [first, first + count) at p are going to be read: the first of them are asked for.
+SANM_DEVICE void ahead(const void* p, ScalarType type, int64_t first, int64_t count) {
+  const int64_t bytes = count * bytes_of(type);
+  prefetch(static_cast<const unsigned char*>(p) + first * bytes_of(type),
+           bytes < kAhead ? bytes : kAhead);
+}
+
+// What needs no map, by a warp each: ratios, sizes of boxes and constants to fill with → scratch,
+// and new targets. Long rows of those, and means to fill with, are the block's. A barrier follows.
+template <bool kShared>
+SANM_DEVICE void need_no_map(const Problem& p, const Layout& layout, const FillValues& values,
+                             const Memory<kShared>& memory, int64_t b, int part,
+                             const Draws& draws, float clean_prob) {
+  const Settings& s = p.settings;
+  const int sets = s.draw_sets(), V = s.view_count(), C = p.canvas.channels, last = warps() - 1;
+  double* const fill = memory.template at<double>(layout.fill);
+  const auto ratio = [&](int set) { return mask_ratio(s, draws(2 * set), clean_prob); };
+  if (warp() == last - 1) {
+    if (lane() < sets) {
+      const float r = ratio(lane());
+      memory.template at<Size>(layout.size)[lane()] =
+          box_size(s, r, draws(2 * lane() + 1), p.canvas.H, p.canvas.W);
+      if (part == 0) p.ratio[lane() * p.B + b] = r;
+    }
+    if (s.fill == kConstant || s.fill == kUniform)
+      for (int k = lane(); k < V * C; k += kWarp)
+        fill[k] = s.fill == kUniform ? draws(2 * sets + k)
+                                     : values.value[values.count == 1 ? 0 : k % C];
+  }
+  const bool long_row = p.K > kLongRow;
+  for (int set = 0; part == 0 && set < sets; ++set)
+    if (long_row || warp() == last - 2 - set) modulate_targets(p, b, long_row, set, ratio(set));
+  if (p.images && s.fill == kMean)
+    for (int c = 0; c < C; ++c) {
+      const double mean = channel_mean(
+          Untyped<double>{p.image_type, p.images, b * p.canvas.size()}, p.canvas, c);
+      for (int v = threadIdx.x; v < V; v += blockDim.x) fill[v * C + c] = mean;
+    }
+}
+
+// Block b·parts + part. Only the energy and the pooling depend on the type of the features: each
+// asks for it once. What lies in memory is asked for at entry, and what needs no map is computed
+// while other warps search the map.
+template <typename A, bool kShared>
+__global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kernel(
     const __grid_constant__ Problem p, const __grid_constant__ Layout layout,
-    const __grid_constant__ FillValues values, unsigned char* workspace) {
+    const __grid_constant__ FillValues values,
+    unsigned char* workspace) {  // layout.total bytes a block; not read if kShared
   const int part = blockIdx.x % p.parts;
   const int64_t b = blockIdx.x / p.parts;
-  unsigned char* base = workspace ? workspace + blockIdx.x * layout.total
-                                  : shared_memory<unsigned char>();
-  const auto at = [&](int64_t offset) { return static_cast<void*>(base + offset); };
-  A *slice = static_cast<A*>(at(layout.slice)), *e = static_cast<A*>(at(layout.e));
-  float* map = static_cast<float*>(at(layout.map));
-  int *position = static_cast<int*>(at(layout.position)), *box = static_cast<int*>(at(layout.box));
-  float* rows = static_cast<float*>(at(layout.rows));
-  void* reduce = at(layout.reduce);
-  const bool holds = layout.total > layout.held;
-  void* const held_at = holds ? at(layout.held) : nullptr;
-
-  const int first = part * p.each < p.C ? part * p.each : p.C;
-  const Slice own{first, p.each < p.C - first ? p.each : p.C - first};
-  const bool shared_out = cluster_size() > 1;
-  dispatch_features<A>(p.feature_type, [&](auto zero) {
-    using F = decltype(zero);
-    energy(p, static_cast<const F*>(p.features) + b * p.C * p.n,
-           shared_out ? own : Slice{0, p.C}, static_cast<F*>(held_at),
-           static_cast<A*>(at(layout.partial)), slice);
-  });
-  if (shared_out) cluster_sync();
-  for (int k = threadIdx.x; k < p.n; k += blockDim.x) {
-    A cell = slice[k];
-    if (shared_out) {
-      cell = 0;
-      for (int r = 0; r < p.parts; ++r) cell += cluster_map(slice, r)[k];
-    }
-    e[k] = cell;
-    map[k] = static_cast<float>(cell);
-  }
-  if (shared_out) cluster_sync();  // no block ends while another reads its sums
-  else __syncthreads();
-
-  const Statistics<A> stats(e, p.n, static_cast<A*>(reduce));
-  Locator locator{map, static_cast<int*>(at(layout.left)), static_cast<float*>(at(layout.t)),
-                  static_cast<int*>(at(layout.begin)), rows, rows + 2 * p.h, p.h, p.w, p.canvas.H,
-                  p.canvas.W, p.settings.quantize};
-  locator.find(position, static_cast<float*>(reduce));
-  if (part == 0) {
-    if (threadIdx.x == 0)
-#pragma unroll
-      for (int k = 0; k < 5; ++k) static_cast<A*>(p.stats)[k * p.B + b] = stats.value[k];
-    if (threadIdx.x < 4)
-      p.positions[2 * (threadIdx.x / 2 * p.B + b) + threadIdx.x % 2] = position[threadIdx.x];
-  }
-  if (p.targets == nullptr) return;  // activation_stats
-
-  const Draws draws{p.draws ? p.draws + b * p.draw_count : nullptr, p.index ? p.index[b] : b,
-                    p.seed ? *p.seed : 0};
-  float* ratio = rows;  // the rows' extremes are no longer needed
-  if (threadIdx.x == 0) place(p, draws, position, b, part == 0, box, ratio);
-  __syncthreads();
-
-  if (part == 0)
-    device_dispatch(p.target_type, [&](auto zero) {
-      using Y = decltype(zero);
-      for (int s = 0; s < p.settings.draw_sets(); ++s)
-        modulate(p.soft ? static_cast<const Y*>(p.targets) + b * p.t_b : nullptr, p.t_k,
-                 p.soft ? 0 : static_cast<const int64_t*>(p.targets)[b * p.t_b], p.K, ratio[s],
-                 p.settings.clamp, static_cast<Peak<acc_t<Y>>*>(reduce),
-                 static_cast<Y*>(p.new_targets) + (s * p.B + b) * p.K);
-    });
-
-  if (p.pooled) {
-    visibility(p, box, e, static_cast<A*>(reduce));
-    if (part == 0)
-      for (int k = threadIdx.x; k < p.n; k += blockDim.x)
-        static_cast<A*>(p.visible)[b * p.n + k] = e[k];
-    A* pooled = static_cast<A*>(p.pooled) + b * p.C;
-    const int64_t start = p.channels_last ? own.first : static_cast<int64_t>(own.first) * p.n;
-    const int64_t k_step = !p.channels_last ? 1 : holds ? own.count : p.C;
-    dispatch_features<A>(p.feature_type, [&](auto zero) {
-      using F = decltype(zero);
-      const F* f = static_cast<const F*>(p.features) + b * p.C * p.n;
-      pool(holds ? static_cast<const F*>(held_at) : f + start, p.channels_last ? 1 : p.n, k_step,
-           own, p.n, e, pooled);
-    });
-  }
-
-  if (!p.images) return;
+  const Memory<kShared> memory{workspace + (kShared ? 0 : blockIdx.x * layout.total)};
+  const int channel = part * p.each < p.C ? part * p.each : p.C;
+  const Slice own{channel, p.each < p.C - channel ? p.each : p.C - channel};
   const unsigned size = p.canvas.size(), start = part * p.image_each;
   const unsigned end = start + p.image_each < size ? start + p.image_each : size;
-  void* fill = at(layout.fill);
-  device_dispatch(p.image_type, [&](auto zero) {
-    using T = decltype(zero);
-    prepare_fills(p.settings, values.value, values.count, p.canvas,
-                  static_cast<const T*>(p.images) + b * size, draws, static_cast<double*>(reduce),
-                  static_cast<T*>(fill));
-  });
-  device_dispatch_stored(p.image_type, [&](auto zero) {
-    using S = decltype(zero);
-    const S* image = static_cast<const S*>(p.images) + b * size;
-    S* views = static_cast<S*>(p.views) + b * size;
-    if (p.image_vectors)
-      paint<kVector<S>>(p.image_type, p.settings, p.canvas, image, views, p.B * size, box,
-                        static_cast<const S*>(fill), draws, start, end);
-    else
-      paint<1>(p.image_type, p.settings, p.canvas, image, views, p.B * size, box,
-               static_cast<const S*>(fill), draws, start, end);
-  });
-}
+  const bool spread = kShared && cluster_size() > 1, holds = kShared && layout.total > layout.held;
+  const bool masks = p.targets != nullptr;  // else activation_stats
+  const Settings& s = p.settings;
 
-// Block b: logits of row b plus bias, and their cross-entropy −Σ_k t_k log softmax(z)_k.
-template <typename A>
-__global__ void __launch_bounds__(kThreads, 4) cross_entropy_kernel(
-    A* logits,            // (B, K), read and written
-    const A* bias,        // (K,) or null
-    const void* targets,  // (B, K) of type `type`
-    ScalarType type, int64_t K,
-    A* rows) {  // (B,), written
-  A* scratch = shared_memory<A>();
-  A* z = logits + blockIdx.x * K;
-  A top = static_cast<A>(-INFINITY), sum = 0, loss = 0;
-  for (int64_t k = threadIdx.x; k < K; k += blockDim.x) {
-    if (bias) z[k] += bias[k];
-    top = z[k] > top ? z[k] : top;
+  // The energy, and meanwhile what is known before it.
+  const Slice summed = spread ? own : Slice{0, p.C};
+  if (summed.count == p.C || !p.channels_last)
+    ahead(p.features, p.feature_type, (b * p.C + summed.first) * p.n,
+          int64_t{summed.count} * p.n);
+  Draws draws{};
+  float clean_prob = 0;
+  if (masks) {
+    draws = {p.draws ? p.draws + b * p.draw_count : nullptr, p.index ? p.index[b] : b,
+             p.seed ? *p.seed : 0};
+    clean_prob = p.clean_prob[b];
+    if (!p.soft) prefetch(static_cast<const int64_t*>(p.targets) + b * p.t_b, sizeof(int64_t));
+    else if (p.t_k == 1) ahead(p.targets, p.target_type, b * p.t_b, p.K);
   }
-  top = block_max(top, scratch);
-  for (int64_t k = threadIdx.x; k < K; k += blockDim.x) sum += exp(z[k] - top);
-  const A log_sum = log(block_sum(sum, scratch));
-  device_dispatch(type, [&](auto zero) {
-    const auto* t = static_cast<const decltype(zero)*>(targets) + blockIdx.x * K;
-    for (int64_t k = threadIdx.x; k < K; k += blockDim.x)
-      loss += static_cast<A>(widen(t[k])) * (log_sum - (z[k] - top));
-  });
-  loss = block_sum(loss, scratch);
-  if (threadIdx.x == 0) rows[blockIdx.x] = loss;
-}
+  const Taps taps{memory.template at<int>(layout.left), memory.template at<float>(layout.across),
+                  memory.template at<float>(layout.down), memory.template at<int>(layout.begin),
+                  p.h, p.w, p.canvas.H, p.canvas.W};
+  taps.fill();
+  const Untyped<A> features{p.feature_type, p.features, b * p.C * p.n};
+  A *const partial = memory.template at<A>(layout.partial),
+    *const sums = memory.template at<A>(layout.sums);
+  Rows energies{};
+  if (kShared && p.vectors)
+    dispatch_features<A>(p.feature_type, [&](auto zero) {
+      using F = decltype(zero);
+      energies = energy<kVector<F>>(
+          p, Typed<F>{static_cast<const F*>(p.features) + features.start}, summed,
+          holds ? shared_memory<F>(layout.held) : nullptr, partial, sums);
+    });
+  else
+    energies = energy<1>(p, features, summed, static_cast<A*>(nullptr), partial, sums);
+  if (p.images && start < end) ahead(p.images, p.image_type, b * size + start, end - start);
+  __syncthreads();
 
-// One block: the mean of rows (B,), 0 of none → loss ().
-template <typename A>
-__global__ void __launch_bounds__(kThreads) mean_kernel(const A* rows, int64_t B, A* loss) {
-  double sum = 0;
-  for (int64_t b = threadIdx.x; b < B; b += blockDim.x) sum += rows[b];
-  sum = block_sum(sum, shared_memory<double>());
-  if (threadIdx.x == 0) *loss = static_cast<A>(sum / (B > 0 ? B : 1));
+  // The map: a warp's own copy if it is small.
+  const Team team{!kShared || p.n > kWarpCells};
+  const int copy = team.block ? 0 : warp();
+  A *const slice = memory.template at<A>(layout.slice),
+    *const e = memory.template at<A>(layout.e) + copy * p.n;
+  float* const map = memory.template at<float>(layout.map) + copy * p.n;
+  const A* const summands = memory.template at<A>(energies.partial ? layout.partial : layout.sums);
+  if (spread) {
+    for (int k = threadIdx.x; k < p.n; k += blockDim.x) slice[k] = energies.sum(summands, p.n, k);
+    cluster_sync();
+  }
+  bool odd = false;  // a map with NaN or infinity counts as flat
+#pragma unroll 1
+  for (int k = team.rank(); k < p.n; k += team.size()) {
+    A cell = 0;
+    if (!spread) cell = energies.sum(summands, p.n, k);
+#pragma unroll
+    for (int r = 0; r < kMostParts; ++r)
+      if (spread && r < p.parts) cell += cluster_load(slice + k, r);
+    e[k] = cell;
+    map[k] = static_cast<float>(cell);
+    odd = odd || !(map[k] - map[k] == 0);
+  }
+  if (spread) cluster_arrive();  // waited for in the end: until then others read this block's sums
+  odd = team.any(odd);
+
+  // Peak and trough; the last warps, which have the fewest columns, have something else to do.
+  float* const rows = memory.template at<float>(layout.rows);
+  const Locator locator{taps, map, rows, rows + 2 * p.h, memory.template at<Pixel>(layout.hit),
+                        s.quantize};
+  if (part == 0 && team.block)
+    statistics(team, e, p.n, static_cast<A*>(p.stats) + b, p.B);
+  if (!odd) {
+    if (s.quantize) normalize(team, map, p.n, memory.template at<float>(layout.norm) + 8 * copy);
+    locator.scan();
+  }
+  __syncthreads();
+  if (!odd) locator.search();
+  if (part == 0 && !team.block && warp() == warps() - 1)
+    statistics(team, e, p.n, static_cast<A*>(p.stats) + b, p.B);
+  if (masks) need_no_map(p, layout, values, memory, b, part, draws, clean_prob);
+  __syncthreads();
+
+  const Pixel flat{0, 0}, peak = odd ? flat : locator.found(true),
+              trough = odd ? flat : locator.found(false);
+  if (part == 0 && threadIdx.x == 0) {
+    const int positions[4] = {peak.y, peak.x, trough.y, trough.x};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) p.positions[2 * (k / 2 * p.B + b) + k % 2] = positions[k];
+  }
+  if (masks) {
+    const Size* const sizes = memory.template at<Size>(layout.size);
+    const bool trough_first = s.views == 2;
+    const Pixel at{trough_first ? trough.y : peak.y, trough_first ? trough.x : peak.x};
+    const Box box[2] = {place(s, p.canvas, at, sizes[0]),  // and the second of two views
+                        place(s, p.canvas, trough, sizes[s.draw_sets() - 1])};
+    if (part == 0 && threadIdx.x == 0)
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        if (v == s.view_count()) break;
+        const int corners[4] = {box[v].top, box[v].left, box[v].bottom, box[v].right};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) p.boxes[4 * (v * p.B + b) + k] = corners[k];
+      }
+    if (p.pooled) {
+      visibility(team, taps, box[0], e);
+      if (part == 0)
+        for (int k = threadIdx.x; k < p.n; k += blockDim.x)
+          static_cast<A*>(p.visible)[b * p.n + k] = e[k];
+      A* pooled = static_cast<A*>(p.pooled) + b * p.C;
+      const int64_t c_step = p.channels_last ? 1 : p.n;
+      if (holds)
+        dispatch_features<A>(p.feature_type, [&](auto zero) {
+          pool(shared_memory<decltype(zero)>(layout.held), c_step,
+               p.channels_last ? own.count : 1, own, p.n, e, pooled);
+        });
+      else
+        pool(features + own.first * c_step, c_step, p.channels_last ? p.C : 1, own, p.n, e,
+             pooled);
+    }
+    if (p.images) {
+      const Filling<kShared> filling{p.image_type, s.fill == kPixel, memory,
+                                     layout.fill,  draws.index,      draws.seed};
+      const int which = static_cast<int>(s.views);
+      if (kShared && p.image_vectors)
+        paint<true>(filling, p.canvas, which, p.images, p.views, b * size, p.B * size, box[0],
+                    box[1], start, end);
+      else
+        paint<false>(filling, p.canvas, which, p.images, p.views, b * size, p.B * size, box[0],
+                     box[1], start, end);
+    }
+  }
+  if (spread) cluster_wait();
 }
 
 int least_multiple(int64_t n, int64_t of) { return static_cast<int>(ceil_div(n, of) * of); }
+
+// Blocks of a cluster, at most, for features of this type.
+int cluster_limit_of(const Tensor& features) {
+  return acc_type(features) == ScalarType::Double
+             ? cluster_limit(features, masked_forward_kernel<double, true>)
+             : cluster_limit(features, masked_forward_kernel<float, true>);
+}
+
+// Over how many blocks a sample is spread: what takes the least time where `slots` blocks run at
+// once, counted in elements that each moves. Two views are written for an image that is read;
+// without clusters every part reads the whole map; every wave pays for what is not shared out.
+int parts_of(const Problem& p, int clusters, int64_t slots) {
+  const int64_t map = int64_t{p.C} * p.n, image = p.canvas.size();
+  const auto time = [&](int64_t parts) {
+    return ceil_div(p.B * parts, slots) *
+           (kLeast + (clusters > 1 ? map / parts : map) + 3 * image / parts);
+  };
+  int best = 1;
+  if (clusters == 1 && image == 0) return best;  // nothing to share out
+  for (int parts = 2; parts <= kMostParts && std::max(map, image) / parts >= kLeast; parts *= 2)
+    if (time(parts) < time(best)) best = parts;
+  return best;
+}
 
 // Sizes and the features' layout of a call, and over how many blocks a sample is spread.
 Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_channels) {
@@ -337,11 +369,7 @@ Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_chann
   const int64_t period = features.channels_last ? 1 : V / std::gcd<int64_t>(p.n, V) * p.n;
   p.vectors = aligned16(p.features, (features.channels_last ? p.C : int64_t{p.C} * p.n) * bytes) &&
               (p.n % V == 0 || period <= kThreads * V);
-  const int64_t work = std::max<int64_t>(int64_t{p.C} * p.n, p.canvas.size());
-  const int64_t wanted = 2 * multiprocessors(x);
-  p.parts = 1;
-  while (p.parts < 8 && p.B * p.parts < wanted && work / (2 * p.parts) >= kLeast) p.parts *= 2;
-  if (cluster_limit(x) == 1 && image_channels == 0) p.parts = 1;  // nothing to share out
+  p.parts = parts_of(p, cluster_limit_of(x), 2 * multiprocessors(x));
   p.each = least_multiple(ceil_div(p.C, p.parts), V);
   p.image_each = least_multiple(ceil_div(p.canvas.size(), p.parts), 64);
   return p;
@@ -350,41 +378,23 @@ Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_chann
 void launch_samples(const Tensor& features, const Problem& p, const FillValues& values) {
   const auto go = [&](auto zero) {
     using A = decltype(zero);
-    int64_t cluster = std::min<int64_t>(p.parts, cluster_limit(features));
-    Layout layout(p, sizeof(A), 0);
-    Tensor workspace = new_tensor(features, {0}, ScalarType::Byte);
-    unsigned char* memory = nullptr;
+    const Layout layout(p, sizeof(A), 0);
+    const int64_t blocks = p.B * p.parts;
     if (layout.total > shared_limit(features)) {
-      cluster = 1;
-      workspace = new_tensor(features, {p.B * p.parts * layout.total}, ScalarType::Byte);
-      memory = out<unsigned char>(workspace);
-    } else if (p.pooled && cluster == p.parts) {
-      const Layout more(p, sizeof(A), int64_t{p.each} * p.n * features.element_size());
-      if (more.total <= std::min(shared_limit(features), kHeldBytes)) layout = more;
+      const Tensor workspace = new_tensor(features, {blocks * layout.total}, ScalarType::Byte);
+      launch({"masked_forward", features, {blocks}, kThreads, kReduceBytes},
+             masked_forward_kernel<A, false>, p, layout, values, out<unsigned char>(workspace));
+      return;
     }
-    launch({"masked_forward", features, {p.B * p.parts}, kThreads, memory ? 0 : layout.total,
-            cluster},
-           masked_forward_kernel<A>, p, layout, values, memory);
+    const int64_t cluster = std::min(p.parts, cluster_limit_of(features));
+    const Layout more(p, sizeof(A), int64_t{p.each} * p.n * features.element_size());
+    const bool holds = p.pooled && p.vectors && cluster == p.parts &&
+                       more.total <= std::min(shared_limit(features), kHeldBytes);
+    const Layout& chosen = holds ? more : layout;
+    launch({"masked_forward", features, {blocks}, kThreads, chosen.total, cluster},
+           masked_forward_kernel<A, true>, p, chosen, values, nullptr);
   };
   acc_type(features) == ScalarType::Double ? go(double{}) : go(float{});
-}
-
-// logits (B, K) = pooled (B, C)·Wᵀ + bias, and the mean cross-entropy against targets (B, K).
-void classify(const Inputs& in, const Outputs& o) {
-  const ScalarType type = o.pooled.scalar_type();
-  const Tensor weight = torch::stable::to(*in.weight, type);
-  multiply(o.pooled, torch::stable::transpose(weight, 0, 1), o.logits);
-  const OptTensor bias = in.bias ? packed(OptTensor(torch::stable::to(*in.bias, type))) : in.bias;
-  const int64_t B = o.logits.size(0), K = o.logits.size(1);
-  const Tensor rows = new_tensor(o.logits, {B}, type);
-  dispatch(type, [&](auto zero) {
-    using A = acc_t<decltype(zero)>;
-    launch({"masked_forward: cross-entropy", o.logits, {B}, kThreads, kReduceBytes},
-           cross_entropy_kernel<A>, out<A>(o.logits), in_or_null<A>(bias),
-           o.targets.const_data_ptr(), o.targets.scalar_type(), K, out<A>(rows));
-    launch({"masked_forward: loss", o.logits, {1}, kThreads, kReduceBytes}, mean_kernel<A>,
-           sanm::in<A>(rows), B, out<A>(o.loss));
-  });
 }
 
 void run(const Inputs& in, const Outputs& o) {

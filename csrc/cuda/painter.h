@@ -1,6 +1,7 @@
 // Sections 2 to 4 of the method by one block: draws, fills, masked views, modulated targets.
 #pragma once
 
+#include "cuda/activation.h"
 #include "cuda/device.h"
 #include "math/box.h"
 #include "math/draws.h"
@@ -13,28 +14,60 @@ namespace sanm {
 
 constexpr int kFillValues = 64;  // per-channel constants that travel as kernel arguments
 
+// Philox's uniform, and its N(0, 1) by Box and Muller.
+SANM_DEVICE_CALL double philox_uniform(int number, int64_t index, int64_t seed) {
+  return uniform(number, index, seed);
+}
+SANM_DEVICE_CALL double noise(uint32_t number, uint32_t stream, int64_t index, int64_t seed) {
+  return normal(number, stream, index, seed);
+}
+
 // Draws of one sample: the caller's, or Philox's.
 struct Draws {
   const double* given;  // (D) or null
   int64_t index, seed;
-  SANM_DEVICE double operator()(int64_t number) const {
-    return given ? given[number] : uniform(number, index, seed);
+  SANM_DEVICE double operator()(int number) const {
+    return given ? given[number] : philox_uniform(number, index, seed);
   }
 };
 
-// A fill as the image's type: by way of float32, but for float64.
-template <typename T>
-SANM_DEVICE T fill_cast(double value) {
-  if constexpr (std::is_same_v<T, double>) return value;
-  else return static_cast<T>(static_cast<float>(value));
+SANM_DEVICE int bytes_of(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-// The same as what is stored for a number of the image's dtype.
+// A number as an element of this dtype, which is stored as S: by way of float32, but for float64.
 template <typename S>
-SANM_DEVICE S fill_stored(ScalarType type, double value) {
-  if constexpr (!std::is_same_v<S, Bits16>) return fill_cast<S>(value);
-  else return type == ScalarType::Half ? fill_cast<Half>(value).x : fill_cast<BFloat16>(value).x;
+SANM_DEVICE S stored(ScalarType type, double value) {
+  if constexpr (std::is_same_v<S, double>) return value;
+  const float rounded = static_cast<float>(value);
+  if constexpr (std::is_same_v<S, Bits16>)
+    return type == ScalarType::Half ? Half(rounded).x : BFloat16(rounded).x;
+  else return rounded;
 }
+
+// Rounds a number to element k of an array of this dtype.
+template <typename A>
+SANM_DEVICE void store_any(ScalarType type, void* p, int64_t k, A value) {
+  if constexpr (std::is_same_v<A, double>)
+    store_global(static_cast<double*>(p) + k, Vector<double, 1>{value});
+  else if (type == ScalarType::Float)
+    store_global(static_cast<float*>(p) + k, Vector<float, 1>{value});
+  else store_global(static_cast<Bits16*>(p) + k, Vector<Bits16, 1>{stored<Bits16>(type, value)});
+}
+
+// Scratch of a block: shared memory, the first of which is for reductions, or where that does not
+// suffice the block's part of a workspace. A type of its own for each, so that the compiler knows
+// which of the two it reads and writes.
+template <bool kShared>
+struct Memory {
+  unsigned char* base;  // of the workspace
+
+  template <typename T>
+  SANM_DEVICE T* at(int64_t offset) const {
+    if constexpr (kShared) return shared_memory<T>(offset);
+    else return reinterpret_cast<T*>(base + offset);
+  }
+};
 
 // One sample's image, seen as rows of `length` numbers: (Cin·H, W), or (H, W·Cin) if channels_last.
 struct Canvas {
@@ -46,138 +79,161 @@ struct Canvas {
   SANM_HD unsigned size() const { return static_cast<unsigned>(channels) * H * W; }
 };
 
-// N(0, 1) of an element: Philox's, Box's and Muller's.
-SANM_DEVICE_CALL double noise(uint32_t number, uint32_t stream, int64_t index, int64_t seed) {
-  return normal(number, stream, index, seed);
+// Mean of the image's channel c, by the block.
+SANM_DEVICE_CALL double channel_mean(Untyped<double> image, Canvas canvas, unsigned c) {
+  const unsigned C = canvas.channels, pixels = static_cast<unsigned>(canvas.H) * canvas.W;
+  double sum = 0;
+  for (unsigned k = threadIdx.x; k < pixels; k += blockDim.x)
+    sum += image[canvas.channels_last ? int64_t{k} * C + c : int64_t{c} * pixels + k];
+  return block_sum(sum, shared_memory<double>()) / pixels;
 }
 
-// Fills of every view and channel → fill (V, Cin) in shared memory; sums: kWarp of scratch.
-template <typename T>
-SANM_DEVICE void prepare_fills(const Settings& s, const double* values, int value_count,
-                               const Canvas& canvas, const T* image, const Draws& draws,
-                               double* sums, T* fill) {
-  const int C = canvas.channels, V = s.view_count();
-  if (s.fill == kMean) {
-    const unsigned pixels = static_cast<unsigned>(canvas.H) * canvas.W;
-    for (int c = 0; c < C; ++c) {
-      double sum = 0;
-      for (unsigned k = threadIdx.x; k < pixels; k += blockDim.x)
-        sum += widen(canvas.channels_last ? image[static_cast<int64_t>(k) * C + c]
-                                          : image[static_cast<int64_t>(c) * pixels + k]);
-      sum = block_sum(sum, sums);
-      if (threadIdx.x == 0)
-        for (int v = 0; v < V; ++v) fill[v * C + c] = fill_cast<T>(sum / pixels);
-    }
-  } else if (s.fill != kPixel) {
-    for (int k = threadIdx.x; k < V * C; k += blockDim.x)
-      fill[k] = fill_cast<T>(s.fill == kUniform ? draws(2 * s.draw_sets() + k)
-                                                : values[value_count == 1 ? 0 : k % C]);
-  }
-  __syncthreads();
-}
+// A view's box in the image: [top, bottom) × [left, right).
+struct Box {
+  int top, left, bottom, right;
+};
 
-// One view's box, in rows and columns of the canvas.
+// The same in rows and columns of the canvas.
 struct Hidden {
   unsigned top, bottom, first, last;
 
-  SANM_DEVICE Hidden(const int* box, const Canvas& canvas)
-      : top(box[0]), bottom(box[2]), first(box[1] * canvas.scale()),
-        last(box[3] * canvas.scale()) {}
+  SANM_DEVICE Hidden(Box box, const Canvas& canvas)
+      : top(box.top), bottom(box.bottom), first(box.left * canvas.scale()),
+        last(box.right * canvas.scale()) {}
   SANM_DEVICE bool row(const Canvas& canvas, unsigned r) const {
     const unsigned y = canvas.channels_last ? r : r % canvas.H;
     return y >= top && y < bottom;
   }
 };
 
-// N elements from (row, column) on, those inside the box filled. Not inlined, as few vectors touch
-// a box and noise is much code.
-template <int N, typename S>
-SANM_DEVICE_CALL Vector<S, N> hide(Vector<S, N> x, ScalarType type, const Settings& s,
-                                   const Canvas& canvas, Hidden box, int view, unsigned row,
-                                   unsigned column, const S* fill, Draws draws) {
-  const unsigned H = canvas.H, C = canvas.channels, length = canvas.length();
-#pragma unroll
-  for (int k = 0; k < N; ++k, ++column) {
-    if (column == length) {
-      column = 0;
-      ++row;
-    }
-    if (column < box.first || column >= box.last || !box.row(canvas, row)) continue;
-    const unsigned c = canvas.channels_last ? column % C : row / H;
-    if (s.fill == kPixel) {
-      const unsigned y = canvas.channels_last ? row : row % H;
-      const uint32_t stream = 1 + (s.views == 3 ? view : static_cast<int>(s.views) - 1);
-      x[k] = fill_stored<S>(type, noise((c * H + y) * canvas.W + column / canvas.scale(), stream,
-                                        draws.index, draws.seed));
-    } else {
-      x[k] = fill[view * C + c];
-    }
-  }
-  return x;
+// What a view's box is filled with.
+template <bool kShared>
+struct Filling {
+  ScalarType type;  // of the image
+  bool noise;
+  Memory<kShared> memory;
+  int64_t fill;  // where its (V, Cin) constants lie
+  int64_t index, seed;
+};
+
+// 16 bytes of an image, or where it is not aligned one element.
+using Chunk = Vector<uint32_t, 4>;
+template <bool kVectors>
+using Piece = std::conditional_t<kVectors, Chunk, uint64_t>;
+
+template <bool kVectors>
+SANM_DEVICE Piece<kVectors> load_piece(ScalarType type, const void* p, int64_t at) {
+  const unsigned char* q = static_cast<const unsigned char*>(p) + at * bytes_of(type);
+  if constexpr (kVectors) return load_global<4, kStream>(reinterpret_cast<const uint32_t*>(q));
+  else if (bytes_of(type) == 8) return __ldcs(reinterpret_cast<const unsigned long long*>(q));
+  else if (bytes_of(type) == 4) return __ldcs(reinterpret_cast<const unsigned*>(q));
+  else return __ldcs(reinterpret_cast<const unsigned short*>(q));
 }
 
-// Copies elements [begin, end) of the image into every view, each view's box filled; both are
-// multiples of N. Outside its box a view is the image, bit for bit. Not inlined: compiled once for
-// features of every type.
-template <int N, typename S>
+template <bool kVectors>
+SANM_DEVICE void store_piece(ScalarType type, void* p, int64_t at, const Piece<kVectors>& x) {
+  unsigned char* q = static_cast<unsigned char*>(p) + at * bytes_of(type);
+  if constexpr (kVectors) store_global<kStream>(reinterpret_cast<uint32_t*>(q), x);
+  else if (bytes_of(type) == 8)
+    __stcs(reinterpret_cast<unsigned long long*>(q), static_cast<unsigned long long>(x));
+  else if (bytes_of(type) == 4)
+    __stcs(reinterpret_cast<unsigned*>(q), static_cast<unsigned>(x));
+  else __stcs(reinterpret_cast<unsigned short*>(q), static_cast<unsigned short>(x));
+}
+
+// The elements of a piece from (row, column) on, those inside the box filled. Not inlined, as few
+// pieces touch a box and noise is much code.
+template <bool kVectors, bool kShared>
+SANM_DEVICE_CALL Piece<kVectors> hide(Piece<kVectors> piece, Filling<kShared> filling,
+                                      Canvas canvas, Hidden box, int view, uint32_t stream,
+                                      unsigned row, unsigned column) {
+  const unsigned H = canvas.H, C = canvas.channels, length = canvas.length();
+  device_dispatch_stored(filling.type, [&](auto zero) {
+    using S = decltype(zero);
+    constexpr int N = kVectors ? kVector<S> : 1;
+    Vector<S, N> x;
+    memcpy(&x, &piece, sizeof(x));
+#pragma unroll
+    for (int k = 0; k < N; ++k, ++column) {
+      if (column == length) {
+        column = 0;
+        ++row;
+      }
+      if (column < box.first || column >= box.last || !box.row(canvas, row)) continue;
+      const unsigned c = canvas.channels_last ? column % C : row / H;
+      double value;
+      if (filling.noise) {
+        const unsigned y = canvas.channels_last ? row : row % H;
+        value = noise((c * H + y) * canvas.W + column / canvas.scale(), stream, filling.index,
+                      filling.seed);
+      } else {
+        const double* constants = filling.memory.template at<double>(filling.fill);
+        value = kShared ? constants[view * C + c] : __ldcg(constants + view * C + c);
+      }
+      x[k] = stored<S>(filling.type, value);
+    }
+    memcpy(&piece, &x, sizeof(x));
+  });
+  return piece;
+}
+
+// Copies elements [begin, end) of an image into every view, each view's box filled; in vectors if
+// they are multiples of 16 bytes. Outside its box a view is the image, bit for bit. Not inlined:
+// compiled once for features of every type.
+template <bool kVectors, bool kShared>
 SANM_DEVICE_CALL void paint(
-    ScalarType type,  // of the image
-    const Settings& s, const Canvas& canvas,
-    const S* image,  // one sample's
-    S* views,        // the sample's first view; the second lies `stride` elements on
-    int64_t stride,
-    const int* boxes,  // (V, 4)
-    const S* fill,     // (V, Cin)
-    Draws draws, unsigned begin, unsigned end) {
+    Filling<kShared> filling, Canvas canvas, int which,  // views as in Settings
+    const void* images, void* views, int64_t first,      // the sample's first element in both
+    int64_t stride,                                      // from one view to the other
+    Box one, Box two, unsigned begin, unsigned end) {
   constexpr int kLoads = 4;
+  const unsigned N = kVectors ? 16 / bytes_of(filling.type) : 1;
   const unsigned length = canvas.length(), step = blockDim.x * N;
-  const int V = s.view_count();
-  const Hidden box[2] = {Hidden(boxes, canvas), Hidden(boxes + 4 * (V - 1), canvas)};
+  const int V = which == 3 ? 2 : 1;
   for (unsigned base = begin + threadIdx.x * N; base < end; base += kLoads * step) {
-    Vector<S, N> x[kLoads];
+    Piece<kVectors> x[kLoads];
 #pragma unroll
     for (int u = 0; u < kLoads; ++u)
-      if (base + u * step < end) x[u] = load_global<N, kStream>(image + base + u * step);
+      if (base + u * step < end)
+        x[u] = load_piece<kVectors>(filling.type, images, first + base + u * step);
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
       const unsigned at = base + u * step;
       if (at >= end) break;
       const unsigned row = at / length, column = at - row * length;
-#pragma unroll
-      for (int v = 0; v < 2; ++v) {
-        if (v == V) break;
-        // most vectors lie in one row and outside the box
-        const bool touched =
-            column + N > length ||
-            (column < box[v].last && column + N > box[v].first && box[v].row(canvas, row));
-        store_global<kStream>(views + v * stride + at,
-                              touched ? hide(x[u], type, s, canvas, box[v], v, row, column, fill,
-                                             draws)
+#pragma unroll 1
+      for (int v = 0; v < V; ++v) {
+        const Hidden box(v == 0 ? one : two, canvas);
+        // most pieces lie in one row and outside the box
+        const bool touched = column + N > length ||
+                             (column < box.last && column + N > box.first && box.row(canvas, row));
+        const uint32_t stream = 1 + (V == 2 ? v : which - 1);
+        store_piece<kVectors>(filling.type, views, first + v * stride + at,
+                              touched ? hide<kVectors>(x[u], filling, canvas, box, v, stream, row,
+                                                       column)
                                       : x[u]);
       }
     }
   }
 }
 
-// One row of new targets: from soft targets t (K), or from the label where t is null; scratch:
-// kWarp. All threads of the block take part.
-template <typename Y>
-SANM_DEVICE void modulate(const Y* t, int64_t stride, int64_t label, int K, float ratio, bool clamp,
-                          Peak<acc_t<Y>>* scratch, Y* result) {
-  using A = acc_t<Y>;
-  Peak<A> top{static_cast<A>(-INFINITY), INT32_MAX};
-  if (t) {
-    for (int k = threadIdx.x; k < K; k += blockDim.x)
-      top = Max()(top, Peak<A>{widen(t[k * stride]), k});
-    top = block_first_max(top, scratch);
-  } else {
-    top = {A{1}, static_cast<int>(label)};
+// One row of new targets: from soft targets t (K), a stride apart, or from the label where `soft`
+// is false, by a warp or by the block. A: what they are computed in.
+template <typename A>
+SANM_DEVICE_CALL void modulate(Team team, bool soft, Untyped<A> t, int64_t stride, int64_t label,
+                               int K, float ratio, bool clamp, void* result, int64_t row) {
+  const Peak<A> none{static_cast<A>(-INFINITY), INT32_MAX};
+  Peak<A> top{A{1}, static_cast<int>(label)};
+  if (soft) {
+    top = none;
+    for (int k = team.rank(); k < K; k += team.size())
+      top = Max()(top, Peak<A>{t[k * stride], k});
+    top = team.block ? block_first_max(top, shared_memory<Peak<A>>()) : warp_reduce(top, Max());
   }
   const Modulation<A> m = modulation(top.value, K, static_cast<A>(ratio), clamp);
-  for (int k = threadIdx.x; k < K; k += blockDim.x) {
-    const A old = t ? widen(t[k * stride]) : A{0};
-    result[k] = narrow<Y>(k == top.index ? m.top : old + m.add);
-  }
+  for (int k = team.rank(); k < K; k += team.size())
+    store_any(t.type, result, row + k,
+              k == top.index ? m.top : (soft ? t[k * stride] : A{0}) + m.add);
 }
 
 }  // namespace sanm

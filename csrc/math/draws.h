@@ -33,7 +33,10 @@ SANM_HD Words philox(uint32_t number, uint32_t stream, int64_t index, int64_t se
 // The sample's uniform of this number in [0, 1), a multiple of 2⁻³².
 SANM_HD double uniform(int64_t number, int64_t index, int64_t seed) {
   const Words words = philox(static_cast<uint32_t>(number / 4), 0, index, seed);
-  return words.w[number % 4] * 0x1p-32;
+  uint32_t word = words.w[0];  // not by a variable index: a GPU would keep the words in memory
+  for (int k = 1; k < 4; ++k)
+    if (number % 4 == k) word = words.w[k];
+  return word * 0x1p-32;
 }
 
 // ln x for positive normal x: x = m·2ᵉ with m in [√½, √2), ln m = 2·artanh(s), s = (m − 1)/(m + 1).

@@ -8,7 +8,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <set>
+#include <map>
+#include <mutex>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -60,6 +61,12 @@ inline void check(bool condition, const char* message) {
   if (!condition) throw std::runtime_error(message);
 }
 
+// The compute capability of the device (80 has no clusters), and the architecture that the code was
+// compiled for; both times ten.
+inline int capability() { return number("SANM_CUDA_HOST_CAPABILITY", 90); }
+inline int code() { return number("SANM_CUDA_HOST_CODE", capability()); }
+inline bool has_clusters() { return code() >= 90; }
+
 inline uint64_t meet_block(const char* where, uint64_t contribution = 0) {
   return group().meet(current->block->barrier, group().grid.block_threads(), where, contribution);
 }
@@ -88,6 +95,21 @@ T shuffle(unsigned mask, T value, unsigned source) {
   std::memcpy(&slot[current->linear % 32], &value, sizeof(T));
   group().meet(exchange, __builtin_popcount(mask), "a shuffle", 0);
   std::memcpy(&value, &slot[source], sizeof(T));
+  return value;
+}
+
+// What the lanes of `mask` have, by op.
+template <typename T, typename Op>
+T reduce(unsigned mask, T value, Op op) {
+  Exchange& exchange = exchange_of(mask, "a reduction");
+  uint64_t* slot = exchange.slot[exchange.generation % 2];
+  std::memcpy(&slot[current->linear % 32], &value, sizeof(T));
+  group().meet(exchange, __builtin_popcount(mask), "a reduction", 0);
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    T other;
+    std::memcpy(&other, &slot[lane], sizeof(T));
+    if (mask >> lane & 1) value = op(value, other);
+  }
   return value;
 }
 
@@ -132,15 +154,29 @@ T __shfl_up_sync(unsigned mask, T x, int by, int width = 32) {
   return cuda_host::shuffle(mask, x, lane % width - by >= 0 ? lane - by : lane);
 }
 
-inline unsigned __clusterRelativeBlockRank() { return cuda_host::current->block->rank; }
-inline unsigned __clusterSizeInBlocks() { return cuda_host::group().grid.cluster; }
+inline int __reduce_min_sync(unsigned mask, int x) {
+  return cuda_host::reduce(mask, x, [](int a, int b) { return std::min(a, b); });
+}
+inline int __reduce_max_sync(unsigned mask, int x) {
+  return cuda_host::reduce(mask, x, [](int a, int b) { return std::max(a, b); });
+}
+
+// In code for less than sm_90 they do what device.h does there, whatever the device.
+inline unsigned __clusterRelativeBlockRank() {
+  return cuda_host::has_clusters() ? cuda_host::current->block->rank : 0;
+}
+inline unsigned __clusterSizeInBlocks() {
+  return cuda_host::has_clusters() ? cuda_host::group().grid.cluster : 1;
+}
 inline void __cluster_barrier_arrive() {}  // both halves at once, in the wait
 inline void __cluster_barrier_wait() {
+  if (!cuda_host::has_clusters()) return __syncthreads();
   const cuda_host::Grid& grid = cuda_host::group().grid;
   cuda_host::group().meet(cuda_host::current->block->cluster->barrier,
                           grid.cluster * grid.block_threads(), "the cluster's barrier", 0);
 }
 inline void* __cluster_map_shared_rank(void* p, unsigned rank) {
+  if (!cuda_host::has_clusters()) return p;
   cuda_host::Block& own = *cuda_host::current->block;
   cuda_host::check(rank < own.cluster->blocks.size(), "no such rank in the cluster");
   unsigned char* other = own.cluster->blocks[rank]->shared.get();
@@ -156,6 +192,8 @@ template <typename T>
 T __ldcs(const T* p) { return *p; }
 template <typename T>
 T __ldcg(const T* p) { return *p; }
+template <typename T>
+void __stwb(T* p, T x) { *p = x; }
 template <typename T>
 void __stcs(T* p, T x) { *p = x; }
 template <typename T>
@@ -228,7 +266,9 @@ using std::min;
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorLaunchFailure = 719,
 };
 enum cudaDeviceAttr {
@@ -240,6 +280,9 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributeNonPortableClusterSizeAllowed,
+};
+struct cudaFuncAttributes {
+  int ptxVersion, binaryVersion;
 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 using cudaStream_t = void*;
@@ -258,21 +301,29 @@ struct cudaLaunchConfig_t {
 };
 
 namespace cuda_host {
-inline thread_local std::string failure;                // what the last launch failed of
-inline thread_local std::set<const void*> large;        // kernels that may have more than 48 KiB
+inline thread_local std::string failure;  // what the last launch failed of
+inline std::mutex limits_mutex;
+inline std::map<const void*, int> limits;  // of dynamic shared memory, where one was set
+
+template <typename... P>
+int& limit_of(void (*kernel)(P...)) {
+  return limits.try_emplace(reinterpret_cast<const void*>(kernel), 48 * 1024).first->second;
+}
 }  // namespace cuda_host
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess              ? "no error"
-         : error == cudaErrorLaunchFailure ? cuda_host::failure.c_str()
-                                           : "invalid configuration argument";
+  return error == cudaSuccess                     ? "no error"
+         : error == cudaErrorLaunchFailure        ? cuda_host::failure.c_str()
+         : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+         : error == cudaErrorInvalidValue         ? "invalid argument"
+                                                  : "no kernel image is available";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-// SANM_CUDA_HOST_CAPABILITY=80 takes clusters away, SANM_CUDA_HOST_SHARED makes them necessary.
+// SANM_CUDA_HOST_SHARED leaves a block less shared memory.
 // SANM_CUDA_HOST_NUMBERS=device has kernels read run-time numbers from memory (common.h).
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  const int capability = cuda_host::number("SANM_CUDA_HOST_CAPABILITY", 90);
+  const int capability = cuda_host::capability();
   switch (which) {
     case cudaDevAttrMultiProcessorCount:
       *value = cuda_host::number("SANM_CUDA_HOST_MULTIPROCESSORS", 4);
@@ -287,8 +338,22 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
 }
 
 template <typename... P>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int) {
-  cuda_host::large.insert(reinterpret_cast<const void*>(kernel));
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+  *attributes = {cuda_host::code(), cuda_host::code()};
+  return cuda_host::code() <= cuda_host::capability() ? cudaSuccess
+                                                      : cudaErrorNoKernelImageForDevice;
+}
+
+// Stricter than CUDA: a limit that is lowered fails the launch of a thread that has just raised it.
+template <typename... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute which, int value) {
+  int most = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  const std::lock_guard<std::mutex> lock(cuda_host::limits_mutex);
+  int& limit = cuda_host::limit_of(kernel);
+  if (which != cudaFuncAttributeMaxDynamicSharedMemorySize || value > most || value < limit)
+    return cudaErrorInvalidValue;
+  limit = value;
   return cudaSuccess;
 }
 
@@ -296,10 +361,11 @@ template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... a) {
   const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
   int limit = 0, major = 0;
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-  if (cuda_host::large.count(reinterpret_cast<const void*>(kernel)) == 0)
-    limit = std::min(limit, 48 * 1024);
+  {
+    const std::lock_guard<std::mutex> lock(cuda_host::limits_mutex);
+    limit = cuda_host::limit_of(kernel);
+  }
   cuda_host::Grid grid;
   grid.blocks = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
   grid.threads = {config->blockDim.x, config->blockDim.y, config->blockDim.z};

@@ -24,8 +24,8 @@ __global__ void mirror_kernel(int* out, Case c) {
   if (c == kForeignLane && t < 5) __syncwarp(~1u);
   const int sum = block_reduce(mine, Sum(), 0, scratch);
   if (c != kNoClusterBarrier) cluster_sync();
-  const int* other = cluster_map(values, cluster_size() - 1 - cluster_rank());
-  out[i] = 1000 * other[kThreads - 1 - t] + sum;
+  const int other = cluster_load(values + kThreads - 1 - t, cluster_size() - 1 - cluster_rank());
+  out[i] = 1000 * other + sum;
   cluster_sync();
 }
 

@@ -7,8 +7,9 @@
 // SANM_CUDA_HOST_SCHEDULER=threads: for ThreadSanitizer. Only threads that really meet at a barrier
 //   or in a warp are ordered; several blocks run at a time.
 //
-// A block's shared memory is a heap buffer of exactly the size asked for, filled with 0xFF (NaN),
-// freed as soon as the block has ended. Threads that wait for one that never comes are reported.
+// A block's shared memory is a heap buffer filled with 0xFF (NaN), freed as soon as the block has
+// ended. Under AddressSanitizer it is of exactly the size asked for; otherwise kGuard bytes follow
+// that must be as they were in the end. Threads that wait for one that never comes are reported.
 #pragma once
 
 #include <sys/mman.h>
@@ -167,6 +168,12 @@ struct Group {
   // Threads that wait or have ended; those that have ended, times 2³². Relaxed: orders nothing.
   std::atomic<uint64_t> idle{0};
 
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kGuard = 0;
+#else
+  static constexpr size_t kGuard = 256;
+#endif
+
   Group(const Grid& grid_, bool fibers_) : grid(grid_), fibers(fibers_) {}
 
   void add_cluster(uint64_t number) {
@@ -182,8 +189,8 @@ struct Group {
       block.index = {static_cast<unsigned>(b % grid.blocks.x),
                      static_cast<unsigned>(b / grid.blocks.x % grid.blocks.y),
                      static_cast<unsigned>(b / grid.blocks.x / grid.blocks.y)};
-      block.shared.reset(new unsigned char[grid.shared]);
-      std::memset(block.shared.get(), 0xFF, grid.shared);
+      block.shared.reset(new unsigned char[grid.shared + kGuard]);
+      std::memset(block.shared.get(), 0xFF, grid.shared + kGuard);
       block.warps = std::vector<Warp>((grid.block_threads() + 31) / 32);
       block.alive = grid.block_threads();
       for (unsigned t = 0; t < grid.block_threads(); ++t) {
@@ -246,7 +253,12 @@ struct Group {
       fail(error.what());
     }
     thread.ended = true;
-    if (--thread.block->alive == 0) thread.block->shared.reset();
+    if (--thread.block->alive == 0) {
+      const unsigned char* end = thread.block->shared.get() + grid.shared;
+      if (std::any_of(end, end + kGuard, [](unsigned char x) { return x != 0xFF; }))
+        fail("a write past the end of shared memory");
+      thread.block->shared.reset();
+    }
     const uint64_t one = (uint64_t{1} << 32) + 1;
     const uint64_t now = idle.fetch_add(one, std::memory_order_relaxed) + one;
     if (!fibers && static_cast<uint32_t>(now) == threads.size() && now >> 32 != threads.size() &&

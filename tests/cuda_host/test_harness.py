@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from inputs import extended
+from inputs import extended, more
 
 import cuda_host
 
@@ -74,6 +74,8 @@ def test_a_missing_barrier_shows(case):
 
 @extended
 def test_an_index_off_by_one_shows():
+    done = run("off_by_one")
+    assert done.stdout == "a write past the end of shared memory\n"
     done = run("off_by_one", "address")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr and "mirror_kernel" in done.stderr
@@ -137,35 +139,59 @@ def test_every_file_of_kernels_is_sanitized():
     assert files == set(SANITIZED)
 
 
-@extended
-@pytest.mark.parametrize("file", SANITIZED)
-@pytest.mark.parametrize("sanitize, scheduler", [("thread", "threads"), ("address", "fibers")])
-def test_operators_are_clean_when_sanitized(sanitize, scheduler, file):
-    """The tests of an operator in a process whose kernels, and they alone, are instrumented.
+def run_tests(
+    file: str, chosen: str, sanitize: str | None, scheduler: str, order: str, **env: str
+) -> None:
+    """The tests of `file` that `chosen` names pass in a process of their own.
 
-    The fibers run in reverse, as they do not elsewhere.
+    There the kernels, and they alone, are instrumented as `sanitize` says.
     """
-    chosen = SANITIZED[file][sanitize == "address"]
     library = cuda_host.library(sanitize)
-    runtime = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
-    found = subprocess.run(
-        [*cuda_host.CXX, f"-print-file-name={runtime}"], capture_output=True, text=True
-    ).stdout.strip()
-    if not Path(found).is_absolute():
-        pytest.skip(f"the compiler has no {runtime}")
+    if sanitize is not None:
+        runtime = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
+        found = subprocess.run(
+            [*cuda_host.CXX, f"-print-file-name={runtime}"], capture_output=True, text=True
+        ).stdout.strip()
+        if not Path(found).is_absolute():
+            pytest.skip(f"the compiler has no {runtime}")
+        env["LD_PRELOAD"] = found
     suppressions = cuda_host.HERE / "tsan.txt"
     done = start(
         sanitize,
         [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", file,
          "-k", chosen],
         scheduler,
-        "reverse",
+        order,
         SANM_KERNELS_CUDA_EMULATION=str(library),
-        LD_PRELOAD=found,
         ASAN_OPTIONS="detect_leaks=0",
         TSAN_OPTIONS=f"suppressions={suppressions}:report_signal_unsafe=0",
         OMP_NUM_THREADS="1",
+        **env,
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0 and " passed" in done.stdout, said[-5000:]
     assert "ERROR: AddressSanitizer" not in said and "WARNING: ThreadSanitizer" not in said, said
+
+
+@extended
+@pytest.mark.parametrize("file", SANITIZED)
+@pytest.mark.parametrize("sanitize, scheduler", [("thread", "threads"), ("address", "fibers")])
+def test_operators_are_clean_when_sanitized(sanitize, scheduler, file):
+    """The fibers run in reverse, as they do not elsewhere."""
+    run_tests(file, SANITIZED[file][sanitize == "address"], sanitize, scheduler, "reverse")
+
+
+@pytest.mark.parametrize("sanitize", [None, *more("address")])
+@pytest.mark.parametrize("pair", [(80, 90), *more((80, 80), (90, 90), (90, 120))], ids=str)
+def test_code_for_one_architecture_runs_on_a_later_one(pair, sanitize):
+    """Code for less than sm_90 takes its block for a cluster, on devices that have clusters too."""
+    code, capability = pair
+    run_tests(
+        "tests/ops/test_gpu_masked_forward.py",
+        "cuda and (classifier and False-torch.float32 or spread and constant)",
+        sanitize,
+        "fibers",
+        "forward",
+        SANM_CUDA_HOST_CODE=str(code),
+        SANM_CUDA_HOST_CAPABILITY=str(capability),
+    )

@@ -119,6 +119,15 @@ def test_a_map_too_large_for_shared_memory(backend):
     torch.testing.assert_close(a.mean.cpu(), b.mean)
 
 
+def test_calls_that_need_different_amounts_of_shared_memory(backend):
+    """What a small call asks of the runtime does not take away what a larger one has asked for."""
+    for side in (90, 70):
+        f = torch.randn(2, 1, side, side)
+        a = sk.activation_stats(f.to(GPU_DEVICES[backend]), (20, 24), backend=backend)
+        b = sk.activation_stats(f, (20, 24), backend="cpu")
+        assert torch.equal(a.peak.cpu(), b.peak)
+
+
 @each(
     shape=[(2, 11, 4, 4, 16, 12), (1, 1600, 3, 4, 90, 70)],
     channels_last=[False, True],

@@ -1,0 +1,116 @@
+// The energy map E = Σ_c F² of a sample's channels by one block, as rows of partial sums.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace sanm {
+
+// Channels [first, first + count) of one sample's map.
+struct Slice {
+  int first, count;
+};
+
+constexpr int kFlight = 4;      // 16-byte loads that a thread issues before it needs the first
+constexpr int kWarpCells = 64;  // of a map that is small enough for one warp
+
+// What is to be added up to E, after a barrier: rows of n numbers, one after another.
+struct Rows {
+  bool partial;  // they lie in `partial`, not in `sums`
+  int count;
+
+  // Cell k of E.
+  template <typename A>
+  SANM_DEVICE A sum(const A* rows, int n, int k) const {
+    A cell = 0;
+#pragma unroll 8
+    for (int r = 0; r < count; ++r) cell += rows[r * n + k];
+    return cell;
+  }
+};
+
+// E over a slice of a contiguous map. V numbers are read at a time; a thread's next ones lie a
+// whole number of channels on, so that its V sums belong to the same cells throughout. Those of a
+// warp are added cell by cell if the map is small: a row for each warp. For larger maps a row is
+// what threads one after another hold, and for the largest a thread takes V cells through all
+// channels.
+template <int V, typename Source, typename F = typename Source::Element, typename A = acc_t<F>>
+SANM_DEVICE Rows energy_contiguous(
+    const Source& f,       // (count, n), the slice
+    int64_t count, int n,  // count·n is a multiple of V, and so is n where the map is large
+    F* held,               // (count, n), where the slice is kept in shared memory, or null
+    A* partial,            // blockDim.x·V of scratch
+    A* sums) {             // (warps or 1, n) of scratch
+  int period = n;  // the least multiple of n that vectors divide
+  while (period % V) period += n;
+  const int threads = blockDim.x, thread = threadIdx.x;
+  if (period > threads * V) {
+    for (int p = thread * V; p < n; p += threads * V) {
+      A sum[V] = {};
+#pragma unroll 4
+      for (int64_t c = 0; c < count; ++c) {
+        const Vector<F, V> x = f.template load<V>(c * n + p);
+        if (held) store_shared(held + c * n + p, x);
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum[k] += widen(x[k]) * widen(x[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < V; ++k) sums[p + k] = sum[k];
+    }
+    return {false, 1};
+  }
+  const int active = threads * V / period * period / V;
+  const int64_t step = int64_t{active} * V, total = count * n;
+  A sum[V] = {};
+  const auto add = [&](const Vector<F, V>& x, int64_t at) {
+    if (held) store_shared(held + at, x);
+#pragma unroll
+    for (int k = 0; k < V; ++k) sum[k] += widen(x[k]) * widen(x[k]);
+  };
+  if (thread < active) {
+    int64_t at = thread * V;
+    for (; at + (kFlight - 1) * step < total; at += kFlight * step) {
+      Vector<F, V> x[kFlight];
+#pragma unroll
+      for (int u = 0; u < kFlight; ++u) x[u] = f.template load<V>(at + u * step);
+#pragma unroll
+      for (int u = 0; u < kFlight; ++u) add(x[u], at + u * step);
+    }
+    for (; at < total; at += step) add(f.template load<V>(at), at);
+#pragma unroll
+    for (int k = 0; k < V; ++k) partial[thread * V + k] = sum[k];
+  }
+  if (n > kWarpCells) return {true, active * V / n};
+  __syncwarp();
+  const int begin = warp() * kWarp * V, last = begin + kWarp * V;
+  const int end = last < active * V ? last : active * V;
+  for (int p = lane(); p < n; p += kWarp) {
+    A cell = 0;
+    for (int i = begin + (p + n - begin % n) % n; i < end; i += n) cell += partial[i];
+    sums[warp() * n + p] = cell;
+  }
+  return {false, warps()};
+}
+
+// The same of a channels_last map: a warp takes a cell, its lanes the channels.
+template <int V, typename Source, typename F = typename Source::Element, typename A = acc_t<F>>
+SANM_DEVICE Rows energy_channels_last(
+    const Source& f,  // (n, C) from the slice's first channel on
+    int64_t C, int count, int n,
+    F* held,    // (n, count) in shared memory, or null
+    A* sums) {  // (1, n) of scratch
+  for (int p = warp(); p < n; p += warps()) {
+    A sum = 0;
+#pragma unroll 4
+    for (int c = lane() * V; c < count; c += kWarp * V) {
+      const Vector<F, V> x = f.template load<V>(p * C + c);
+      if (held) store_shared(held + p * count + c, x);
+#pragma unroll
+      for (int k = 0; k < V; ++k) sum += widen(x[k]) * widen(x[k]);
+    }
+    sum = warp_reduce(sum, Sum());
+    if (lane() == 0) sums[p] = sum;
+  }
+  return {false, 1};
+}
+
+}  // namespace sanm

@@ -7,15 +7,17 @@ counted once a launch (`memory`: what a large enough level-2 cache leaves). The 
 the least: each input read once, each output written once. Nothing here is measured. A launch is
 taken to last
 
-    LAUNCH + max(memory / copy, l2 / (2 · copy), waves · serial)
-    serial = TRIP · trips + BARRIER · barriers + EXCHANGE · exchanges of a warp
+    from LAUNCH + max(moving, waiting)   blocks wait while others move data
+      to LAUNCH + moving + waiting       all wait at the same time
+    moving = max(memory / copy, l2 / (2 · copy))
+    waiting = waves · (TRIP · trips + BARRIER · barriers + EXCHANGE · exchanges of a warp)
     waves = ⌈blocks / (multiprocessors · blocks that one holds)⌉
 
 with copy the rate at which the GPU copies within its memory, a level-2 cache twice as fast as that,
 and as many blocks at a time as threads, shared memory and registers allow; registers are those of
 `--library` where that is there (build/cuda-90/cuda.so, which the tests build), else 64 a thread.
-Arithmetic takes no time, the blocks of a wave wait for memory at the same time, and the launches of
-a call follow each other without overlap. A share is that of the least at the rate of a copy.
+Arithmetic takes no time, loads between two barriers are issued together, and the launches of a call
+follow each other without overlap. A share is that of the least at the rate of a copy.
 """
 
 from __future__ import annotations
@@ -196,18 +198,17 @@ def counted(device: Device, small: bool) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def seconds(launch: dict[str, Any], device: Device, registers: dict[str, int]) -> float:
+def seconds(launch: dict[str, Any], device: Device, registers: dict[str, int]) -> list[float]:
+    """The least and the most, by the formula above."""
     blocks, threads = launch["blocks"], launch["threads"]
     used = registers.get(launch["kernel"], 64) * threads
     together = min(32, 2048 // threads, 65536 // used, device.shared // (launch["shared"] + 1024))
     waves = -(-blocks // (device.multiprocessors * max(1, together)))
-    serial = (
-        TRIP * launch["trips"]
-        + BARRIER * launch["barriers"]
-        + EXCHANGE * launch["exchanges"] / -(-threads // 32)
-    ) / blocks
-    memory, cache = (sum(launch[k]) for k in ("memory", "l2"))
-    return LAUNCH + max(memory / device.copy, cache / (2 * device.copy), waves * serial)
+    serial = TRIP * launch["trips"] + BARRIER * launch["barriers"]
+    serial += EXCHANGE * launch["exchanges"] / -(-threads // 32)
+    waiting = waves * serial / blocks
+    moving = max(sum(launch["memory"]), sum(launch["l2"]) / 2) / device.copy
+    return [LAUNCH + max(moving, waiting), LAUNCH + moving + waiting]
 
 
 def table(found: dict[str, dict[str, Any]], registers: dict[str, int]) -> str:
@@ -229,9 +230,12 @@ def table(found: dict[str, dict[str, Any]], registers: dict[str, int]) -> str:
             *(f"{sum(sum(x[k]) for x in launches) / least:.2f}" for k in ("memory", "l2")),
         ]
         for device, counts in found.items():
-            time = sum(seconds(x, DEVICES[device], registers) for x in counts[name]["launches"])
-            share = least / DEVICES[device].copy / time
-            cells.append(f"{1e6 * time:.1f} µs, {share:.0%}")
+            times = [seconds(x, DEVICES[device], registers) for x in counts[name]["launches"]]
+            low, high = map(sum, zip(*times, strict=True))
+            share = least / DEVICES[device].copy
+            cells.append(
+                f"{1e6 * low:.1f}–{1e6 * high:.1f} µs, {share / high:.0%}–{share / low:.0%}"
+            )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -43,7 +43,7 @@ FLAGS = (
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 # -fmad=false is what -ffp-contract=off is for the host.
 NVCC_FLAGS = (
-    "-std=c++17 -O3 -fmad=false --threads 2 -Xfatbin -compress-all -Xptxas -v "
+    "-std=c++17 -O3 -fmad=false --threads 2 -Xfatbin -compress-all "
     "-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,-Wno-psabi"
 )
 
@@ -219,7 +219,6 @@ class Target:
         compile: … by this command, which is given -c, the source and -o, the object.
         link: the command that makes the output of the objects: before its -o …
         libraries: … and after the objects.
-        log: write what the compiler says to OBJECT.log, and show warnings and errors only.
     """
 
     output: Path
@@ -228,7 +227,6 @@ class Target:
     compile: Words
     link: Words
     libraries: Words = ()
-    log: bool = False
 
 
 def torch_headers() -> list[str | Path]:
@@ -261,7 +259,7 @@ def cpu_library(
 
 
 def cuda_library(output: Path) -> Target:
-    """csrc/cuda for the architectures that are asked for; benchmarks/ptxas.py reads its logs.
+    """csrc/cuda for the architectures that are asked for.
 
     cudart is inside, none of its symbols visible; the CUDA parts of torch are not named.
     """
@@ -277,7 +275,7 @@ def cuda_library(output: Path) -> Target:
     return Target(
         output, "cuda", sorted((CSRC / "cuda").glob("*.cu")),
         [*nvcc, *NVCC_FLAGS.split(), *gencode, *torch_headers(), *headers],
-        [*nvcc, "-shared", "-cudart", "static"], [*folders, *libraries], log=True,
+        [*nvcc, "-shared", "-cudart", "static"], [*folders, *libraries],
     )  # fmt: skip
 
 
@@ -324,11 +322,9 @@ def ninja_file(folder: Path, name: str, targets: Iterable[Target]) -> str:
 
     lines = [f"builddir = .{name}"]  # where ninja keeps its log: it drops what its file has not
     for number, target in enumerate(targets):
-        log = " > $out.log 2>&1 || { cat $out.log; exit 1; }; grep -A 3 warning $out.log || true"
         lines += [
             f"rule compile{number}",
-            f"  command = {command(target.compile)} -MMD -MF $out.d -c $in -o $out"
-            + log * target.log,
+            f"  command = {command(target.compile)} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",

@@ -163,21 +163,6 @@ def test_builds_in_a_folder_with_any_name(
         assert done.stdout == f"{text}\n"
 
 
-@pytest.mark.extended
-@pytest.mark.skipif(libraries.find_nvcc() is None, reason="nvcc was not found")
-def test_cuda_library_compiles_for_one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without spilled registers, by ptxas's word, and it needs no GPU and no CUDA of torch."""
-    monkeypatch.setenv("SANM_CUDA_ARCHS", "90")
-    folder = ROOT / "build/cuda-90"
-    library = folder / "cuda.so"
-    libraries.build(folder, "build", [libraries.cuda_library(library)])
-    said = "\n".join(path.read_text() for path in folder.glob("cuda/*.log"))
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert len(spills) > 50 and set(spills) == {("0", "0")}
-    needed = run("readelf", "--dynamic", "--wide", library, cwd=ROOT).stdout
-    assert "libtorch_cpu.so" in needed and "cudart" not in needed and "torch_cuda" not in needed
-
-
 # ---- What a package holds.
 
 

@@ -67,6 +67,8 @@ def compiler(sanitize: str | None) -> list[str | Path]:
 def library(sanitize: str | None = None) -> Path:
     """The library of all kernels, built if a source has changed; "address" or "thread" sanitized.
 
+    What its kernels then call, at each access, is not inside: ThreadSanitizer, or :func:`tally`.
+
     Raises:
         subprocess.CalledProcessError: it does not compile; the compiler has said why.
     """
@@ -75,9 +77,21 @@ def library(sanitize: str | None = None) -> Path:
         sources = [source for source in sources if source.stem in chosen()]
     target = Target(
         path(sanitize), name_of(sanitize), sources, compiler(sanitize),
-        [*command(sanitize), "-shared"], libraries.torch_libraries(),
+        [*command(None), "-shared"], libraries.torch_libraries(),
     )  # fmt: skip
     return built(name_of(sanitize), target)
+
+
+def tally() -> Path:
+    """tally.cpp as a library, which counts the accesses of those that are "thread" sanitized."""
+    torch = [*libraries.torch_libraries(), "-lc10"]
+    headers = ["-I", HERE, *libraries.torch_headers()[1:]]  # torch's own C++, not its stable part
+    compile_it = [*command(None), *headers]
+    target = Target(
+        BUILD / "tally.so", "tally.build", [HERE / "tally.cpp"], compile_it,
+        [*command(None), "-shared"], torch,
+    )  # fmt: skip
+    return built("tally", target)
 
 
 def program(sanitize: str | None = None) -> Path:

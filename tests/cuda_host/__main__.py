@@ -1,8 +1,9 @@
-"""``python -m cuda_host [address|thread …]``: build the emulated library, print its path."""
+"""``python -m cuda_host [address|thread|tally …]``: build the emulated library, or what counts its
+accesses, and print the path."""
 
 import sys
 
-from cuda_host import library
+from cuda_host import library, tally
 
-for sanitize in sys.argv[1:] or [None]:
-    print(library(sanitize))
+for name in sys.argv[1:] or [None]:
+    print(tally() if name == "tally" else library(name))

@@ -371,6 +371,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   grid.threads = {config->blockDim.x, config->blockDim.y, config->blockDim.z};
   grid.cluster = cluster;
   grid.shared = config->dynamicSmemBytes;
+  grid.kernel = reinterpret_cast<const void*>(kernel);
   if (grid.block_threads() == 0 || grid.block_threads() > 1024 || grid.block_count() == 0 ||
       config->dynamicSmemBytes > static_cast<size_t>(limit) || cluster == 0 || cluster > 8 ||
       config->gridDim.x % cluster != 0 || (cluster > 1 && major < 9))

@@ -102,6 +102,7 @@ struct Grid {
   Index blocks, threads;  // numbers of them
   unsigned cluster = 1;
   size_t shared = 0;
+  const void* kernel = nullptr;
   std::function<void()> body;
   unsigned block_threads() const { return threads.x * threads.y * threads.z; }
   uint64_t block_count() const { return uint64_t{blocks.x} * blocks.y * blocks.z; }
@@ -156,6 +157,12 @@ class Worker {
 struct Abandoned {};
 
 inline thread_local Thread* current = nullptr;
+
+// Where tally.cpp is loaded it is told what happens; elsewhere these are null.
+#define CUDA_HOST_TALLY __attribute__((weak, visibility("default")))
+CUDA_HOST_TALLY void tally_blocks(const Grid&, Thread* const*);  // those of a cluster begin
+CUDA_HOST_TALLY void tally_meeting(const Meeting&);              // its threads have met
+CUDA_HOST_TALLY void tally_launch(const Grid&);                  // all blocks have ended
 
 struct Group {
   const Grid& grid;
@@ -274,6 +281,7 @@ struct Group {
     m.first = std::min(m.first, self.position);
     m.last = std::max(m.last, self.position);
     if (++m.arrived == expected) {
+      if (tally_meeting) tally_meeting(m);
       m.result = m.sum;
       m.sum = 0;
       m.arrived = 0;
@@ -422,9 +430,11 @@ inline void run(const Grid& grid) {
     Group group(grid, fibers);
     for (uint64_t k = first; k < std::min(clusters, first + at_a_time); ++k)
       group.add_cluster(reverse ? clusters - 1 - k : k);
+    if (tally_blocks) tally_blocks(grid, &current);
     fibers ? group.run_fibers() : group.run_threads();
     if (group.failed) throw std::runtime_error(group.message);
   }
+  if (tally_launch) tally_launch(grid);
 }
 
 }  // namespace cuda_host

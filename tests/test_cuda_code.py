@@ -1,0 +1,110 @@
+"""What nvcc makes of csrc/cuda, for one architecture: no GPU and no CUDA of torch is needed.
+
+`python -m benchmarks.kernels build/cuda-90/cuda.so` prints all that is counted here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_host import libraries
+from inputs import extended
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [
+    extended,
+    pytest.mark.skipif(libraries.find_nvcc() is None, reason="nvcc was not found"),
+]
+#: Outside loops a division or two tell a thread where it begins.
+MOST = {"LDL": 0, "STL": 0, "LD": 0, "ST": 0, "in loops": 0, "outside loops": 2}
+EITHER = "the same code serves a buffer in shared memory and, where that is too small, in global"
+ROWS = "rows are looked up in a view of up to three leading dimensions, by 64-bit division"
+CELLS = "a vector's first pixel is found by 64-bit division"
+#: Kernel → what it has more of than MOST, at most in a variant, and why.
+EXCEPTIONS = {
+    "masked_forward_kernel": (
+        {"LD": 952, "ST": 229, "LDL": 6, "STL": 12},
+        f"{EITHER}; which of Philox's four words a draw is, is known at run time only",
+    ),
+    "refine_targets_kernel": ({"LD": 120, "ST": 88}, EITHER),
+    "masked_loss_kernel": ({"in loops": 4}, ROWS),
+    "masked_loss_backward_kernel": ({"in loops": 4}, ROWS),
+    "masked_views_backward_kernel": ({"in loops": 17}, CELLS),
+    "mean_fill_backward_kernel": ({"in loops": 2}, CELLS),
+    "mixup_views_kernel": ({"in loops": 2}, CELLS),
+    "mixup_views_backward_kernel": ({"in loops": 2}, CELLS),
+    "reconstruction_backward_kernel": ({"in loops": 8}, CELLS),
+    "squares_kernel": ({"in loops": 8}, CELLS),
+    "features_backward_kernel": ({"in loops": 5}, CELLS),
+}
+#: Kernels of images, maps or rows of logits that have no 128-bit loads or stores …
+NARROW = {
+    ("features_backward_kernel", "LDG"): "one gradient per map, of which it writes every cell",
+    ("squares_kernel", "STG"): "a sum per block",
+    ("masked_loss_kernel", "STG"): "numbers per row, and sums over rows",
+    ("logits_backward_kernel", "LDG"): "rows of any strides, class by class",
+    ("logits_backward_kernel", "STG"): "rows of any strides, class by class",
+}
+#: … and those of single numbers: per sample, class or block.
+SINGLE = {
+    *("average_kernel", "draw_kernel", "finish_kernel", "invert_kernel", "lloyd_kernel"),
+    *("nearest_kernel", "posterior_kernel", "range_kernel", "sort_kernel", "step_kernel"),
+    *("bias_backward_kernel", "cross_entropy_kernel", "mean_kernel", "mean_fill_backward_kernel"),
+    *("masked_loss_count_kernel", "masked_loss_finish_kernel"),
+}
+
+
+def build() -> Path:
+    """cuda.so for sm_90, compiled if a source has changed."""
+    folder = ROOT / "build/cuda-90"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SANM_CUDA_ARCHS", "90")
+        libraries.build(folder, "build", [libraries.cuda_library(folder / "cuda.so")])
+    return folder / "cuda.so"
+
+
+def test_the_library_needs_no_other_cuda() -> None:
+    dynamic = ["readelf", "--dynamic", "--wide", str(build())]
+    needed = subprocess.run(dynamic, capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu.so" in needed and "cudart" not in needed and "torch_cuda" not in needed
+
+
+def test_machine_code() -> None:
+    """No local memory, no generic access, no division in loops, 128 bits at a time, or a reason."""
+    command = [sys.executable, "-m", "benchmarks.kernels", "--json", str(build())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if "not found" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    faults = []
+    for kernel in sorted({row["kernel"] for row in rows}):
+        variants = [row for row in rows if row["kernel"] == kernel]
+        for row in variants:
+            row["outside loops"] = row["divisions"] - row["in loops"]
+        allowed, why = EXCEPTIONS.get(kernel, ({}, "none"))
+        for what, most in (MOST | allowed).items():
+            found = max(row[what] for row in variants)
+            if found > most:
+                faults.append(f"{kernel}: {what} {found}, at most {most} expected")
+            if what in allowed and found <= MOST[what]:
+                faults.append(f"{kernel}: the exception for {what} is no longer needed: {why}")
+        types: dict[str, list[dict[str, int]]] = {}  # those stored, the vector's length apart
+        for row in variants:
+            types.setdefault(re.sub(r"[\d, ]+(true|false)?", " ", row["variant"]), []).append(row)
+        for what in ("LDG", "STG"):
+            wide = all(max(row[f"{what} bits"] for row in of) >= 128 for of in types.values())
+            excused = kernel in SINGLE or (kernel, what) in NARROW
+            if not wide and not excused:
+                faults.append(f"{kernel}: a type has no 128-bit {what}")
+            if wide and (kernel, what) in NARROW:
+                faults.append(f"{kernel}: the exception for narrow {what} is no longer needed")
+    kernels = {row["kernel"] for row in rows}
+    gone = {*EXCEPTIONS, *SINGLE, *(kernel for kernel, _ in NARROW)} - kernels
+    faults += [f"{kernel}: no such kernel" for kernel in sorted(gone)]
+    assert len(rows) > 50 and not faults, "\n".join(faults)

@@ -110,6 +110,7 @@ struct Launch {
   int64_t threads;   // of a block
   int64_t shared = 0;   // bytes of dynamic shared memory, up to shared_limit(on)
   int64_t cluster = 1;  // blocks of a cluster along x, up to cluster_limit(on); divides grid.x
+  bool cooperative = false;  // all blocks at the same time: multiprocessors(on) of them at most
 };
 
 // launch({"name", out, {blocks}, kThreads, bytes}, kernel<T>, arguments...)
@@ -123,15 +124,24 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... argum
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(l.shared)),
                l.name);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (l.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[count++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (l.cooperative) {
+    cudaLaunchAttribute& cooperative = attributes[count++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+  }
   const dim3 blocks(static_cast<unsigned>(l.grid.x), static_cast<unsigned>(l.grid.y),
                     static_cast<unsigned>(l.grid.z));
   const cudaLaunchConfig_t config{
       blocks,          dim3(static_cast<unsigned>(l.threads)), static_cast<size_t>(l.shared),
-      device.stream(), &cluster,                               l.cluster > 1 ? 1u : 0u};
+      device.stream(), attributes,                             count};
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), l.name);
 }
 

@@ -1,7 +1,7 @@
 // The two-component Gaussian mixture over losses, in float64 and without the host. Three launches:
 //
 //   range      each epoch's minimum and maximum (only where they are normalised)
-//   average    x, the mean over the epochs, its extremes; Σ x and Σ(x − c0)² about the first centre c0
+//   average    x, the mean over the epochs; its extremes, Σ x, Σ(x − c0)² about the first centre c0
 //   fit        all that needs x many times: one block per multiprocessor, all at the same time
 //     draw       two candidates for the second centre (k-means++), the same in every block
 //     potentials of both candidates, and Σ(x − mean)²

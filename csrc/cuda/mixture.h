@@ -14,8 +14,9 @@ constexpr int kSums = 8;          // that are taken at a time; no more than a bl
 constexpr int kLloydIterations = 300;  // these two are scikit-learn's
 constexpr double kLloydTolerance = 1e-4;
 constexpr double kMassOffset = 10 * 2.220446049250313e-16;
-constexpr double kMinMass = 0.5;        // less in a component, or a standard deviation or the means'
-constexpr double kMinDeviation = 1e-6;  // distance below this share of the range: a degenerate fit
+// A fit is degenerate with less in a component, or a standard deviation or the means' distance below
+// this share of the range.
+constexpr double kMinMass = 0.5, kMinDeviation = 1e-6;
 constexpr double kLargest = 1.7976931348623157e308;
 
 // ---- Sums.
@@ -25,8 +26,8 @@ struct Sums {
   SANM_DEVICE double& operator[](int k) { return v[k]; }
 };
 
-// Lane l gets Σ x[l / 4] over the warp. A lane gives away half of the numbers that it still has with
-// each exchange: 9 of them, where each number by itself would take 5.
+// Lane l gets Σ x[l / 4] over the warp. Of the numbers that a lane still has it gives half away at a
+// time: 9 exchanges, where each number by itself would take 5.
 SANM_DEVICE double warp_sums(Sums x) {
 #pragma unroll
   for (int half = kSums / 2, distance = kWarp / 2; half > 0; half /= 2, distance /= 2) {
@@ -182,7 +183,7 @@ class Part {
 
 // e^−x of x ≥ 0; 0 above 708; of NaN any number. 2^k·e^r with |r| ≤ ln(2)/2, e^r by its series.
 SANM_DEVICE double exp_minus(double x) {
-  constexpr double kShift = 6755399441055744.0;  // 1.5·2⁵²: integers are the low bits of a sum with it
+  constexpr double kShift = 6755399441055744.0;  // 1.5·2⁵²: a sum with it ends in integers
   const bool none = x > 708;
   x = none ? 708 : x;
   const double shifted = std::fma(-x, 1.4426950408889634, kShift), k = shifted - kShift;

@@ -1,7 +1,7 @@
 """The host harness sees what it is for, and sees nothing in the kernels of csrc/cuda.
 
-kernels.cu holds a kernel with a shared buffer, a reduction, a cluster and a grid that meets, right and
-with mistakes.
+kernels.cu holds a kernel with a shared buffer, a reduction, a cluster and a grid that meets, right
+and with mistakes.
 """
 
 from __future__ import annotations

@@ -169,6 +169,33 @@ void dispatch_stored(ScalarType type, const Body& body) {
   });
 }
 
+// Division by a number that the host knows, without one. In 32 bits, with 2^(l−1) < d ≤ 2^l and
+// m = ⌊2^(31+l)/d⌋ + 1, n/d is n·m >> (31 + l) for n < 2³¹: m·d exceeds 2^(31+l) by 2^l at most.
+template <typename I>
+class Divisor {
+ public:
+  explicit Divisor(int64_t d) : d_(static_cast<I>(d)) {
+    if (sizeof(I) > 4) return;
+    while ((int64_t{1} << (shift_ - 31)) < d) ++shift_;
+    multiplier_ = static_cast<uint32_t>((int64_t{1} << shift_) / d + 1);
+  }
+  // The quotient; n becomes the remainder.
+  SANM_DEVICE I split(I& n) const {
+    I quotient;
+    if constexpr (sizeof(I) == 4)
+      quotient = static_cast<I>(static_cast<uint64_t>(n) * multiplier_ >> shift_);
+    else
+      quotient = n / d_;
+    n -= quotient * d_;
+    return quotient;
+  }
+
+ private:
+  I d_;
+  uint32_t multiplier_ = 0;
+  int shift_ = 31;
+};
+
 // Calls body(N) with the elements that one access takes, as a constant.
 template <typename T, typename Body>
 void with_access(bool vectors, const Body& body) {

@@ -14,8 +14,8 @@ constexpr int kSums = 8;          // that are taken at a time; no more than a bl
 constexpr int kLloydIterations = 300;  // these two are scikit-learn's
 constexpr double kLloydTolerance = 1e-4;
 constexpr double kMassOffset = 10 * 2.220446049250313e-16;
-// A fit is degenerate with less in a component, or a standard deviation or the means' distance below
-// this share of the range.
+// A fit is degenerate with less in a component, or with a standard deviation or a distance between
+// the means below this share of the range.
 constexpr double kMinMass = 0.5, kMinDeviation = 1e-6;
 constexpr double kLargest = 1.7976931348623157e308;
 
@@ -26,8 +26,8 @@ struct Sums {
   SANM_DEVICE double& operator[](int k) { return v[k]; }
 };
 
-// Lane l gets Σ x[l / 4] over the warp. Of the numbers that a lane still has it gives half away at a
-// time: 9 exchanges, where each number by itself would take 5.
+// Lane l gets Σ x[l / 4] over the warp. Of the numbers that a lane still has it gives half away at
+// a time: 9 exchanges, where each number by itself would take 5.
 SANM_DEVICE double warp_sums(Sums x) {
 #pragma unroll
   for (int half = kSums / 2, distance = kWarp / 2; half > 0; half /= 2, distance /= 2) {

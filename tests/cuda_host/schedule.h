@@ -1,10 +1,10 @@
 // Runs the threads of a CUDA grid on the host: as fibers of one thread, or as real threads.
 //
-// SANM_CUDA_HOST_SCHEDULER=fibers (default): one cluster at a time, or all of a cooperative launch; a
-//   fiber runs until it has to
-//   wait, so that results are repeatable. With SANM_CUDA_HOST_ORDER=forward|reverse it is always
-//   the first, or last, that can run: it gets as far ahead of the others as the barriers let it,
-//   and where one is missing, one of the orders reads what is not there yet.
+// SANM_CUDA_HOST_SCHEDULER=fibers (default): one cluster at a time, or all of a cooperative
+//   launch; a fiber runs until it has to wait, so that results are repeatable. With
+//   SANM_CUDA_HOST_ORDER=forward|reverse it is always the first, or last, that can run: it gets as
+//   far ahead of the others as the barriers let it, and where one is missing, one of the orders
+//   reads what is not there yet.
 // SANM_CUDA_HOST_SCHEDULER=threads: for ThreadSanitizer. Only threads that really meet at a barrier
 //   or in a warp are ordered; several blocks run at a time.
 //

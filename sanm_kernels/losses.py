@@ -222,12 +222,7 @@ def masked_loss(
             raise TypeError(f"mix: expected a pair (lam, permutation), got {type(mix).__name__}")
         lam = validate.scheduled(mix[0], "mix lam", logits.device, 0, 1)
         permutation = _permutation(mix[1], "mix permutation", n, logits.device, "logits")
-    if num_labeled is None:
-        num_labeled = n
-    elif not isinstance(num_labeled, (int, torch.SymInt)) or isinstance(num_labeled, bool):
-        raise TypeError(f"num_labeled: expected an int, got {type(num_labeled).__name__}")
-    elif not 0 <= num_labeled <= n:
-        raise ValueError(f"num_labeled: expected a number in [0, {n}], got {num_labeled}")
+    num_labeled = n if num_labeled is None else validate.count(num_labeled, "num_labeled", n)
     if prior is not None:
         validate.floating(prior, "prior", 1, shape="(K,)")
         validate.same_device(prior, "prior", logits.device, "logits")
@@ -373,12 +368,7 @@ def mixup_views(
             )
         validate.same_device(view, f"views[{i}]", first.device, "views[0]")
     total = sum(view.shape[0] for view in views)
-    if rows is None:
-        rows = total
-    elif not isinstance(rows, (int, torch.SymInt)) or isinstance(rows, bool):
-        raise TypeError(f"rows: expected an int, got {type(rows).__name__}")
-    elif not 0 <= rows <= total:
-        raise ValueError(f"rows: expected a number in [0, {total}], got {rows}")
+    rows = total if rows is None else validate.count(rows, "rows", total)
     lam = validate.scheduled(lam, "lam", first.device, 0, 1)
     permutation = _permutation(permutation, "permutation", rows, first.device, "views")
     share = _scalars(first.device, lam)

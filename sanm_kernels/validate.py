@@ -123,6 +123,15 @@ def whole(x: Any, name: str, low: int = -(2**63), high: int = 2**63) -> int:
     return operator.index(x)  # a plain int also where torch.compile traces a symbolic one
 
 
+def count(x: Any, name: str, most: int) -> int:
+    """`x` as an int in [0, most]."""
+    if isinstance(x, bool) or not isinstance(x, (int, numpy.integer, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+    if not 0 <= x <= most:
+        raise ValueError(f"{name}: expected a number in [0, {most}], got {x}")
+    return x if isinstance(x, torch.SymInt) else operator.index(x)  # type: ignore[return-value]
+
+
 def one_of(x: Any, name: str, allowed: tuple[str, ...]) -> str:
     if x not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {x!r}")

@@ -12,11 +12,11 @@ from sanm_kernels.reference.precision import accumulate_dtype, numbers
 def check(logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None) -> None:
     """Values of the arguments, where values are checked (`checks.enabled`)."""
     if labels is not None and labels.is_floating_point():
-        checks.unit_interval(labels, "labels")
+        checks.unit_interval(labels.to(accumulate_dtype(logits[0])), "labels")
     elif labels is not None:
         checks.indices(labels, logits[0].shape[1], "labels")
-    if clean_prob is not None:
-        checks.unit_interval(clean_prob, "clean_prob")
+    if clean_prob is not None:  # as it is used
+        checks.unit_interval(clean_prob.to(accumulate_dtype(logits[0])), "clean_prob")
 
 
 def forward(

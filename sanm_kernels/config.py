@@ -11,6 +11,8 @@ POSITIONS = ("center", "corner")
 FILLS = ("constant", "uniform", "mean", "pixel")
 DROPS = ("clamped", "unclamped")
 VIEWS = ("max", "min")
+#: Of area_scale and of aspects: with it no box's side leaves float32 on the way.
+_MOST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ class MaskConfig:
                 raise TypeError(f"{name}: expected a number, got {v!r}")
             if not math.isfinite(v) or v < 0:
                 raise ValueError(f"{name}: expected a finite number ≥ 0, got {v!r}")
-        if self.area_scale == 0:
-            raise ValueError("area_scale: expected a number > 0, got 0")
+        if not 0 < self.area_scale <= _MOST:
+            raise ValueError(
+                f"area_scale: expected a number in (0, {_MOST}], got {self.area_scale}"
+            )
         if not self.ratio_low <= self.ratio_high:
             raise ValueError(
                 f"ratio_low: expected at most ratio_high = {self.ratio_high}, got {self.ratio_low}"
@@ -98,9 +102,9 @@ class MaskConfig:
                 "ratio_high: expected ratio_high + ratio_gamma ≤ 1, "
                 f"got {self.ratio_high} + {self.ratio_gamma}"
             )
-        if not 0 < self.aspect_low <= self.aspect_high:
+        if not 1 / _MOST <= self.aspect_low <= self.aspect_high <= _MOST:
             raise ValueError(
-                "aspect_low: expected 0 < aspect_low ≤ aspect_high, "
+                f"aspect_low: expected 1/{_MOST} ≤ aspect_low ≤ aspect_high ≤ {_MOST}, "
                 f"got {self.aspect_low} and {self.aspect_high}"
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, overload
 
+import numpy
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -345,10 +346,11 @@ def _size(size: Sequence[int]) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise ValueError(f"size: expected (H, W), got {size!r}") from None
     for side in (height, width):
-        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+        if isinstance(side, bool) or not isinstance(side, (int, numpy.integer, torch.SymInt)):
             raise TypeError(f"size: expected two integers, got {size!r}")
         if not 1 <= side < 2**31:
             raise ValueError(f"size: expected two integers ≥ 1 and < 2³¹, got {size!r}")
+    height, width = (x if isinstance(x, torch.SymInt) else int(x) for x in (height, width))
     return height, width
 
 
@@ -363,7 +365,7 @@ def _targets(
     validate.is_tensor(targets, "targets")
     validate.same_device(targets, "targets", device, "features")
     if num_classes is not None:
-        num_classes = validate.whole(num_classes, "num_classes", 2)
+        num_classes = validate.whole(num_classes, "num_classes", 2, 2**31)
     if targets.dim() == 1:
         targets = validate.integer(targets, "targets")
         if num_classes is None and weight is not None:
@@ -458,7 +460,8 @@ def _seed(generator: torch.Generator | int | Tensor | None, device: torch.device
             )
         validate.same_device(generator, "generator", device, "features")
         return generator
-    if isinstance(generator, int) and not isinstance(generator, bool):
+    if isinstance(generator, (int, numpy.integer)) and not isinstance(generator, bool):
+        generator = int(generator)
         if not 0 <= generator < 2**63:
             raise ValueError(f"generator: expected a seed in [0, 2⁶³), got {generator}")
         return torch.full((), generator, dtype=torch.int64, device=device)  # a fill, not a copy

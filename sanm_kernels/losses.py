@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,15 +40,27 @@ class MaskedLoss(NamedTuple):
     per_sample: Tensor
 
 
-def _scalars(*values: float) -> Tensor:
-    """Run-time numbers as one CPU tensor: as float arguments they'd be compiled in as constants.
+def _scalars(device: torch.device, *values: float | Tensor) -> Tensor:
+    """Run-time numbers as a float64 tensor: as float arguments they'd be compiled in as constants.
 
-    On the CPU whatever torch's default device is: kernels read it without waiting for a device.
+    Python numbers stay on the CPU: kernels get them as arguments of the launch. Where one is a
+    tensor on `device`, and in a trace, all are there: kernels read them when they run, and so do
+    those of a CUDA graph each time it is replayed.
     """
+    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     if torch.compiler.is_compiling():
-        one = torch.ones((), dtype=torch.float64, device="cpu")
-        return torch.stack([one * value for value in values])
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+        one = torch.ones((), **options)
+        parts = [x if isinstance(x, Tensor) else one * x for x in values]
+        if any(x.device.type != "cpu" for x in parts):
+            parts = [x.to(device, non_blocking=True) for x in parts]
+        return torch.stack([x.to(torch.float64) for x in parts]).to(device, non_blocking=True)
+    if any(isinstance(x, Tensor) for x in values):
+        options["device"] = device
+        return torch.stack(
+            [x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, **options)
+             for x in values]
+        )  # fmt: skip
+    return torch.tensor(values, **options)
 
 
 def _tensors(x: object, name: str, what: str) -> list[Tensor]:
@@ -107,12 +119,12 @@ def masked_loss(
     targets: Tensor,
     *,
     ratio: Tensor | None = None,
-    mix: tuple[float, Tensor] | None = None,
+    mix: tuple[float | Tensor, Tensor] | None = None,
     num_labeled: int | None = None,
-    unlabeled_weight: float = 0.0,
+    unlabeled_weight: float | Tensor = 0.0,
     prior: Tensor | None = None,
-    prior_weight: float = 0.0,
-    confidence_weight: float = 0.0,
+    prior_weight: float | Tensor = 0.0,
+    confidence_weight: float | Tensor = 0.0,
     drop: str = "clamped",
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -141,10 +153,14 @@ def masked_loss(
             one-hot. M = n without `mix`, M ≥ n with it. No gradient flows to them.
         ratio: None, or r in [0, 1] for the label modulation, one per target row: (M,) or shaped
             like the targets' leading dimensions.
-        mix: None, or (λ, permutation): λ in [0, 1], and (≥ n,) integers in [0, M).
+        mix: None, or (λ, permutation): λ in [0, 1] as the weights below, and (≥ n,) integers in
+            [0, M).
         num_labeled: n_x, how many rows are labelled; all by default.
-        unlabeled_weight, prior_weight, confidence_weight: λ_u, ρ and ν; may change from call to
-            call, also under ``torch.compile``.
+        unlabeled_weight, prior_weight, confidence_weight: λ_u, ρ and ν, numbers or tensors ();
+            may change from call to call, also under ``torch.compile``. Kernels read a tensor on
+            the logits' device when they run, so that a CUDA graph follows it; its value is not
+            checked. A number is an argument of the launch, which a graph that is captured by hand
+            keeps.
         prior: π (K,) in [0, 1]; uniform by default.
         drop: ``"clamped"``, a label loses min(r, t[j*]), or ``"unclamped"``, it loses r.
         ignore_index: integer targets of this value mark rows that count in neither L_x nor L_u,
@@ -166,7 +182,7 @@ def masked_loss(
     n, K = logits.shape
     if K < 2:
         raise ValueError(f"logits: expected at least two classes, got shape {list(logits.shape)}")
-    validate.is_tensor(targets, "targets")
+    given = validate.is_tensor(targets, "targets").shape
     validate.same_device(targets, "targets", logits.device, "logits")
     if targets.is_floating_point():
         validate.floating(targets, "targets")
@@ -178,12 +194,18 @@ def masked_loss(
         leading = targets.shape[:-1]
     else:
         leading = targets.shape
-        targets = validate.integer(targets, "targets", targets.dim()).reshape(-1)
+        targets = validate.integer(targets, "targets", targets.dim())
+        if targets.dim() > 1 and leading[-1] == K and targets.numel() >= n * K > 0:
+            raise ValueError(
+                "targets: expected class indices, or floats for rows of classes, got integers of "
+                f"shape {list(leading)}: one-hot rows are passed as floats"
+            )
+        targets = targets.reshape(-1)
     available = leading.numel()
     if available < n or (mix is None and available != n):
         raise ValueError(
             f"targets: expected {'at least ' if mix else ''}{n} rows (one per row of "
-            f"logits), got {available} in shape {list(targets.shape)}"
+            f"logits), got {available} in shape {list(given)}"
         )
     if ratio is not None:
         validate.floating(ratio, "ratio")
@@ -193,35 +215,33 @@ def masked_loss(
                 f"ratio: expected shape {[available]}, one per target row, got {list(ratio.shape)}"
             )
         ratio = ratio.reshape(-1).to(accumulate_dtype(logits))
-    lam, permutation = 1.0, None
+    lam: float | Tensor = 1.0
+    permutation = None
     if mix is not None:
         if not isinstance(mix, (tuple, list)) or len(mix) != 2:
             raise TypeError(f"mix: expected a pair (lam, permutation), got {type(mix).__name__}")
-        lam = validate.number(mix[0], "mix lam", 0, 1)
+        lam = validate.scheduled(mix[0], "mix lam", logits.device, 0, 1)
         permutation = _permutation(mix[1], "mix permutation", n, logits.device, "logits")
-    if num_labeled is None:
-        num_labeled = n
-    elif not isinstance(num_labeled, (int, torch.SymInt)) or isinstance(num_labeled, bool):
-        raise TypeError(f"num_labeled: expected an int, got {type(num_labeled).__name__}")
-    elif not 0 <= num_labeled <= n:
-        raise ValueError(f"num_labeled: expected a number in [0, {n}], got {num_labeled}")
+    num_labeled = n if num_labeled is None else validate.count(num_labeled, "num_labeled", n)
     if prior is not None:
         validate.floating(prior, "prior", 1, shape="(K,)")
         validate.same_device(prior, "prior", logits.device, "logits")
         validate.length(prior, "prior", K, "the classes")
         prior = prior.to(accumulate_dtype(logits))
-    unlabeled_weight = validate.number(unlabeled_weight, "unlabeled_weight")
-    prior_weight = validate.number(prior_weight, "prior_weight")
-    confidence_weight = validate.number(confidence_weight, "confidence_weight")
+    unlabeled_weight = validate.scheduled(unlabeled_weight, "unlabeled_weight", logits.device)
+    prior_weight = validate.scheduled(prior_weight, "prior_weight", logits.device)
+    confidence_weight = validate.scheduled(confidence_weight, "confidence_weight", logits.device)
     clamp = validate.one_of(drop, "drop", DROPS) == "clamped"
     ignore_index = validate.whole(ignore_index, "ignore_index")
     validate.one_of(reduction, "reduction", ("mean", "sum", "none"))
-    if reduction == "none" and (prior_weight != 0 or confidence_weight != 0):
+    if reduction == "none" and not all(
+        isinstance(x, (int, float)) and x == 0 for x in (prior_weight, confidence_weight)
+    ):
         raise ValueError(
             "reduction: 'none' needs prior_weight = confidence_weight = 0, "
             f"got {prior_weight} and {confidence_weight}"
         )
-    scalars = _scalars(lam, unlabeled_weight, prior_weight, confidence_weight)
+    scalars = _scalars(logits.device, lam, unlabeled_weight, prior_weight, confidence_weight)
     total, *parts = call(
         "masked_loss",
         logits.device,
@@ -239,7 +259,7 @@ def masked_loss(
     )[:6]
     if reduction == "none":
         labeled_rows = torch.arange(n, device=logits.device) < num_labeled
-        total = torch.where(labeled_rows, 1.0, unlabeled_weight) * parts[-1]
+        total = torch.where(labeled_rows, parts[-1], scalars[1] * parts[-1])
     return MaskedLoss(total, *parts)
 
 
@@ -310,7 +330,7 @@ def reconstruction_loss(
 @validate.public
 def mixup_views(
     views: Sequence[Tensor],
-    lam: float,
+    lam: float | Tensor,
     permutation: Tensor,
     *,
     rows: int | None = None,
@@ -322,7 +342,7 @@ def mixup_views(
 
     Args:
         views: tensors (b_i, …) of one trailing shape, dtype and device; M = Σ b_i rows.
-        lam: λ in [0, 1]; may change from call to call, also under ``torch.compile``.
+        lam: λ in [0, 1], a number or a tensor (), as the weights of :func:`masked_loss`.
         permutation: π, integers (≥ rows,); the first `rows` entries are distinct and in [0, M).
         rows: how many mixed rows are wanted; all M by default.
         backend: force a backend; see :func:`sanm_kernels.use_backend`.
@@ -348,17 +368,11 @@ def mixup_views(
             )
         validate.same_device(view, f"views[{i}]", first.device, "views[0]")
     total = sum(view.shape[0] for view in views)
-    if rows is None:
-        rows = total
-    elif not isinstance(rows, (int, torch.SymInt)) or isinstance(rows, bool):
-        raise TypeError(f"rows: expected an int, got {type(rows).__name__}")
-    elif not 0 <= rows <= total:
-        raise ValueError(f"rows: expected a number in [0, {total}], got {rows}")
-    lam = validate.number(lam, "lam", 0, 1)
+    rows = total if rows is None else validate.count(rows, "rows", total)
+    lam = validate.scheduled(lam, "lam", first.device, 0, 1)
     permutation = _permutation(permutation, "permutation", rows, first.device, "views")
-    mixed: Tensor = call(
-        "mixup_views", first.device, backend, views, _scalars(lam), permutation, rows
-    )
+    share = _scalars(first.device, lam)
+    mixed: Tensor = call("mixup_views", first.device, backend, views, share, permutation, rows)
     return mixed
 
 
@@ -368,7 +382,7 @@ def refine_targets(
     *,
     labels: Tensor | None = None,
     clean_prob: Tensor | None = None,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     backend: str | None = None,
 ) -> Tensor:
     """Targets guessed from predictions, blended with the labels, sharpened (section 7.2).
@@ -381,7 +395,8 @@ def refine_targets(
         labels: None, or integers (B,) in [0, K), or soft labels (B, K), rows of
             values in [0, 1] that sum to 1; the sum is not checked.
         clean_prob: q (B,) in [0, 1]; given exactly when `labels` are.
-        temperature: T > 0; 1 leaves p as it is.
+        temperature: T > 0, a number or a tensor (), as the weights of :func:`masked_loss`; 1
+            leaves p as it is.
         backend: force a backend; see :func:`sanm_kernels.use_backend`.
 
     Returns:
@@ -424,8 +439,8 @@ def refine_targets(
         validate.same_device(clean_prob, "clean_prob", first.device, "logits")
         validate.length(clean_prob, "clean_prob", B, "the rows of logits")
         labels, clean_prob = _detached(labels), _detached(clean_prob)
-    temperature = validate.number(temperature, "temperature", 0)
-    if temperature == 0:
+    temperature = validate.scheduled(temperature, "temperature", first.device, 0)
+    if not isinstance(temperature, Tensor) and temperature == 0:
         raise ValueError("temperature: expected a number > 0, got 0")
     refined: Tensor = call(
         "refine_targets",
@@ -434,6 +449,6 @@ def refine_targets(
         [_detached(z) for z in rows],
         labels,
         clean_prob,
-        _scalars(temperature),
+        _scalars(first.device, 1 / temperature),
     )
     return refined

@@ -84,9 +84,11 @@ def number(x: Any, name: str, low: float | None = None, high: float | None = Non
     if isinstance(x, Tensor) and x.dim() == 0:
         if x.device.type != "cpu":
             raise ValueError(
-                f"{name}: expected a number or a CPU tensor (reading one from "
-                f"{x.device} would synchronise)"
+                f"{name}: expected a number or a tensor on the CPU or where the other tensors are, "
+                f"got one on {x.device}"
             )
+        x = x.item()
+    elif isinstance(x, (numpy.integer, numpy.floating)):
         x = x.item()
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
@@ -94,6 +96,21 @@ def number(x: Any, name: str, low: float | None = None, high: float | None = Non
         bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
         raise ValueError(f"{name}: expected a number in {bounds}, got {x}")
     return x  # type: ignore[return-value]
+
+
+def scheduled(
+    x: Any, name: str, device: torch.device, low: float | None = None, high: float | None = None
+) -> float | Tensor:
+    """A number in [low, high] that may change from call to call.
+
+    A 0-d tensor on `device`, or any while torch.compile traces, stays a tensor, its value unchecked
+    and without its gradient: reading it would synchronise, or break the graph.
+    """
+    if isinstance(x, Tensor) and x.dim() == 0 and x.dtype != torch.bool and not x.is_complex():
+        traced = torch.compiler.is_compiling() and x.device.type == "cpu"
+        if traced or (x.device == device and device.type != "cpu"):
+            return x.detach()
+    return number(x, name, low, high)
 
 
 def whole(x: Any, name: str, low: int = -(2**63), high: int = 2**63) -> int:
@@ -104,6 +121,15 @@ def whole(x: Any, name: str, low: int = -(2**63), high: int = 2**63) -> int:
         expected = f"in [{low}, {high})" if high < 2**63 else f"of 64 bits, at least {low}"
         raise ValueError(f"{name}: expected an int {expected}, got {x}")
     return operator.index(x)  # a plain int also where torch.compile traces a symbolic one
+
+
+def count(x: Any, name: str, most: int) -> int:
+    """`x` as an int in [0, most]."""
+    if isinstance(x, bool) or not isinstance(x, (int, numpy.integer, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+    if not 0 <= x <= most:
+        raise ValueError(f"{name}: expected a number in [0, {most}], got {x}")
+    return x if isinstance(x, torch.SymInt) else operator.index(x)  # type: ignore[return-value]
 
 
 def one_of(x: Any, name: str, allowed: tuple[str, ...]) -> str:

@@ -52,3 +52,68 @@ def test_first_derivatives_are_the_same_with_a_graph_of_their_own():
         for kept in (False, True)
     ]
     assert torch.equal(*grads)
+
+
+def differentiable(name, backend):
+    """A scalar function of an operation's differentiable inputs, and those, in float64."""
+    operation = OPERATIONS[name]
+    torch.manual_seed(0)
+    inputs = operation.make()
+    leaves = {key: inputs[key].double() for key in operation.wrt}
+
+    def function(leaves):
+        outputs = operation.run(inputs | leaves, backend=backend).values()
+        return sum((x * torch.linspace(-1, 2, x.numel()).view(x.shape)).sum() for x in outputs)
+
+    return function, leaves
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_reverse_mode_of_torch_func_is_that_of_autograd(backend, name):
+    function, leaves = differentiable(name, backend)
+    held = {key: x.clone().requires_grad_() for key, x in leaves.items()}
+    expected = torch.autograd.grad(function(held), list(held.values()))
+    got = torch.func.grad(function)(leaves)
+    pulled = torch.func.vjp(function, leaves)[1](torch.ones((), dtype=torch.float64))[0]
+    for key, gradient in zip(held, expected, strict=True):
+        assert torch.equal(got[key], gradient) and torch.equal(pulled[key], gradient), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_is_refused(backend, name):
+    """Silently 0 once."""
+    function, leaves = differentiable(name, backend)
+    tangents = {key: torch.ones_like(x) for key, x in leaves.items()}
+    message = "no forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(function, (leaves,), (tangents,))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jacfwd(function)(leaves)
+    with torch.autograd.forward_ad.dual_level():
+        dual = {key: torch.autograd.forward_ad.make_dual(leaves[key], tangents[key])
+                for key in leaves}  # fmt: skip
+        with pytest.raises(NotImplementedError, match=message):
+            function(dual)
+        function(leaves)  # without tangents
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_and_jacrev(backend):
+    logits, labels = torch.randn(3, 4, 5), torch.randint(5, (4,))
+
+    def function(z):
+        return sk.sample_loss(z, labels, backend=backend)
+
+    stacked = torch.func.vmap(function)(logits)
+    each = [torch.func.jacrev(function)(z) for z in logits]
+    assert torch.equal(stacked, torch.stack([function(z) for z in logits]))
+    assert torch.equal(torch.func.vmap(torch.func.jacrev(function))(logits), torch.stack(each))
+    plain = torch.func.jacrev(
+        lambda z: torch.nn.functional.cross_entropy(z, labels, reduction="none")
+    )
+    torch.testing.assert_close(each[0], plain(logits[0]))
+    with pytest.raises(RuntimeError, match="can be differentiated once, not twice"):
+        torch.func.jacrev(torch.func.jacrev(function))(logits[0])

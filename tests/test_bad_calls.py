@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -302,9 +303,12 @@ def test_wrong_call(name, backend):
         ("ratio_low", 0.5, "ratio_low: expected"),
         ("ratio_high", 0.99, "ratio_high: expected ratio_high + ratio_gamma ≤ 1"),
         ("ratio_gamma", -0.1, "ratio_gamma: expected a finite number ≥ 0"),
-        ("aspect_low", 0.0, "aspect_low: expected 0 <"),
+        ("aspect_low", 0.0, "aspect_low: expected 1/1000000 ≤ aspect_low"),
+        ("aspect_low", 1e-50, "aspect_low: expected 1/1000000 ≤"),
+        ("aspect_high", 1e300, "aspect_high ≤ 1000000"),
+        ("area_scale", 1e38, "area_scale: expected a number in (0, 1000000], got 1e+38"),
         ("area_scale", NAN, "area_scale: expected"),
-        ("aspect_high", 0.1, "aspect_low: expected 0 < aspect_low ≤ aspect_high"),
+        ("aspect_high", 0.1, "≤ aspect_low ≤ aspect_high ≤"),
     ],
 )
 def test_wrong_configuration(field, value, text):
@@ -326,3 +330,26 @@ def test_wrong_types_of_a_configuration():
         with pytest.raises(TypeError, match=f"{field}: expected .*, got "):
             MaskConfig(**{field: value})
     assert len(CALLS) >= 40
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_numpy_integers_and_rounded_probabilities_are_fine(backend):
+    features, labels = torch.randn(2, 4, 2, 2), torch.tensor([0, 1])
+    q = torch.tensor([1 + 1e-9, 0.5], dtype=torch.float64)  # 1 in float32
+    size, three = (numpy.int64(8), numpy.int32(9)), numpy.int64(3)
+    got = sk.masked_forward(
+        features, labels, q, size=size, num_classes=three, generator=three, backend=backend
+    )
+    plain = sk.masked_forward(
+        features, labels, q.float(), size=(8, 9), num_classes=3, generator=3, backend=backend
+    )
+    assert torch.equal(got.targets_max, plain.targets_max)
+    assert torch.equal(got.box_min, plain.box_min)
+    z = torch.randn(2, 3)
+    options = {"labels": labels, "backend": backend}
+    refined = sk.refine_targets(z, clean_prob=q, **options)
+    assert torch.equal(refined, sk.refine_targets(z, clean_prob=q.float(), **options))
+    loss = sk.masked_loss(z, labels, num_labeled=numpy.int64(1), backend=backend)
+    assert torch.equal(loss.total, sk.masked_loss(z, labels, num_labeled=1, backend=backend).total)
+    mixed = sk.mixup_views([z], 0.5, labels, rows=numpy.int64(1), backend=backend)
+    assert len(mixed) == 1

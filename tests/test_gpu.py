@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import test_run_time_numbers as run_time_numbers
 import torch
 from operations import (
     MAP,
@@ -23,6 +24,7 @@ from operations import (
     run_masked_forward,
     with_gradients,
 )
+from test_run_time_numbers import SCHEDULE
 from torch import Tensor
 
 import sanm_kernels as sk
@@ -94,6 +96,31 @@ def test_a_cuda_graph_replayed_with_new_inputs_gives_what_a_call_gives(name, siz
         overwrite(held, new)
         graph.replay()
         assert_same(outputs, with_gradients(operation, new))
+
+
+def test_a_cuda_graph_follows_numbers_on_the_device():
+    """λ, λ_u, ρ, ν and T. CPU twins: tests/test_run_time_numbers.py."""
+    x = {name: value.to(DEVICE) for name, value in run_time_numbers.inputs().items()}
+    held = [torch.tensor(value, device=DEVICE) for value in SCHEDULE[0]]
+    graph, outputs = capture(lambda: run_time_numbers.results(x, held))
+    for numbers in SCHEDULE[1:]:
+        for tensor, value in zip(held, numbers, strict=True):
+            tensor.fill_(value)
+        graph.replay()
+        new = [torch.tensor(value, device=DEVICE) for value in numbers]
+        assert_same(outputs, run_time_numbers.results(x, new))
+
+
+def test_the_compilers_cuda_graphs_follow_numbers():
+    """Of Python, which are no inputs of a graph. CPU twins: tests/test_run_time_numbers.py."""
+    torch.compiler.reset()
+    compiled = torch.compile(run_time_numbers.run, fullgraph=True, mode="reduce-overhead")
+    x = {name: value.to(DEVICE) for name, value in run_time_numbers.inputs().items()}
+    for numbers in SCHEDULE * 3:  # warmed up, captured, replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        got = run_time_numbers.results(x, numbers, function=compiled)
+        for name, value in run_time_numbers.results(x, numbers).items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("size", SIZES)

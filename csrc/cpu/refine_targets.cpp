@@ -20,10 +20,12 @@ inline Pack<A> power(Pack<A> p, A exponent) {
 // p (Kp) → p^exponent / Σ p^exponent in out (K); p is overwritten.
 template <typename A>
 void sharpen(A* p, int64_t K, A exponent, A* out) {
-  const A scale = 1 / row_max<A>(p, K);
+  const A top = row_max<A>(p, K), scale = 1 / top;
   Pack<A> sum{};
   each_pack(padded(K), [&](int64_t k, auto n) {
-    const Pack<A> sharp = power<A>(load_pack<A>(p + k, n, A(0)) * scale, exponent);
+    const Pack<A> x = load_pack<A>(p + k, n, A(0));
+    // the largest becomes 1 itself: next to it a high power would already be 0
+    const Pack<A> sharp = power<A>(x == top ? splat<A>(1) : x * scale, exponent);
     store_pack<A>(sharp, n, p + k);
     sum += sharp;
   });
@@ -34,9 +36,9 @@ void sharpen(A* p, int64_t K, A exponent, A* out) {
 }
 
 // logits (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither;
-// temperature (1,) double → (B, K)
+// 1/T (1,) double → (B, K)
 Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Tensor>& labels_,
-                      const std::optional<Tensor>& clean_prob_, const Tensor& temperature) {
+                      const std::optional<Tensor>& clean_prob_, const Tensor& exponent_) {
   const int64_t B = logits[0].size(0), K = logits[0].size(1);
   const ScalarType type = acc_type(logits[0]);
   std::optional<Tensor> labels, clean_prob;
@@ -63,7 +65,7 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
       z.push_back(in<T>(dense.back()));
     }
     const int64_t V = static_cast<int64_t>(z.size());
-    const A exponent = static_cast<A>(1 / *in<double>(temperature));
+    const A exponent = static_cast<A>(*in<double>(exponent_));
     const int64_t* label =
         labels && labels->scalar_type() == ScalarType::Long ? in<int64_t>(*labels) : nullptr;
     A* refined = out<A>(result);

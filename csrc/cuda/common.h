@@ -90,6 +90,51 @@ class OnDevice {
 #endif
 };
 
+// ---- Run-time numbers, such as λ. On the CPU they are read here and travel as arguments of the
+// launch; on the device the kernel reads them, so that a captured graph sees them change.
+
+inline bool on_host(const Tensor& x) {
+#ifdef SANM_CUDA_HOST
+  return !cuda_host::option("SANM_CUDA_HOST_NUMBERS", "device");
+#else
+  return x.get_device_index() < 0;
+#endif
+}
+
+template <int N>
+struct Numbers {
+  // (N,) double, dense
+  explicit Numbers(const Tensor& x) {
+    const double* const data = in<double>(x);
+    if (on_host(x))
+      std::copy_n(data, N, value);
+    else
+      device = data;
+  }
+  SANM_DEVICE double operator[](int i) const { return device ? device[i] : value[i]; }
+
+  double value[N] = {};
+  const double* device = nullptr;
+};
+
+// λ, the first of some run-time numbers, and 1 − λ, each rounded once.
+template <typename A>
+struct Share {
+  template <int N>
+  explicit Share(const Numbers<N>& from)
+      : own(static_cast<A>(from.value[0])), partner(static_cast<A>(1 - from.value[0])),
+        device(from.device) {}
+  // The same with the values that hold while the kernel runs.
+  SANM_DEVICE Share read() const {
+    Share now = *this;
+    if (device) now.own = static_cast<A>(*device), now.partner = static_cast<A>(1 - *device);
+    return now;
+  }
+
+  A own, partner;
+  const double* device;
+};
+
 // ---- Launches.
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }

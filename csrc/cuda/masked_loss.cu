@@ -23,15 +23,8 @@ constexpr int kHoldBytes = 47 * 1024;  // of a row in shared memory, with which 
 // Σ over rows: labelled and unlabelled losses, how many of them count, Σ p log p.
 enum { kLabeled, kUnlabeled, kLabeledCount, kUnlabeledCount, kConfidence, kSums };
 
-// scalars (4,): λ, λ_u, ρ, ν
-struct Scalars {
-  explicit Scalars(const Tensor& scalars) {
-    const Tensor values = packed(scalars);
-    const double* s = in<double>(values);
-    lam = s[0], unlabeled = s[1], prior = s[2], confidence = s[3];
-  }
-  double lam, unlabeled, prior, confidence;
-};
+// The run-time numbers: λ, λ_u, ρ, ν.
+enum { kLam, kUnlabeledWeight, kPriorWeight, kConfidenceWeight, kNumbers };
 
 // weight·term, and 0 for weight 0 even where the term is infinite
 SANM_DEVICE double weighted(double weight, double term) { return weight == 0 ? 0 : weight * term; }
@@ -197,8 +190,7 @@ __global__ void __launch_bounds__(kFinishThreads) masked_loss_finish_kernel(
     int* arrived,       // (), 0: counts the blocks that are through
     A* total, A* labeled, A* unlabeled, A* penalty, A* confidence,  // (), written
     A* p_mean,                                                      // (K,), written
-    int64_t n, int K, int64_t parts, bool mean, double unlabeled_weight, double prior_weight,
-    double confidence_weight) {
+    int64_t n, int K, int64_t parts, bool mean, const Numbers<kNumbers> numbers) {
   double* share = shared_memory<double>(kScratch);
   const int k = blockIdx.x * kWarp + lane();
   double column = 0;
@@ -245,9 +237,9 @@ __global__ void __launch_bounds__(kFinishThreads) masked_loss_finish_kernel(
   *unlabeled = static_cast<A>(of_unlabeled);
   *penalty = static_cast<A>(divergence);
   *confidence = static_cast<A>(of_confidence);
-  *total = static_cast<A>(of_labeled + weighted(unlabeled_weight, of_unlabeled) +
-                          weighted(prior_weight, divergence) +
-                          weighted(confidence_weight, of_confidence));
+  *total = static_cast<A>(of_labeled + weighted(numbers[kUnlabeledWeight], of_unlabeled) +
+                          weighted(numbers[kPriorWeight], divergence) +
+                          weighted(numbers[kConfidenceWeight], of_confidence));
 }
 
 // How many rows count, labelled and unlabelled: the block's part of them, rows i, i + step, …
@@ -299,16 +291,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     const typename Shape::A* p_mean,      // (K,)
     const double* counts,                 // (2, kCountBlocks) of many labels, or null
     S* result,                            // (n, K), written, of the logits' dtype
-    int64_t num_labeled, bool mean, bool hold, bool vectors, double unlabeled_weight,
-    double prior_weight, double confidence_weight) {
+    int64_t num_labeled, bool mean, bool hold, bool vectors, const Numbers<kNumbers> numbers) {
   using A = typename Shape::A;
   const int64_t n = logits.n;
   const int K = logits.K;
   double labeled_slope = upstream.at(upstream.labeled, 1),
-         unlabeled_slope = upstream.at(upstream.unlabeled, unlabeled_weight);
-  const A entropy_slope =
-      static_cast<A>(upstream.at(upstream.confidence, confidence_weight) / static_cast<double>(n));
-  const A prior_slope = static_cast<A>(-upstream.at(upstream.prior, prior_weight));
+         unlabeled_slope = upstream.at(upstream.unlabeled, numbers[kUnlabeledWeight]);
+  const A entropy_slope = static_cast<A>(
+      upstream.at(upstream.confidence, numbers[kConfidenceWeight]) / static_cast<double>(n));
+  const A prior_slope = static_cast<A>(-upstream.at(upstream.prior, numbers[kPriorWeight]));
   // A class of no probability, or of so little that 1/p̄ overflows, gets no gradient: its p cannot
   // move.
   constexpr A kLeast = sizeof(A) == 8 ? A(2.2250738585072014e-308) : A(1.17549435e-38);
@@ -387,12 +378,12 @@ Prior<A> prior_of(const OptTensor& prior) {
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // logits (n, K), targets (…, K) floats or (M,) int64, ratio (M,), permutation (≥ n,), prior (K,),
-// scalars (4,) double λ, λ_u, ρ, ν on the CPU → total, L_x, L_u, P, N (), per_sample (n,),
+// scalars (4,) double: λ, λ_u, ρ, ν → total, L_x, L_u, P, N (), per_sample (n,),
 // (max, log-sum) (n, 2), p̄ (K,)
 Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
                    const OptTensor& permutation, const OptTensor& prior, const Tensor& scalars,
                    int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {
-  const Scalars weight(scalars);
+  const Numbers<kNumbers> numbers(scalars);
   const int64_t n = logits.size(0), K = logits.size(1);
   const ScalarType type = acc_type(logits);
   const auto make = [&](const std::vector<int64_t>& size, ScalarType kind) {
@@ -404,7 +395,7 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
   dispatch_stored(logits.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using A = acc_t<S>;
-    const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
+    const Targets<A> target(targets, ratio, permutation, K, Share<A>(numbers), clamp, ignore_index);
     with_row_shape<S>(K, vector_rows(logits), [&](auto shape) {
       using Shape = decltype(shape);
       // One block at least: it sets the counter, and its sums are zeros.
@@ -426,7 +417,7 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
              masked_loss_finish_kernel<A>, in<A>(columns), in<double>(sums), prior_of<A>(prior),
              out<double>(penalties), out<int>(arrived), out<A>(total), out<A>(labeled),
              out<A>(unlabeled), out<A>(penalty), out<A>(confidence), out<A>(p_mean), n,
-             static_cast<int>(K), blocks, mean, weight.unlabeled, weight.prior, weight.confidence);
+             static_cast<int>(K), blocks, mean, numbers);
     });
   });
   return {total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean};
@@ -442,14 +433,14 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
                             const Tensor& scalars, const Tensor& normalizer_,
                             const Tensor& p_mean_, int64_t num_labeled, bool clamp,
                             int64_t ignore_index, bool mean) {
-  const Scalars weight(scalars);
+  const Numbers<kNumbers> numbers(scalars);
   const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_);
   const int64_t n = logits.size(0), K = logits.size(1);
   const Tensor result = new_tensor(logits, {n, K}, logits.scalar_type());
   dispatch_stored(logits.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using A = acc_t<S>;
-    const Targets<A> target(targets, ratio, permutation, K, weight.lam, clamp, ignore_index);
+    const Targets<A> target(targets, ratio, permutation, K, Share<A>(numbers), clamp, ignore_index);
     const Upstream<A> upstream{
         in_or_null<A>(grad_total),      in_or_null<A>(grad_labeled),
         in_or_null<A>(grad_unlabeled),  in_or_null<A>(grad_prior),
@@ -469,8 +460,7 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
               kScratch + (hold ? row : 0)},
              masked_loss_backward_kernel<Shape, S>, upstream, Logits<S>(logits), target,
              prior_of<A>(prior), in<A>(normalizer), in<A>(p_mean), in_or_null<double>(counts),
-             out<S>(result), num_labeled, mean, hold, vector_rows(result), weight.unlabeled,
-             weight.prior, weight.confidence);
+             out<S>(result), num_labeled, mean, hold, vector_rows(result), numbers);
     });
   });
   return result;

@@ -32,11 +32,6 @@ struct Views {
   }
 };
 
-template <typename A>
-struct Share {
-  A own, partner;
-};
-
 // One tile of a row: own·x + partner·y; a null source counts as zeros.
 template <typename T, int N>
 SANM_DEVICE void mix_tile(
@@ -78,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) mixup_views_kernel(
     const int64_t row = item / tiles, partner = permutation[row * stride];
     const bool known = partner >= 0 && partner < total;
     if (!own.holds(row) || !(known ? others.holds(partner) : others.first[0] == 0)) continue;
-    Share<acc_t<T>> mine = share;
+    Share<acc_t<T>> mine = share.read();
     if (!known) mine.partner = static_cast<acc_t<T>>(NAN);
     mix_tile<T, N>(own.row(row, E), known ? others.row(partner, E) : nullptr, out + row * E, E,
                    item % tiles, mine);
@@ -107,6 +102,7 @@ __global__ void __launch_bounds__(kThreads) mixup_views_backward_kernel(
     const int64_t* source,  // (total,): the output that a row is partner of, or −1
     const Views<T> grads,   // (b_k, E) each, written
     int64_t items, int64_t tiles, int64_t E, int64_t rows, Share<acc_t<T>> share) {
+  share = share.read();
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t row = grads.first[0] + item / tiles, partner = source[row];
     mix_tile<T, N>(row < rows ? grad + row * E : nullptr,
@@ -131,19 +127,13 @@ std::vector<Views<T>> grouped(const std::vector<T*>& data, const std::vector<int
   return groups;
 }
 
-template <typename T>
-Share<acc_t<T>> share_of(const Tensor& lam) {
-  const double own = *in<double>(lam);
-  return {static_cast<acc_t<T>>(own), static_cast<acc_t<T>>(1 - own)};
-}
-
 Tensor new_rows(const Tensor& x, int64_t rows, bool channels_last) {
   std::vector<int64_t> size{rows};
   for (int64_t d = 1; d < x.dim(); ++d) size.push_back(x.size(d));
   return new_tensor(x, size, x.scalar_type(), channels_last);
 }
 
-// views (b_i, …), total rows together, lam () double on the CPU, permutation (≥ rows,) → (rows, …)
+// views (b_i, …), total rows together, lam (1,) double, permutation (≥ rows,) → (rows, …)
 Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Tensor& permutation,
                    int64_t rows) {
   bool channels_last = false, contiguous = false;
@@ -158,6 +148,7 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
   const Tensor result = new_rows(views[0], rows, channels_last);
   const int64_t E = row_elements(views[0]);
   if (rows == 0 || E == 0) return result;
+  const Numbers<1> number(lam);
   dispatch(result.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     std::vector<Tensor> dense;
@@ -176,13 +167,13 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
         for (const Views<const T>& others : groups)
           launch({"mixup_views", result, {blocks_for(items, 1)}, kThreads},
                  mixup_views_kernel<T, N>, own, others, in<int64_t>(permutation),
-                 permutation.stride(0), out<T>(result), items, tiles, E, total, share_of<T>(lam));
+                 permutation.stride(0), out<T>(result), items, tiles, E, total, Share<acc_t<T>>(number));
     });
   });
   return result;
 }
 
-// grad (rows, …), lam () double on the CPU, permutation (≥ rows,), rows of each view
+// grad (rows, …), lam (1,) double, permutation (≥ rows,), rows of each view
 //   → gradients (b_i, …)
 std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
                                          const Tensor& permutation,
@@ -197,6 +188,7 @@ std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
     results.push_back(new_rows(grad, size, image.channels_last));
   }
   if (total == 0 || E == 0) return results;
+  const Numbers<1> number(lam);
   const Tensor source = new_tensor(grad, {total}, ScalarType::Long);
   launch({"mixup_views_backward", grad, {1}, 1024}, invert_kernel, in<int64_t>(permutation),
          permutation.stride(0), rows, out<int64_t>(source), total);
@@ -215,7 +207,7 @@ std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
         const int64_t items = (group.first[group.count] - group.first[0]) * tiles;
         launch({"mixup_views_backward", grad, {blocks_for(items, 1)}, kThreads},
                mixup_views_backward_kernel<T, N>, in<T>(grad), in<int64_t>(source), group, items,
-               tiles, E, rows, share_of<T>(lam));
+               tiles, E, rows, Share<acc_t<T>>(number));
       }
     });
   });

@@ -97,9 +97,10 @@ template <typename Shape, typename S>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targets_kernel(
     const Views<S> views, const Labels labels,
     typename Shape::A* result,  // (B, K), written
-    int64_t B, int K, int64_t all_views, typename Shape::A exponent, bool hold, bool vectors) {
+    int64_t B, int K, int64_t all_views, const Numbers<1> number, bool hold, bool vectors) {
   using A = typename Shape::A;
   A* const shared = shared_memory<A>(kScratch);
+  const A exponent = static_cast<A>(number[0]);
   Shape::each_row(B, [&](int64_t i, bool exists) {
     A* const row = result + i * K;
     A* const kept = hold ? shared : row;
@@ -169,9 +170,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targ
 }
 
 // logits (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither;
-// temperature (1,) double on the CPU → (B, K)
+// 1/T (1,) double → (B, K)
 Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Tensor>& labels,
-                      const std::optional<Tensor>& clean_prob, const Tensor& temperature) {
+                      const std::optional<Tensor>& clean_prob, const Tensor& exponent) {
   const Tensor& z = logits[0];
   const int64_t B = z.size(0), K = z.size(1), all_views = static_cast<int64_t>(logits.size());
   const Tensor result = new_tensor(z, {B, K}, acc_type(z));
@@ -213,7 +214,7 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
         launch({"refine_targets", z, {row_blocks<Shape>(z, B)}, Shape::kThreads,
                 kScratch + (hold ? 2 * row : 0)},
                refine_targets_kernel<Shape, S>, views, label, out<A>(result), B,
-               static_cast<int>(K), all_views, static_cast<A>(1 / *in<double>(temperature)), hold,
+               static_cast<int>(K), all_views, Numbers<1>(exponent), hold,
                vector_rows(result));
       }
     });

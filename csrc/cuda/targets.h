@@ -11,10 +11,10 @@ template <typename A>
 struct Targets {
   // targets (…, K) floats of any strides or (M,) int64, ratio (M,) in A, permutation (≥ n,) int64
   Targets(const Tensor& targets, const OptTensor& ratio_,
-          const OptTensor& permutation_, int64_t K_, double lam_, bool clamp_,
+          const OptTensor& permutation_, int64_t K_, const Share<A>& share_, bool clamp_,
           int64_t ignore_index_)
-      : K(static_cast<int>(K_)), ignore_index(ignore_index_), lam(static_cast<A>(lam_)),
-        rest(static_cast<A>(1 - lam_)), clamp(clamp_) {
+      : K(static_cast<int>(K_)), ignore_index(ignore_index_), share(share_),
+        clamp(clamp_) {
     if (ratio_) ratio = in<A>(*ratio_), ratio_stride = ratio_->stride(0);
     if (permutation_)
       permutation = in<int64_t>(*permutation_), permutation_stride = permutation_->stride(0);
@@ -47,7 +47,7 @@ struct Targets {
   const int64_t* permutation = nullptr;  // (≥ n,) or null
   int64_t permutation_stride = 0;
   int64_t ignore_index;
-  A lam, rest;
+  Share<A> share;
   bool clamp;
 
   // Offset of target row m.
@@ -168,8 +168,9 @@ struct Target {
       return own.t;
     }
     if (!Shape::kWhole) other.read(from, first);
+    const Share<A> share = from.share.read();
     Shape::each_class(first, from.K, [&](int c, int k) {
-      const A mixed = from.lam * own.value(from, c, k) + from.rest * other.value(from, c, k);
+      const A mixed = share.own * own.value(from, c, k) + share.partner * other.value(from, c, k);
       own.t[c] = k < from.K ? mixed : A{0};
     });
     return own.t;

@@ -31,7 +31,7 @@ SANM_HD float mask_ratio(const Settings& s, double draw, float clean_prob) {
 
 SANM_HD int side(float square, int limit) {
   const double root = nearbyint(sqrt(static_cast<double>(square)));  // halves to even
-  return root < 1 ? 1 : root > limit ? limit : static_cast<int>(root);
+  return !(root >= 1) ? 1 : root > limit ? limit : static_cast<int>(root);  // 1 for NaN too
 }
 
 // height = round(√(A·s)), width = round(√(A/s)), A = κ·r·H·W: float32 but for the root.

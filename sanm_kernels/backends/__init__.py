@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
-from sanm_kernels.ops.base import BACKENDS, functions, operators, value_checks
+from sanm_kernels.ops.base import (
+    BACKENDS,
+    functions,
+    operators,
+    raise_forward_mode,
+    transformable,
+    value_checks,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -171,18 +180,23 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
 
     torch.library's autograd layer, which is Python and takes longer than a small kernel, is passed
     over: where nothing is to be differentiated, as it would itself do after a longer look, and
-    otherwise for a function of the same formulas, but for traced calls and those in a transform.
+    otherwise for a function of the same formulas, but for traced calls.
     """
     overload = select(op, device, backend)
     if torch.compiler.is_compiling():
         return overload(*arguments)
     if overload._overloadname in SILENT and op in value_checks:
         value_checks[op](*arguments)
+    key = (op, overload._overloadname)
+    if torch._C._are_functorch_transforms_active():
+        return transformable.get(key, overload)(*arguments)
+    if forward_ad._current_level >= 0 and key in transformable:
+        for x in tree_leaves(arguments):
+            if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise_forward_mode(op)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        function = functions.get((op, overload._overloadname))
-        if function is None or torch._C._are_functorch_transforms_active():
-            return overload(*arguments)
-        return function.apply(*arguments)
+        function = functions.get(key)
+        return overload(*arguments) if function is None else function.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*arguments)
 

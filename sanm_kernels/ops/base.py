@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 library = torch.library.Library(NAMESPACE, "DEF")
 operators: dict[str, str] = {}  # name → schema, in order of definition
 value_checks: dict[str, Callable[..., None]] = {}  # name → what `define` was given as `check`
-#: (name, backend) → the differentiable operator for calls that are not traced.
+#: (name, backend) → the differentiable operator for calls that are not traced, outside of
+#: torch.func's transforms and inside of them.
 functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+transformable: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 class Overloads:
@@ -74,18 +76,25 @@ def define(
             torch.library.register_autograd(
                 qualified, formula, setup_context=setup_context, lib=library
             )
-            if "Tensor[]" not in schema:
+            has_list = schema.startswith("(Tensor[]")
+            if not has_list:
                 functions[name, backend] = differentiable(ops, name, setup_context, formula)
+            transformable[name, backend] = transformed(ops, name, setup_context, formula, has_list)
     library.impl(f"{name}.reference", without_autocast(reference), "CompositeExplicitAutograd")
 
 
 class _Refuse(torch.autograd.Function):
     """`result`, which depends on `reasons` in a way that is not known: its gradient is an error."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, name: str, result: Tensor, *reasons: Tensor) -> Tensor:
-        ctx.name = name
+    def forward(name: str, result: Tensor, *reasons: Tensor) -> Tensor:
         return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -140,6 +149,61 @@ def differentiable(
 
     Operator.__name__ = Operator.__qualname__ = name
     return Operator
+
+
+def transformed(
+    ops: Overloads,
+    name: str,
+    setup_context: Callable[..., None],
+    formula: Callable[..., Any],
+    has_list: bool,
+) -> Callable[..., Any]:
+    """The operator for torch.func: reverse mode and vmap work, forward mode raises.
+
+    What `differentiable` makes is faster, but not for transforms; what torch.library makes has a
+    derivative of 0 in forward mode. `has_list`: the first argument is a list of tensors, which
+    autograd gets one by one, after their number.
+    """
+
+    def pack(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not has_list:
+            return arguments
+        end = 1 + arguments[0]
+        return (list(arguments[1:end]), *arguments[end:])
+
+    class Operator(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return getattr(ops, name)(*pack(arguments))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, pack(inputs), output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            gradients = formula(ctx, *grads)
+            if not has_list:
+                return gradients
+            return None, *gradients[0], *gradients[1:]
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise_forward_mode(name)
+
+    Operator.__name__ = Operator.__qualname__ = name
+
+    apply: Callable[..., Any] = Operator.apply
+    return (lambda first, *rest: apply(len(first), *first, *rest)) if has_list else apply
+
+
+def raise_forward_mode(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"sanm_kernels.{name} has no forward-mode derivative (jvp, jacfwd, forward_ad): use "
+        "reverse mode (backward, torch.func.grad, vjp or jacrev)"
+    )
 
 
 def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:

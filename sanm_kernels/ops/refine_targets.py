@@ -10,7 +10,7 @@ from sanm_kernels.reference.precision import accumulate_dtype
 
 
 def _fake(
-    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: Tensor
+    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, exponent: Tensor
 ) -> Tensor:
     dtype = accumulate_dtype(logits[0])
     return logits[0].new_empty(logits[0].shape, dtype=dtype)
@@ -18,10 +18,8 @@ def _fake(
 
 define(
     "refine_targets",
-    "(Tensor[] logits, Tensor? labels, Tensor? clean_prob, Tensor temperature) -> Tensor",
+    "(Tensor[] logits, Tensor? labels, Tensor? clean_prob, Tensor exponent) -> Tensor",
     reference.forward,
     fake=_fake,
-    check=lambda logits, labels, clean_prob, temperature: reference.check(
-        logits, labels, clean_prob
-    ),
+    check=lambda logits, labels, clean_prob, exponent: reference.check(logits, labels, clean_prob),
 )

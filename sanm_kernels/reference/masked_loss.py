@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sanm_kernels.reference import checks
 from sanm_kernels.reference.modulation import modulate
-from sanm_kernels.reference.precision import accumulate_dtype
+from sanm_kernels.reference.precision import accumulate_dtype, numbers
 
 
 def check(
@@ -41,7 +41,7 @@ def _rows(
     targets: Tensor,
     ratio: Tensor | None,
     permutation: Tensor | None,
-    lam: float,
+    lam: float | Tensor,
     clamp: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
@@ -71,8 +71,10 @@ def _row_weights(valid: Tensor, num_labeled: int, mean: bool, dtype: torch.dtype
     return weights
 
 
-def _weighted(weight: float, term: Tensor) -> Tensor:
+def _weighted(weight: float | Tensor, term: Tensor) -> Tensor:
     """weight·term, and 0 for weight 0 even where the term is infinite."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0, weight.to(term.dtype) * term)
     return weight * term if weight != 0 else torch.zeros_like(term)
 
 
@@ -96,12 +98,13 @@ def forward(
     """Total, L_x, L_u, P, N (), the rows' losses (n,); for backward (max, log-sum) (n, 2), p̄ (K,).
 
     logits (n, K); targets (…, K) floats or (M,) int64; ratio (M,); permutation (≥ n,) int64;
-    prior (K,) in A, None for uniform; scalars (4,) float64 on the CPU: λ, λ_u, ρ, ν.
+    prior (K,) in A, None for uniform; scalars (4,) float64 on the CPU
+    or the logits' device: λ, λ_u, ρ, ν.
     """
     check(logits, targets, ratio, permutation, prior, ignore_index)
     n, K = logits.shape
     dtype = accumulate_dtype(logits)
-    lam, unlabeled_weight, prior_weight, confidence_weight = scalars.tolist()
+    lam, unlabeled_weight, prior_weight, confidence_weight = numbers(scalars)
 
     t, valid = _rows(logits, targets, ratio, permutation, lam, clamp, ignore_index)
     z = logits.to(dtype)
@@ -162,10 +165,10 @@ def backward(
     """
     n, K = logits.shape
     dtype = normalizer.dtype
-    lam, unlabeled_weight, prior_weight, confidence_weight = scalars.tolist()
+    lam, unlabeled_weight, prior_weight, confidence_weight = numbers(scalars)
     zero = torch.zeros((), dtype=dtype, device=logits.device)
 
-    def upstream(part: Tensor | None, weight: float) -> Tensor:
+    def upstream(part: Tensor | None, weight: float | Tensor) -> Tensor:
         grad = zero if part is None else part
         return grad if grad_total is None else grad + _weighted(weight, grad_total)
 
@@ -184,7 +187,7 @@ def backward(
     # A class of no probability (p̄ = 0, or so little that 1/p̄ overflows) gets no gradient: its p
     # cannot move.
     slope = torch.where(p_mean < torch.finfo(dtype).tiny, 0, -pi / (p_mean * max(n, 1)))
-    h = upstream(grad_prior, prior_weight) * slope
+    h = _weighted(upstream(grad_prior, prior_weight), slope)  # a NaN in p̄ stays out if it can
     h = h + torch.where(p == 0, 0, upstream(grad_confidence, confidence_weight) / max(n, 1) * log_p)
     h = h + torch.where(labeled_rows, 0, c * (2 / K) * (p - t))
     grad = p * (h - (p * h).sum(1, keepdim=True))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sanm_kernels.reference import checks
+from sanm_kernels.reference.precision import numbers
 
 
 def _compute(x: Tensor) -> Tensor:
@@ -35,14 +36,14 @@ def check(permutation: Tensor, total: int, rows: int) -> None:
 def forward(views: list[Tensor], lam: Tensor, permutation: Tensor, rows: int) -> Tensor:
     """The first `rows` mixed rows (rows, …), in the views' dtype and memory format.
 
-    views: (b_i, …) each, M rows together; lam () float64 on the CPU; permutation (≥ rows,) int64,
-    its first `rows` entries distinct and in [0, M).
+    views: (b_i, …) each, M rows together; lam (1,) float64 on the CPU or the views' device;
+    permutation (≥ rows,) int64, its first `rows` entries distinct and in [0, M).
     """
     check(permutation, sum(len(v) for v in views), rows)
     partner = permutation[:rows]
     stacked = torch.cat(views)
     x, y = _compute(stacked[:rows]), _compute(stacked[partner])
-    share = lam.item()
+    (share,) = numbers(lam)
     mixed = (share * x + (1 - share) * y).to(stacked.dtype)
     return mixed.contiguous(memory_format=memory_format(views))
 
@@ -52,7 +53,8 @@ def backward(grad: Tensor, lam: Tensor, permutation: Tensor, sizes: list[int]) -
 
     grad (rows, …); sizes: rows of each view → (b_i, …) each, in the memory format of `grad`.
     """
-    rows, total, share = len(grad), sum(sizes), lam.item()
+    rows, total = len(grad), sum(sizes)
+    (share,) = numbers(lam)
     g = _compute(grad)
     # row i of the stack went to output i and to output source[i]; `rows` stands for none
     source = torch.full((total,), rows, dtype=torch.int64, device=grad.device)

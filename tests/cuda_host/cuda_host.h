@@ -283,6 +283,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 // SANM_CUDA_HOST_CAPABILITY=80 takes clusters away, SANM_CUDA_HOST_SHARED makes them necessary.
+// SANM_CUDA_HOST_NUMBERS=device has kernels read run-time numbers from memory (common.h).
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   const int capability = cuda_host::number("SANM_CUDA_HOST_CAPABILITY", 90);
   switch (which) {

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from inputs import CPU_BACKENDS, each
 from torch.utils._pytree import tree_leaves
 
 import sanm_kernels as sk
@@ -26,6 +27,13 @@ WRONG = {
     "targets K": (ValueError, "targets", (Z, T[:, :2]), {}),
     "targets rows": (ValueError, "targets", (Z, T[:3]), {}),
     "too many without mix": (ValueError, "targets", (Z[:2], T), {}),
+    "one-hot integers": (
+        ValueError,
+        r"targets: .* integers of shape \[4, 3\]",
+        (Z, torch.eye(3).long()[Y]),
+        {"mix": (0.5, PERM)},
+    ),
+    "rows of labels": (ValueError, r"in shape \[2, 4\]", (Z, torch.stack([Y, Y])), {}),
     "label range": (ValueError, "targets", (Z, torch.tensor([0, 1, 3, 0])), {}),
     "label negative": (ValueError, "targets", (Z, torch.tensor([0, -1, 2, 0])), {}),
     "device": (ValueError, "targets", (Z, T.to("meta")), {}),
@@ -122,3 +130,26 @@ def test_a_default_device_changes_nothing(backend):
     with torch.device("meta"):
         results = run()
     assert all(map(torch.equal, results, expected))
+
+
+@each(
+    backend=CPU_BACKENDS,
+    bad=[float("nan"), float("inf"), -float("inf")],
+    kind=["ignored", "unlabelled", "labelled", "by row"],
+)
+def test_a_row_without_a_loss_leaves_the_others_alone(backend, bad, kind):
+    """A logit that is NaN or infinite, with all weights of what rows share at 0."""
+    logits, soft = torch.randn(5, 4), torch.softmax(torch.randn(5, 4), 1)
+    options = {"num_labeled": 2 if kind == "unlabelled" else 5, "unlabeled_weight": 2.0}
+    targets = torch.tensor([0, 1, -100, 3, 2]) if kind == "ignored" else soft
+
+    def gradient(z):
+        z = z.clone().requires_grad_()
+        loss = sk.masked_loss(z, targets, backend=backend, **options)
+        out = loss.per_sample[[0, 1, 3, 4]].sum() if kind == "by row" else loss.total
+        return torch.autograd.grad(out, z)[0]
+
+    expected = gradient(logits)
+    logits[2] = bad
+    others = [0, 1, 3, 4]
+    assert torch.equal(gradient(logits)[others], expected[others])

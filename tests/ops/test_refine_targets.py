@@ -80,6 +80,17 @@ def test_temperatures(backend, temperature):
     check(backend, torch.randn(20, 12), temperature=temperature)
 
 
+@each(backend=CPU_BACKENDS, temperature=[1e-3, 1e-10, 1e-30, 1e-300, 1e-320])
+def test_the_limit_of_low_temperatures_is_one_hot(backend, temperature):
+    """Ties share what there is."""
+    logits = torch.stack([torch.randperm(10) * 0.5 for _ in range(200)])
+    logits[0, :3] = 9
+    expected = F.one_hot(logits.argmax(1), 10).float()
+    expected[0, :3] = 1 / 3
+    got = sk.refine_targets(logits, temperature=temperature, backend=backend)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+
+
 @each(backend=CPU_BACKENDS, dtype=[torch.int64, torch.int32, torch.uint8])
 def test_labels_of_any_integer_dtype(backend, dtype):
     logits, q = torch.randn(6, 4), torch.tensor([0.0, 1.0, 0.5, 0.25, 1.0, 0.0])

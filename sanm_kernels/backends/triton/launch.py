@@ -117,6 +117,19 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def run_time(numbers: Tensor) -> tuple[Tensor | None, list[float]]:
+    """Run-time numbers (k,) as arguments of a launch: the tensor where it is on the device, to be
+    read by `numeric.number`; else None and their values."""
+    if on_host(numbers):
+        return None, numbers.tolist()
+    return numbers, [0.0] * len(numbers)
+
+
+def on_host(numbers: Tensor) -> bool:
+    """Whether run-time numbers can be read here without waiting for a device."""
+    return numbers.device.type == "cpu"
+
+
 def wide(*tensors: Tensor | None) -> bool:
     """Whether offsets into any of the tensors need 64 bits."""
     return any(

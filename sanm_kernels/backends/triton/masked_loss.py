@@ -28,6 +28,7 @@ from sanm_kernels.backends.triton.launch import (
     launch,
     launch_tuned,
     row_tile,
+    run_time,
     triton_dtype,
 )
 from sanm_kernels.ops.masked_loss import empty_outputs
@@ -52,11 +53,13 @@ def masked_loss_kernel(
     sums,  # (5, programs) float64, written: Σ of labelled and unlabelled losses, rows, Σ p·log p
     arrived,  # () int32, written: 0, for the finishing programs
     n, K, M, num_labeled, ignore_index, each, z_b, z_k, s_1, s_2, t_0, t_1, t_2, t_k,
+    numbers,  # (4,) float64: λ, λ_u, ρ, ν; or None, and λ is
     lam: tl.float64, SOFT: tl.constexpr, CLAMP: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program i: rows i·each and on, `each` of them."""
     part, parts = tl.program_id(0), tl.num_programs(0)
+    share = numeric.number(numbers, 0, lam)
     if part == 0:
         tl.store(arrived, 0)
     begin = part * each
@@ -88,7 +91,7 @@ def masked_loss_kernel(
             log_p = centred - log_sum[:, None]
             p = tl.exp(centred) * scale[:, None]
             t = target_rows.mixed(
-                own_rows, own, other_rows, other, exists, k, K, t_k, lam, ratio is not None,
+                own_rows, own, other_rows, other, exists, k, K, t_k, share, ratio is not None,
                 permutation is not None, SOFT, ACC,
             )  # fmt: skip
             cross = tl.where(t == 0, 0.0, -t * log_p)  # 0·log 0 = 0
@@ -142,6 +145,7 @@ def masked_loss_finish_kernel(
     arrived,  # () int32, 0: counts the programs that are through
     results,  # five () in ACC, written: total, labelled, unlabelled, prior's penalty, confidence
     p_mean,  # (K,) in ACC, written
+    numbers,  # (4,) float64 as above, or None
     n, K, parts, unlabeled_weight: tl.float64, prior_weight: tl.float64,
     confidence_weight: tl.float64,
     MEAN: tl.constexpr, PARTS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
@@ -170,9 +174,9 @@ def masked_loss_finish_kernel(
             unlabeled /= tl.maximum(numeric.total(sums + 3 * parts, parts, PARTS), 1.0)
         confidence = numeric.total(sums + 4 * parts, parts, PARTS) / tl.maximum(n, 1).to(tl.float64)
         penalty = numeric.total(penalties, programs, PARTS)
-        total = labeled + _weighted(numeric.scalar(unlabeled_weight, tl.float64), unlabeled)
-        total += _weighted(numeric.scalar(prior_weight, tl.float64), penalty)
-        total += _weighted(numeric.scalar(confidence_weight, tl.float64), confidence)
+        total = labeled + _weighted(numeric.number(numbers, 1, unlabeled_weight), unlabeled)
+        total += _weighted(numeric.number(numbers, 2, prior_weight), penalty)
+        total += _weighted(numeric.number(numbers, 3, confidence_weight), confidence)
         tl.store(results[0], total.to(ACC))
         tl.store(results[1], labeled.to(ACC))
         tl.store(results[2], unlabeled.to(ACC))
@@ -187,7 +191,7 @@ def _upstream(grad_total, grad, weight, ACC: tl.constexpr):
     if grad is not None:
         value += tl.load(grad)
     if grad_total is not None:
-        value += _weighted(numeric.scalar(weight, tl.float64).to(ACC), tl.load(grad_total))
+        value += _weighted(weight.to(ACC), tl.load(grad_total))
     return value
 
 
@@ -204,15 +208,20 @@ def masked_loss_backward_kernel(
     p_mean,  # (K,) in ACC
     result,  # (n, K), written
     n, K, M, num_labeled, ignore_index, each, g_b, z_b, z_k, s_1, s_2, t_0, t_1, t_2, t_k,
+    numbers,  # (4,) float64 as above, or None
     lam: tl.float64, unlabeled_weight: tl.float64, prior_weight: tl.float64,
     confidence_weight: tl.float64, MEAN: tl.constexpr, SOFT: tl.constexpr, CLAMP: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program i: rows i·each and on, `each` of them."""
-    labeled_slope = _upstream(grad_total, grad_labeled, 1.0, ACC)
+    share = numeric.number(numbers, 0, lam)
+    labeled_slope = _upstream(grad_total, grad_labeled, numeric.scalar(1.0, tl.float64), ACC)
+    unlabeled_weight = numeric.number(numbers, 1, unlabeled_weight)
     unlabeled_slope = _upstream(grad_total, grad_unlabeled, unlabeled_weight, ACC)
     rows = tl.maximum(n, 1).to(ACC)
+    prior_weight = numeric.number(numbers, 2, prior_weight)
     prior_slope = _upstream(grad_total, grad_prior, prior_weight, ACC)
+    confidence_weight = numeric.number(numbers, 3, confidence_weight)
     entropy_slope = numeric.divide(
         _upstream(grad_total, grad_confidence, confidence_weight, ACC), rows
     )
@@ -260,7 +269,7 @@ def masked_loss_backward_kernel(
                 log_p = z - top - log_sum
                 p = tl.where(inside, tl.exp(log_p), 0.0)
                 t = target_rows.mixed(
-                    own_rows, own, other_rows, other, exists, k, K, t_k, lam, ratio is not None,
+                    own_rows, own, other_rows, other, exists, k, K, t_k, share, ratio is not None,
                     permutation is not None, SOFT, ACC,
                 )  # fmt: skip
                 mean = tl.load(p_mean + k, mask=k < K, other=1.0)
@@ -268,7 +277,8 @@ def masked_loss_backward_kernel(
                 # its p can't move
                 least = 2.2250738585072014e-308 if mean.dtype == tl.float64 else 1.17549435e-38
                 slope = -_prior(prior, k, K, ACC) / (tl.where(mean < least, 1.0, mean) * rows)
-                h = prior_slope * tl.where(mean < least, 0.0, slope)
+                # for slope 0 a NaN in p̄, which is one row's, stays out of the others
+                h = _weighted(prior_slope, tl.where(mean < least, 0.0, slope))
                 h += tl.where(p == 0, 0.0, entropy_slope * log_p)
                 h += tl.where(is_labeled[:, None], 0.0, square * (p - t))
                 if sweep == 0:
@@ -316,7 +326,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in `reference/masked_loss.py`."""
     n, K = logits.shape
-    lam, *weights = scalars.tolist()
+    numbers, values = run_time(scalars)
     soft = targets.is_floating_point()
     M = targets.shape[:-1].numel() if soft else len(targets)
     outputs = empty_outputs(logits)
@@ -335,13 +345,13 @@ def forward(
         launch(
             masked_loss_kernel, (max(programs, 1),), logits, targets, _dense(ratio),
             _dense(permutation), per_sample, normalizer, columns, sums, arrived, n, K, M,
-            num_labeled, ignore_index, each, *_strides(logits, targets), lam, SOFT=soft,
-            CLAMP=clamp, ACC=acc, **tile,
+            num_labeled, ignore_index, each, *_strides(logits, targets), numbers, values[0],
+            SOFT=soft, CLAMP=clamp, ACC=acc, **tile,
         )  # fmt: skip
         launch(
             masked_loss_finish_kernel, (blocks,), columns, sums, _dense(prior), penalties, arrived,
-            tuple(results), p_mean, n, K, programs, *weights, MEAN=mean, PARTS=FINISH_PARTS,
-            CLASSES=FINISH_CLASSES, ACC=acc, num_warps=4,
+            tuple(results), p_mean, numbers, n, K, programs, *values[1:], MEAN=mean,
+            PARTS=FINISH_PARTS, CLASSES=FINISH_CLASSES, ACC=acc, num_warps=4,
         )  # fmt: skip
 
     launch_tuned("masked_loss", K, logits, go)
@@ -354,7 +364,7 @@ def backward(*arguments: Any) -> Tensor:
     *grads, grad_per_sample, logits, targets, ratio, permutation, prior, scalars = arguments[:12]
     normalizer, p_mean, num_labeled, clamp, ignore_index, mean = arguments[12:]
     n, K = logits.shape
-    lam, *weights = scalars.tolist()
+    numbers, values = run_time(scalars)
     soft = targets.is_floating_point()
     M = targets.shape[:-1].numel() if soft else len(targets)
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -367,7 +377,7 @@ def backward(*arguments: Any) -> Tensor:
             _dense(ratio), _dense(permutation), _dense(prior), normalizer.contiguous(),
             p_mean.contiguous(), result, n, K, M, num_labeled, ignore_index, each,
             0 if grad_per_sample is None else grad_per_sample.stride(0),
-            *_strides(logits, targets), lam, *weights, MEAN=mean, SOFT=soft, CLAMP=clamp,
+            *_strides(logits, targets), numbers, *values, MEAN=mean, SOFT=soft, CLAMP=clamp,
             COUNT=1024, ACC=triton_dtype(p_mean.dtype), **tile,
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from sanm_kernels.backends.triton.launch import (
     launch,
     launch_tuned,
     power_of_2,
+    run_time,
     triton_dtype,
 )
 from sanm_kernels.reference.mixup_views import memory_format
@@ -43,7 +44,9 @@ def mixup_views_kernel(
     permutation,  # (≥ rows,) int64
     out,  # (rows, size), written
     size, total, stride,
-    share: tl.float64, rest: tl.float64, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    numbers,  # (1,) float64: λ; or None, and it is
+    lam: tl.float64,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program (row, chunk). A partner outside the stack gives NaN."""
     row = tl.program_id(0)
@@ -55,7 +58,8 @@ def mixup_views_kernel(
     x = tl.load(own + j, mask=j < size, other=0.0).to(ACC)
     y = tl.load(other + j, mask=j < size, other=0.0).to(ACC)
     y = tl.where(known, y, float("nan"))
-    mixed = numeric.scalar(share, ACC) * x + numeric.scalar(rest, ACC) * y
+    share = numeric.number(numbers, 0, lam)
+    mixed = share.to(ACC) * x + (1.0 - share).to(ACC) * y
     row_out = out + row.to(tl.int64) * size
     tl.store(row_out + j, numeric.cast(mixed, out.dtype.element_ty), mask=j < size)
 
@@ -79,7 +83,9 @@ def mixup_views_backward_kernel(
     grads,  # tuple of (b_i, size), written
     starts,  # tuple of int
     size, rows,
-    share: tl.float64, rest: tl.float64, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    numbers,  # (1,) float64: λ; or None, and it is
+    lam: tl.float64,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program (row of the stack, chunk)."""
     row = tl.program_id(0)
@@ -89,7 +95,8 @@ def mixup_views_backward_kernel(
     other = grad + partner.to(tl.int64) * size
     x = tl.load(own + j, mask=j < tl.where(row < rows, size, 0), other=0.0).to(ACC)
     y = tl.load(other + j, mask=j < tl.where(partner < rows, size, 0), other=0.0).to(ACC)
-    mixed = numeric.scalar(share, ACC) * x + numeric.scalar(rest, ACC) * y
+    share = numeric.number(numbers, 0, lam)
+    mixed = share.to(ACC) * x + (1.0 - share).to(ACC) * y
     result = _row(grads, starts, row, size)
     tl.store(result + j, numeric.cast(mixed, grad.dtype.element_ty), mask=j < size)
 
@@ -100,7 +107,7 @@ def _starts(sizes: list[int]) -> tuple[int, ...]:
 
 @implements("mixup_views")
 def forward(views: list[Tensor], lam: Tensor, permutation: Tensor, rows: int) -> Tensor:
-    """views (b_i, …), lam () float64 on the CPU, permutation (≥ rows,) → (rows, …)."""
+    """views (b_i, …), lam (1,) float64, permutation (≥ rows,) → (rows, …)."""
     sizes = [v.shape[0] for v in views]
     kind = memory_format(views)
     first = views[0]
@@ -110,13 +117,13 @@ def forward(views: list[Tensor], lam: Tensor, permutation: Tensor, rows: int) ->
     acc = torch.float64 if out.dtype == torch.float64 else torch.float32
     filled = [v.contiguous(memory_format=kind) for v in views if v.shape[0]]
     starts = _starts([s for s in sizes if s])
-    share = lam.item()
+    numbers, values = run_time(lam)
 
     def go(config: dict[str, int]) -> None:
         block = min(config["TILE"], power_of_2(size))
         launch(
             mixup_views_kernel, (rows, -(-size // block)), tuple(filled), starts, permutation, out,
-            size, sum(sizes), permutation.stride(0), share, 1 - share, BLOCK=block,
+            size, sum(sizes), permutation.stride(0), numbers, *values, BLOCK=block,
             ACC=triton_dtype(acc), num_warps=config["num_warps"],
         )  # fmt: skip
 
@@ -143,13 +150,13 @@ def backward(grad: Tensor, lam: Tensor, permutation: Tensor, sizes: list[int]) -
     filled = tuple(r for r in result if r.shape[0])
     starts = _starts([s for s in sizes if s])
     acc = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    share = lam.item()
+    numbers, values = run_time(lam)
 
     def go(config: dict[str, int]) -> None:
         block = min(config["TILE"], power_of_2(size))
         launch(
             mixup_views_backward_kernel, (total, -(-size // block)), dense, source, filled, starts,
-            size, rows, share, 1 - share, BLOCK=block, ACC=triton_dtype(acc),
+            size, rows, numbers, *values, BLOCK=block, ACC=triton_dtype(acc),
             num_warps=config["num_warps"],
         )  # fmt: skip
 

@@ -21,6 +21,15 @@ def scalar(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def number(numbers, i: tl.constexpr, value):
+    """Run-time number i () float64: numbers[i] where they are on the device, else the argument."""
+    if numbers is None:
+        return scalar(value, tl.float64)
+    else:
+        return tl.load(numbers + i)
+
+
+@triton.jit
 def divide(a, b):
     """a / b rounded once, float32 or float64."""
     if a.dtype == tl.float64:

@@ -17,6 +17,7 @@ from sanm_kernels.backends.triton.launch import (
     launch,
     launch_tuned,
     row_tile,
+    run_time,
     triton_dtype,
 )
 from sanm_kernels.reference.precision import accumulate_dtype
@@ -43,6 +44,7 @@ def refine_targets_kernel(
     clean_prob,  # (B,) floats, or None
     statistics,  # workspace (V, B, 2) in ACC
     result,  # (B, K) in ACC, written
+    numbers,  # (1,) float64: 1/T; or None, and it is `exponent`
     B, K, y_b, y_k, q_b, exponent: tl.float64,
     SOFT: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +82,7 @@ def refine_targets_kernel(
         tl.store(result + b[:, None] * K + k, p, mask=inside)
     tl.debug_barrier()
     total = tl.zeros((ROWS,), ACC)
-    power = numeric.scalar(exponent, tl.float64)
+    power = numeric.number(numbers, 0, exponent)
     for first in range(0, K, CLASSES):
         k = (first + tl.arange(0, CLASSES)).to(tl.int64)[None, :]
         inside = (b < B)[:, None] & (k < K)
@@ -88,7 +90,8 @@ def refine_targets_kernel(
         x = numeric.divide(p, p * 0 + largest[:, None])
         y = x * x
         if power != 2.0:
-            y = tl.where(x == 0, 0.0, tl.exp(power * numeric.log(x))).to(ACC)
+            y = tl.where(x == 0, 0.0, tl.exp(power * numeric.log(x)))
+            y = tl.where(x == 1, 1.0, y).to(ACC)  # for a power of infinity
         total += tl.sum(tl.where(inside, y, 0.0), 1)
         tl.debug_barrier()  # the block is read
         tl.store(result + b[:, None] * K + k, y, mask=inside)
@@ -104,7 +107,7 @@ def refine_targets_kernel(
 
 @implements("refine_targets")
 def forward(
-    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, temperature: Tensor
+    logits: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None, exponent: Tensor
 ) -> Tensor:
     """Arguments and result as in `reference/refine_targets.py`."""
     batch, classes = logits[0].shape
@@ -113,15 +116,16 @@ def forward(
     statistics = logits[0].new_empty((len(logits), batch, 2), dtype=acc)
     if labels is None or clean_prob is None:
         labels = clean_prob = None
-    exponent = 1 / temperature.item()
+    numbers, values = run_time(exponent)
 
     def go(config: dict[str, int]) -> None:
         tile = row_tile(config, batch, classes)
         launch(
             refine_targets_kernel, (-(-batch // tile["ROWS"]),), tuple(logits),
             tuple(s for z in logits for s in z.stride()), labels, clean_prob, statistics, result,
-            batch, classes, *((0, 0) if labels is None else (labels.stride(0), labels.stride(-1))),
-            0 if clean_prob is None else clean_prob.stride(0), exponent,
+            numbers, batch, classes,
+            *((0, 0) if labels is None else (labels.stride(0), labels.stride(-1))),
+            0 if clean_prob is None else clean_prob.stride(0), *values,
             SOFT=labels is not None and labels.is_floating_point(), ACC=triton_dtype(acc), **tile,
         )  # fmt: skip
 

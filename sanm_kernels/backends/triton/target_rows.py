@@ -119,13 +119,12 @@ def tile(
 
 @triton.jit
 def mixed(
-    own_rows, own, other_rows, other, exists, k, K, t_k, lam,
+    own_rows, own, other_rows, other, exists, k, K, t_k, share,
     MODULATED: tl.constexpr, MIXED: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """t = λ·t'_b + (1 − λ)·t'_partner: (ROWS, CLASSES)."""
+    """t = λ·t'_b + (1 − λ)·t'_partner: (ROWS, CLASSES); `share` is λ () float64."""
     t = _modulated(own_rows, exists, k, K, t_k, own, MODULATED, SOFT, ACC)
     if MIXED:
         u = _modulated(other_rows, exists, k, K, t_k, other, MODULATED, SOFT, ACC)
-        share = numeric.scalar(lam, tl.float64)
         t = share.to(ACC) * t + (1.0 - share).to(ACC) * u
     return t

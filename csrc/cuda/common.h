@@ -182,6 +182,7 @@ struct Launch {
   int64_t threads;   // of a block
   int64_t shared = 0;   // bytes of dynamic shared memory, up to shared_limit(on)
   int64_t cluster = 1;  // blocks of a cluster along x, up to cluster_limit(); divides grid.x
+  bool cooperative = false;  // all blocks at the same time: multiprocessors(on) of them at most
 };
 
 // launch({"name", out, {blocks}, kThreads, bytes}, kernel<T>, arguments...)
@@ -192,15 +193,24 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... argum
     throw std::runtime_error(std::string("CUDA: ") + l.name + ": the grid is too large");
   const OnDevice device(l.on);
   if (l.shared > 48 * 1024) architecture(l.on, kernel);  // allows it
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (l.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[count++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (l.cooperative) {
+    cudaLaunchAttribute& cooperative = attributes[count++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+  }
   const dim3 blocks(static_cast<unsigned>(l.grid.x), static_cast<unsigned>(l.grid.y),
                     static_cast<unsigned>(l.grid.z));
   const cudaLaunchConfig_t config{
       blocks,          dim3(static_cast<unsigned>(l.threads)), static_cast<size_t>(l.shared),
-      device.stream(), &cluster,                               l.cluster > 1 ? 1u : 0u};
+      device.stream(), attributes,                             count};
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), l.name);
 }
 
@@ -227,6 +237,33 @@ void dispatch_stored(ScalarType type, const Body& body) {
       body(zero);
   });
 }
+
+// Division by a number that the host knows, without one. In 32 bits, with 2^(l−1) < d ≤ 2^l and
+// m = ⌊2^(31+l)/d⌋ + 1, n/d is n·m >> (31 + l) for n < 2³¹: m·d exceeds 2^(31+l) by 2^l at most.
+template <typename I>
+class Divisor {
+ public:
+  explicit Divisor(int64_t d) : d_(static_cast<I>(d)) {
+    if (sizeof(I) > 4) return;
+    while ((int64_t{1} << (shift_ - 31)) < d) ++shift_;
+    multiplier_ = static_cast<uint32_t>((int64_t{1} << shift_) / d + 1);
+  }
+  // The quotient; n becomes the remainder.
+  SANM_DEVICE I split(I& n) const {
+    I quotient;
+    if constexpr (sizeof(I) == 4)
+      quotient = static_cast<I>(static_cast<uint64_t>(n) * multiplier_ >> shift_);
+    else
+      quotient = n / d_;
+    n -= quotient * d_;
+    return quotient;
+  }
+
+ private:
+  I d_;
+  uint32_t multiplier_ = 0;
+  int shift_ = 31;
+};
 
 // Calls body(N) with the elements that one access takes, as a constant.
 template <typename T, typename Body>

@@ -1,17 +1,16 @@
-// The two-component Gaussian mixture over losses, in float64 and without the host.
+// The two-component Gaussian mixture over losses, in float64 and without the host. Three launches:
 //
-// A launch leaves a few sums per block. Every block of the next launch adds them up for itself, in
-// the same order, and takes the next decision: no counters, no atomics, and the end of a launch is
-// the only barrier between blocks. In max_iter + 7 launches (one fewer without normalising):
+//   range      each epoch's minimum and maximum (only where they are normalised)
+//   average    x, the mean over the epochs; its extremes, Σ x, Σ(x − c0)² about the first centre c0
+//   fit        all that needs x many times: one block per multiprocessor, all at the same time
+//     draw       two candidates for the second centre (k-means++), the same in every block
+//     potentials of both candidates, and Σ(x − mean)²
+//     Lloyd      until the centres rest; the last sweep's moments are what the first M-step needs
+//     EM         M-step, convergence, E-step
+//     posterior  the order of the components, whether the fit is degenerate
 //
-//   range      each epoch's minimum and maximum
-//   average    x, the mean over the epochs; Σ x and Σ(x − c0)² about the first centre c0
-//   draw       the data's mean, and two candidates for the second centre (k-means++)
-//   sort       chunks of x sorted, with prefix sums; both candidates' potentials; Σ(x − mean)²
-//   lloyd      one block: Lloyd's iterations, each a binary search in every sorted chunk
-//   nearest    moments of the samples about the nearer centre: what the first M-step needs
-//   step       M-step, convergence, E-step; nothing once converged. max_iter times
-//   posterior  the last M-step, the order of the components, whether the fit is degenerate
+// A sweep leaves a few sums per block. All blocks meet, and each adds them up for itself, in the
+// same order, and takes the next decision, which is therefore the same everywhere.
 //
 // No sample stands as one sample at 0. Values are not checked: one that is not finite makes the
 // means NaN and the fit degenerate.
@@ -27,14 +26,16 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) range_kernel(
     Epochs<T> epochs, Split split,
     double* partial) {  // (2, epochs, parts), written: minima, maxima
-  double low = INFINITY, high = -INFINITY;
+  using A = acc_t<T>;
+  A low = static_cast<A>(INFINITY), high = static_cast<A>(-INFINITY);
   const int64_t e = blockIdx.y, end = split.end(blockIdx.x);
+#pragma unroll 4
   for (int64_t i = split.begin(blockIdx.x) + threadIdx.x; i < end; i += kThreads) {
-    const double x = epochs.at(e, i);
+    const A x = epochs.at(e, i);
     low = Min()(low, x);
     high = Max()(high, x);
   }
-  double* scratch = shared_memory<double>();
+  A* scratch = shared_memory<A>();
   low = block_min(low, scratch);
   high = block_max(high, scratch);
   if (threadIdx.x != 0) return;
@@ -48,11 +49,11 @@ __global__ void __launch_bounds__(kThreads) average_kernel(
     Epochs<T> epochs, Split split,
     const double* partial,  // (2, epochs, parts): minima, maxima; or null
     double* x,              // (n,), written
-    double* sums,           // (2, parts), written: Σ x, Σ(x − c0)²
-    Summary* summary,       // c0 is written
+    double* sums,           // (4, parts), written: Σ x, Σ(x − c0)², minima, maxima of x
+    unsigned* arrived,      // (), set to 0 for the launch that follows
     int64_t first) {        // the sample that is c0
-  double* scratch = shared_memory<double>();  // (2, kWarp)
-  double* ranges = scratch + 2 * kWarp;       // (epochs, 2): minimum, span
+  double* scratch = shared_memory<double>();     // (kSums, kWarp)
+  double* ranges = scratch + kSums * kWarp;      // (epochs, 2): minimum, span
   for (int64_t e = warp(); partial && e < epochs.count; e += warps()) {
     double low = INFINITY, high = -INFINITY;
     for (int64_t p = lane(); p < split.parts; p += kWarp) {
@@ -72,219 +73,38 @@ __global__ void __launch_bounds__(kThreads) average_kernel(
       const double loss = epochs.at(e, i);
       total += partial ? (loss - ranges[2 * e]) / ranges[2 * e + 1] : loss;
     }
-    return total / static_cast<double>(epochs.count);
+    return epochs.count == 1 ? total : total / static_cast<double>(epochs.count);
   };
   const double c0 = mean(first);
-  Sums<2> own;
+  double low = INFINITY, high = -INFINITY;
+  Sums own;
   const int64_t end = split.end(blockIdx.x);
   for (int64_t i = split.begin(blockIdx.x) + threadIdx.x; i < end; i += kThreads) {
     const double value = mean(i);
     x[i] = value;
     own[0] += value;
     own[1] += (value - c0) * (value - c0);
+    low = Min()(low, value);
+    high = Max()(high, value);
   }
-  leave(own, sums, scratch);
-  if (blockIdx.x == 0 && threadIdx.x == 0) summary->first = c0;
-}
-
-// ---- k-means.
-
-// Candidate k is the first sample with which the cumulative sum of (x − c0)² reaches u_k·total: the
-// sums of the parts say in which part that is, a sweep over the part at which sample. Block k.
-__global__ void __launch_bounds__(kOneBlock, 1) draw_kernel(
-    const double* x,     // (n,)
-    const double* sums,  // (2, parts): Σ x, Σ(x − c0)²
-    Summary* summary,    // the mean and candidate k are written
-    Split split, double u0, double u1) {
-  double* scratch = shared_memory<double>();  // (2, kWarp)
-  double* shared_before = scratch + 2 * kWarp;
-  Sums<2> total = collect<2>(sums, split.parts, scratch);
-  const double target = (blockIdx.x == 0 ? u0 : u1) * total[1], c0 = summary->first;
-
-  const int64_t t = threadIdx.x;  // kParts ≤ kOneBlock
-  const double square = t < split.parts ? sums[split.parts + t] : 0.0;
-  double block_total = square;
-  const double before = block_prefix(block_total, scratch);
-  const int64_t past = __syncthreads_count(t < split.parts && before + square < target);
-  const int64_t part = min(past, split.parts - 1), end = split.end(part);
-  if (t == part) *shared_before = before;
+  leave(own, 2, sums, scratch);
   __syncthreads();
-
-  double carry = *shared_before;
-  int64_t index = split.begin(part);
-  for (int64_t begin = index; begin < end; begin += kOneBlock) {
-    const int64_t i = begin + t;
-    const double d = i < end ? x[i] - c0 : 0.0;
-    double tile = d * d;
-    const double reached = carry + (block_prefix(tile, scratch) + d * d);
-    const int64_t passed = __syncthreads_count(i < end && reached < target);
-    index += passed;
-    carry += tile;
-    if (passed < min(end - begin, static_cast<int64_t>(kOneBlock))) break;
-  }
-  if (t != 0) return;
-  summary->candidate[blockIdx.x] = x[min(index, split.n - 1)];
-  if (blockIdx.x == 0) summary->mean = total[0] / static_cast<double>(split.n);
-}
-
-// Block c: chunk c, samples kChunk·c …, in ascending order (a bitonic network; ∞ fills the last
-// chunk up). Potential of a candidate: Σ min((x − c0)², (x − candidate)²).
-__global__ void __launch_bounds__(kSortThreads) sort_kernel(
-    const double* x,         // (n,)
-    const Summary* summary,  // centre, candidates, mean
-    double* ordered,         // (chunks, kChunk), written
-    double* prefix,          // (chunks, kChunk), written: Σ(x − c0) up to and with each
-    double* partial,         // (3, chunks), written: potentials, Σ(x − mean)²
-    int64_t n) {
-  constexpr int kOwn = kChunk / kSortThreads;
-  double* keys = shared_memory<double>();  // (kChunk,)
-  double* scratch = keys + kChunk;         // (3, kWarp)
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * kChunk;
-  const double c0 = summary->first, c1 = summary->candidate[0], c2 = summary->candidate[1];
-  Sums<3> own;
-  for (int k = threadIdx.x; k < kChunk; k += kSortThreads) {
-    keys[k] = INFINITY;
-    if (start + k >= n) continue;
-    const double v = keys[k] = x[start + k], d = v - summary->mean;
-    const double square = (v - c0) * (v - c0);
-    own[0] += Min()(square, (v - c1) * (v - c1));
-    own[1] += Min()(square, (v - c2) * (v - c2));
-    own[2] += d * d;
-  }
-  leave(own, partial, scratch);  // its barriers also order the keys
-  for (int size = 2; size <= kChunk; size *= 2)
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-      for (int pair = threadIdx.x; pair < kChunk / 2; pair += kSortThreads) {
-        const int i = 2 * pair - (pair & (stride - 1)), j = i + stride;
-        const double a = keys[i], b = keys[j];
-        if ((i & size) == 0 ? a > b : a < b) {
-          keys[i] = b;
-          keys[j] = a;
-        }
-      }
-      __syncthreads();
-    }
-  double upto[kOwn], total = 0;
-#pragma unroll
-  for (int k = 0; k < kOwn; ++k) {
-    const int at = threadIdx.x * kOwn + k;
-    if (start + at < n) total += keys[at] - c0;
-    upto[k] = total;
-  }
-  const double before = block_prefix(total, scratch);
-#pragma unroll
-  for (int k = 0; k < kOwn; ++k) {
-    const int at = threadIdx.x * kOwn + k;
-    ordered[start + at] = keys[at];
-    prefix[start + at] = before + upto[k];
-  }
-}
-
-// One block. Each centre moves to its samples' mean until the summed squared shift is at most 1e-4
-// of the variance. In a sorted chunk the samples nearer to the lower centre come first: their
-// number m is found by bisection, their sum in the prefix sums P about c0. Over all chunks, with
-// M = Σ m and S = Σ P[m − 1], the shifts are
-//   (S + M·(c0 − low))/M  and  (Σ(x − c0) − S + (n − M)·(c0 − high))/(n − M).
-__global__ void __launch_bounds__(kOneBlock, 1) lloyd_kernel(
-    const double* ordered,  // (chunks, kChunk)
-    const double* prefix,   // (chunks, kChunk)
-    const double* partial,  // (3, chunks): potentials, Σ(x − mean)²
-    Summary* summary,       // read; variance, low and high are written
-    Mixture* mixture,       // written: the centres, in the order drawn
-    int64_t n, int64_t chunks) {
-  double* scratch = shared_memory<double>();  // (3, kWarp)
-  const double samples = static_cast<double>(n), c0 = summary->first;
-  Sums<1> mine;
-  double least = INFINITY, most = -INFINITY;
-  for (int64_t c = threadIdx.x; c < chunks; c += kOneBlock) {
-    const int64_t last = min(n, (c + 1) * kChunk) - 1;
-    mine[0] += prefix[last];
-    least = Min()(least, ordered[c * kChunk]);
-    most = Max()(most, ordered[last]);
-  }
-  const double whole = block_sums(mine, scratch)[0];
-  least = block_min(least, scratch);
-  most = block_max(most, scratch);
-  Sums<3> sums = collect<3>(partial, chunks, scratch);
-  const double variance = sums[2] / samples;
-  const double c1 = summary->candidate[sums[1] < sums[0] ? 1 : 0];
-  const bool low_first = c0 <= c1;  // who wins ties
-  double low = Min()(c0, c1), high = Max()(c0, c1);
-  for (int iteration = 0; iteration < kLloydIterations; ++iteration) {
-    Sums<2> below;  // M, S
-    for (int64_t c = threadIdx.x; c < chunks; c += kOneBlock) {
-      const double* chunk = ordered + c * kChunk;
-      int begin = 0, end = static_cast<int>(min(n - c * kChunk, static_cast<int64_t>(kChunk)));
-      while (begin < end) {
-        const int middle = (begin + end) / 2;
-        const double y = load_global<1>(chunk + middle)[0];
-        const double a = (y - low) * (y - low), b = (y - high) * (y - high);
-        if (a < b || (a == b && low_first))
-          begin = middle + 1;
-        else
-          end = middle;
-      }
-      below[0] += begin;
-      if (begin > 0) below[1] += prefix[c * kChunk + begin - 1];
-    }
-    below = block_sums(below, scratch);
-    const double above = samples - below[0];  // of no samples the mean is NaN
-    const double down = (below[1] + below[0] * (c0 - low)) / below[0];
-    const double up = (whole - below[1] + above * (c0 - high)) / above;
-    low += down;
-    high += up;
-    if (!(down * down + up * up > kLloydTolerance * variance)) break;
-  }
+  low = block_min(low, scratch);
+  high = block_max(high, scratch);
   if (threadIdx.x != 0) return;
-  summary->variance = variance;
-  summary->low = least;
-  summary->high = most;
-  *mixture = Mixture{};
-  mixture->mean[0] = low_first ? low : high;
-  mixture->mean[1] = low_first ? high : low;
-  mixture->bound = -INFINITY;
-  mixture->steps = -1;
+  sums[2 * split.parts + blockIdx.x] = low;
+  sums[3 * split.parts + blockIdx.x] = high;
+  if (blockIdx.x == 0) *arrived = 0;
 }
 
-// ---- Expectation and maximisation.
+// ---- The fit.
 
-// Memberships in place of responsibilities; the first centre wins ties.
-__global__ void __launch_bounds__(kThreads) nearest_kernel(
-    const double* x, Split split,  // (n,)
-    const Mixture* mixture,        // the centres
-    double* moments) {             // (7, parts), written
-  const double m0 = mixture->mean[0], m1 = mixture->mean[1];
-  Sums<7> own;
-  over_part(x, split, [&](double y, int64_t) {
-    const double d0 = y - m0, d1 = y - m1, r1 = d1 * d1 < d0 * d0 ? 1.0 : 0.0;
-    add_moments(own, 1 - r1, r1, d0, d1);
-  });
-  leave(own, moments, shared_memory<double>());
-}
-
-// Responsibilities 1/(1 + e^(l0 − l1)) and log-likelihood log(e^l0 + e^l1) from the log densities,
-// with e = e^−|l0 − l1| ≤ 1. Two mixtures and two sets of moments take turns: what blocks read here
-// (`from`, `moments`) none of them writes.
-__global__ void __launch_bounds__(kThreads) step_kernel(
-    const double* x, Split split,                // (n,)
-    const Mixture* from, const double* moments,  // (7, parts): what the launch before left
-    Mixture* to, double* after,                  // (7, parts), written
-    double tol, double reg) {
-  double* scratch = shared_memory<double>();  // (7, kWarp)
-  const Mixture p = advance(*from, moments, split, tol, reg, scratch);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *to = p;
-  if (p.converged != 0) return;
-  const double slope0 = p.slope(0), slope1 = p.slope(1), level0 = p.level(0), level1 = p.level(1);
-  Sums<7> own;
-  over_part(x, split, [&](double y, int64_t) {
-    const double d0 = y - p.mean[0], d1 = y - p.mean[1];
-    const double l0 = level0 + slope0 * d0 * d0, l1 = level1 + slope1 * d1 * d1;
-    const double e = exp(-fabs(l1 - l0)), likelier = 1 / (1 + e), other = e * likelier;
-    add_moments(own, l1 > l0 ? other : likelier, l1 > l0 ? likelier : other, d0, d1);
-    own[6] += (l1 > l0 ? l1 : l0) + log1p(e);
-  });
-  leave(own, after, scratch);
-}
+struct Settings {
+  int64_t n, first;  // first: the sample that is c0
+  double u0, u1;
+  int64_t max_iter;
+  double tol, reg;
+};
 
 template <typename O>
 struct Results {
@@ -294,73 +114,216 @@ struct Results {
   bool *converged, *degenerate;         // ()
 };
 
-// Sound: half a sample in each component, deviations and the means' distance above 1e-6 of the
-// range. Else the mixture is one Gaussian and every label is clean. No comparison holds for NaN.
+// Finds the first sample with which the cumulative sum of (x − c0)² reaches uniform·total: the sums
+// of the parts say in which part that is, those of the threads in which thread's run of it.
+SANM_DEVICE void draw(const double* x,        // (n,)
+                      const double* squares,  // (parts,): Σ(x − c0)²
+                      const Split& split, double c0, double uniform,
+                      double* drawn,  // () shared, written by one thread
+                      double* scratch) {
+  double* shared_before = scratch + kWarp;
+  const int64_t t = threadIdx.x;  // kParts ≤ kFitThreads
+  const double square = t < split.parts ? squares[t] : 0.0;
+  double total = square;
+  const double before = block_prefix(total, scratch);
+  const double target = uniform * total;
+  const int64_t past = __syncthreads_count(t < split.parts && before + square < target);
+  const int64_t part = min(past, split.parts - 1), end = split.end(part);
+  if (t == part) *shared_before = before;
+  __syncthreads();
+
+  const int64_t run = split.per / kFitThreads, begin = split.begin(part) + t * run;
+  const auto squared = [&](int64_t i) { return i < end ? (x[i] - c0) * (x[i] - c0) : 0.0; };
+  double own = 0;
+#pragma unroll 4
+  for (int64_t i = begin; i < begin + run; ++i) own += squared(i);
+  double reached = *shared_before + block_prefix(own, scratch);
+  int64_t index = begin;
+#pragma unroll 1
+  for (; index < min(begin + run, end); ++index) {
+    reached += squared(index);
+    if (!(reached < target)) break;
+  }
+  const int64_t passed = __syncthreads_count(index == begin + run);
+  if (t == min(passed, int64_t{kFitThreads - 1})) *drawn = x[min(index, split.n - 1)];
+}
+
+// A cooperative launch.
 template <typename O>
-__global__ void __launch_bounds__(kThreads) posterior_kernel(
-    const double* x, Split split,                // (≥ n,)
-    const Mixture* from, const double* moments,  // (7, parts): what the last step left
-    const Summary* summary, Results<O> result,   // written
-    int64_t n, double tol, double reg) {
-  Mixture p = advance(*from, moments, split, tol, reg, shared_memory<double>());
-  if (p.mean[1] < p.mean[0]) p.swap();
-  const double deviation = (summary->high - summary->low) * kMinDeviation;
-  bool sound = p.mean[1] - p.mean[0] > deviation;
+__global__ void __launch_bounds__(kFitThreads, 1) fit_kernel(
+    const double* x, Split split,          // (n,), padded to whole pairs
+    const double* average, Split before,   // (4, parts): Σ x, Σ(x − c0)², minima, maxima of x
+    double* partial, unsigned* arrived,    // workspace (2, kSums, gridDim.x), () 0
+    Results<O> result, Settings s) {
+  double* scratch = shared_memory<double>();  // (kSums + 1, kWarp)
+  Mixture* const p = reinterpret_cast<Mixture*>(scratch + (kSums + 1) * kWarp);
+  const double samples = static_cast<double>(split.n);
+  const Part part(x, split);
+  Together together{partial, arrived, scratch};
+
+  // The second centre.
+  const double c0 = x[s.first];
+  double whole = 0, least = INFINITY, most = -INFINITY;
+  if (threadIdx.x < before.parts) {  // kParts ≤ kFitThreads
+    whole = average[threadIdx.x];
+    least = average[2 * before.parts + threadIdx.x];
+    most = average[3 * before.parts + threadIdx.x];
+  }
+  const double mean = block_sum(whole, scratch) / samples;
+  least = block_min(least, scratch);
+  most = block_max(most, scratch);
+  double* drawn = scratch + kSums * kWarp;  // (2,); the totals come there later
+#pragma unroll 1
+  for (int k = 0; k < 2; ++k)
+    draw(x, average + before.parts, before, c0, k == 0 ? s.u0 : s.u1, drawn + k, scratch);
+  __syncthreads();
+  const double c1 = drawn[0], c2 = drawn[1];
+  Sums own;
+  part.sweep([&](const Vector<double, kPair>& pair, int64_t, bool both) {
+#pragma unroll
+    for (int u = 0; u < kPair; ++u) {
+      const double y = pair[u], d = y - mean, square = (y - c0) * (y - c0);
+      const double a = Min()(square, (y - c1) * (y - c1));
+      const double b = Min()(square, (y - c2) * (y - c2));
+      if (u > 0 && !both) continue;
+      own[0] += a;
+      own[1] += b;
+      own[2] += d * d;
+    }
+  });
+  const double* totals = together.sums(own);
+  const double variance = totals[2] / samples;
+
+  // Lloyd: each centre moves to its samples' mean until the summed squared shift is at most 1e-4 of
+  // the variance. The first centre wins ties; one without samples becomes NaN, and nothing moves.
+  double m0 = c0, m1 = totals[1] < totals[0] ? c2 : c1;
+  bool moving = true;
+#pragma unroll 1
+  for (int iteration = 0;; ++iteration) {
+    own = Sums{};
+    part.sweep([&](const Vector<double, kPair>& pair, int64_t, bool both) {
+#pragma unroll
+      for (int u = 0; u < kPair; ++u) {
+        const double d0 = pair[u] - m0, d1 = pair[u] - m1, r = u == 0 || both ? 1.0 : 0.0;
+        const bool second = d1 * d1 < d0 * d0;
+        add_moments(own, second ? 0.0 : r, second ? r : 0.0, d0, d1);
+      }
+    });
+    totals = together.sums(own);
+    if (!moving || iteration == kLloydIterations) break;
+    const double shift0 = totals[2] / totals[0], shift1 = totals[3] / totals[1];
+    m0 += shift0;
+    m1 += shift1;
+    moving = shift0 * shift0 + shift1 * shift1 > kLloydTolerance * variance;
+  }
+  if (threadIdx.x == 0) p->mean[0] = m0, p->mean[1] = m1;
+  if (warp() == 0) {
+    __syncwarp();
+    p->maximise(totals, s.reg);
+  }
+
+  // EM, with e = e^−|l0 − l1| ≤ 1: responsibilities 1/(1 + e) and e/(1 + e), log-likelihood
+  // max(l0, l1) + log(1 + e), of which the second terms are Π(1 + e) until the end.
+  constexpr double kFull = 1e300;  // 1 + e ≤ 2: of two more the product is finite
+  double bound = -INFINITY;
+  int64_t steps = 0;
+  bool converged = false;
+#pragma unroll 1
+  while (steps < s.max_iter && !converged) {
+    __syncthreads();
+    const double slope0 = p->slope[0], slope1 = p->slope[1];
+    const double level0 = p->level[0], level1 = p->level[1];
+    m0 = p->mean[0], m1 = p->mean[1];
+    own = Sums{};
+    double product = 1;
+    part.sweep([&](const Vector<double, kPair>& pair, int64_t, bool both) {
+#pragma unroll
+      for (int u = 0; u < kPair; ++u) {
+        const double d0 = pair[u] - m0, d1 = pair[u] - m1;
+        const double l0 = std::fma(slope0 * d0, d0, level0), l1 = std::fma(slope1 * d1, d1, level1);
+        const bool upper = l1 > l0;
+        double e = exp_minus(fabs(l1 - l0)), likelier = reciprocal(1 + e), top = upper ? l1 : l0;
+        if (u > 0 && !both) e = likelier = top = 0;
+        const double other = e * likelier;
+        add_moments(own, upper ? other : likelier, upper ? likelier : other, d0, d1);
+        own[6] += top;
+        product *= 1 + e;
+      }
+      if (product > kFull) {
+        own[6] += log(product);
+        product = 1;
+      }
+    });
+    own[6] += log(product);
+    totals = together.sums(own);
+    if (warp() == 0) p->maximise(totals, s.reg);
+    const double now = totals[6] / samples;
+    converged = fabs(now - bound) < s.tol;
+    bound = now;
+    ++steps;
+  }
+  __syncthreads();
+
+  // Sound: half a sample in each component, deviations and the means' distance above 1e-6 of the
+  // range. Else the mixture is one Gaussian and every label is clean. No comparison holds for NaN.
+  const int a = p->mean[1] < p->mean[0] ? 1 : 0, b = 1 - a;  // the lower component, the upper one
+  const double deviation = (most - least) * kMinDeviation;
+  bool sound = p->mean[b] - p->mean[a] > deviation;
 #pragma unroll
   for (int k = 0; k < 2; ++k)
-    sound = sound && p.weight[k] * static_cast<double>(n) >= kMinMass &&
-            p.variance[k] > deviation * deviation && p.variance[k] <= kLargest;
-  const double slope0 = p.slope(0), slope1 = p.slope(1), level0 = p.level(0), level1 = p.level(1);
-  over_part(x, split, [&](double y, int64_t i) {
-    const double d0 = y - p.mean[0], d1 = y - p.mean[1];
-    const double odds = level1 + slope1 * d1 * d1 - (level0 + slope0 * d0 * d0);
-    const double e = exp(-fabs(odds)), likelier = 1 / (1 + e);
-    if (i < n) result.clean[i] = static_cast<O>(!sound ? 1 : odds > 0 ? e * likelier : likelier);
+    sound = sound && p->weight[k] * static_cast<double>(s.n) >= kMinMass &&
+            p->variance[k] > deviation * deviation && p->variance[k] <= kLargest;
+  const double slope0 = p->slope[a], slope1 = p->slope[b];
+  const double level0 = p->level[a], level1 = p->level[b];
+  m0 = p->mean[a], m1 = p->mean[b];
+  part.sweep([&](const Vector<double, kPair>& pair, int64_t i, bool) {
+#pragma unroll
+    for (int u = 0; u < kPair; ++u) {
+      const double d0 = pair[u] - m0, d1 = pair[u] - m1;
+      const double odds =
+          std::fma(slope1 * d1, d1, level1) - std::fma(slope0 * d0, d0, level0);
+      const double e = exp_minus(fabs(odds)), likelier = reciprocal(1 + e);
+      const double clean = odds > 0 ? e * likelier : likelier;
+      if (i + u < s.n) result.clean[i + u] = static_cast<O>(sound ? clean : 1.0);
+    }
   });
   if (blockIdx.x != 0 || threadIdx.x != 0) return;
-  const double mean = finite(summary->mean), variance = finite(summary->variance + reg);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    result.means[k] = sound ? p.mean[k] : mean;
-    result.variances[k] = sound ? p.variance[k] : variance;
-    result.weights[k] = sound ? p.weight[k] : k == 0 ? 1.0 : 0.0;
+    const int from = k == 0 ? a : b;
+    result.means[k] = sound ? p->mean[from] : finite(mean);
+    result.variances[k] = sound ? p->variance[from] : finite(variance + s.reg);
+    result.weights[k] = sound ? p->weight[from] : k == 0 ? 1.0 : 0.0;
   }
-  *result.n_iter = sound ? static_cast<int64_t>(p.steps) : 0;
-  *result.converged = sound && p.converged != 0;
+  *result.n_iter = sound ? steps : 0;
+  *result.converged = sound && converged;
   *result.degenerate = !sound;
 }
 
-// Memory for all launches of a call, in doubles. Blocks begin at multiples of 16 bytes.
+// Memory for all launches of a call, in doubles. Its parts begin at multiples of 16 bytes.
 struct Workspace {
-  double *x, *ordered, *prefix, *ranges, *sums, *partial, *moments[2];
-  Mixture* mixture[2];
-  Summary* summary;
+  double *x, *ranges, *sums, *partial;
+  unsigned* arrived;
   Tensor memory;
 
-  Workspace(const Tensor& on, const Split& split, int64_t epochs, int64_t chunks)
-      : memory(new_tensor(on, {place(nullptr, split, epochs, chunks)}, ScalarType::Double)) {
-    place(out<double>(memory), split, epochs, chunks);
+  Workspace(const Tensor& on, int64_t n, int64_t epochs, int64_t parts, int64_t blocks)
+      : memory(new_tensor(on, {place(nullptr, n, epochs, parts, blocks)}, ScalarType::Double)) {
+    place(out<double>(memory), n, epochs, parts, blocks);
   }
 
  private:
-  int64_t place(double* base, const Split& split, int64_t epochs, int64_t chunks) {
+  int64_t place(double* base, int64_t n, int64_t epochs, int64_t parts, int64_t blocks) {
     int64_t used = 0;
     const auto take = [&](int64_t count) {
       double* const here = base + (base ? used : 0);
       used += ceil_div(count, kPair) * kPair;
       return here;
     };
-    x = take(split.n);
-    ordered = take(chunks * kChunk);
-    prefix = take(chunks * kChunk);
-    ranges = take(2 * epochs * split.parts);
-    sums = take(2 * split.parts);
-    partial = take(3 * chunks);
-    for (int k = 0; k < 2; ++k) {
-      moments[k] = take(7 * split.parts);
-      mixture[k] = reinterpret_cast<Mixture*>(take(sizeof(Mixture) / sizeof(double)));
-    }
-    summary = reinterpret_cast<Summary*>(take(sizeof(Summary) / sizeof(double)));
+    x = take(n);
+    ranges = take(2 * epochs * parts);
+    sums = take(4 * parts);
+    partial = take(2 * kSums * blocks);
+    arrived = reinterpret_cast<unsigned*>(take(1));
     return used;
   }
 };
@@ -371,20 +334,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fit_label_qua
     const Tensor& losses, const std::optional<Tensor>& history, std::vector<double> uniforms,
     int64_t max_iter, double tol, double reg, bool normalize) {
   const int64_t n = losses.size(0), count = 1 + (history ? history->size(0) : 0);
-  const Split split(std::max<int64_t>(n, 1));
-  const int64_t chunks = ceil_div(split.n, kChunk);
-  const auto first = std::min(static_cast<int64_t>(uniforms[0] * split.n), split.n - 1);
+  const int64_t samples = std::max<int64_t>(n, 1);
+  const Split split(samples, kParts, kFitThreads), fitted(samples, multiprocessors(losses), 1024);
+  const auto first = std::min(static_cast<int64_t>(uniforms[0] * samples), samples - 1);
   const auto pair = [&] { return new_tensor(losses, {2}, ScalarType::Double); };
   const auto scalar = [&](ScalarType type) { return new_tensor(losses, {}, type); };
   const Tensor clean = new_tensor(losses, {n}, acc_type(losses)), means = pair(),
                variances = pair(), weights = pair(), n_iter = scalar(ScalarType::Long),
                converged = scalar(ScalarType::Bool), degenerate = scalar(ScalarType::Bool);
-  const Workspace w(losses, split, count, chunks);
+  const Workspace w(losses, samples, count, split.parts, fitted.parts);
+  const Settings settings{n, first, uniforms[1], uniforms[2], max_iter, tol, reg};
   constexpr int64_t kRow = kWarp * sizeof(double);  // of scratch
-  const auto go = [&](Grid grid, int64_t threads, int64_t shared) {
-    return Launch{"fit_label_quality", losses, grid, threads, shared};
+  const auto go = [&](Grid grid, int64_t threads, int64_t shared, bool cooperative = false) {
+    return Launch{"fit_label_quality", losses, grid, threads, shared, 1, cooperative};
   };
-  const Grid parts{split.parts};
   dispatch(losses.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using O = acc_t<T>;
@@ -398,25 +361,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fit_label_qua
     const bool ranged = normalize && n > 0;
     if (ranged)
       launch(go({split.parts, count}, kThreads, kRow), range_kernel<T>, epochs, split, w.ranges);
-    launch(go(parts, kThreads, 2 * kRow + 2 * count * sizeof(double)), average_kernel<T>, epochs,
-           split, ranged ? w.ranges : nullptr, w.x, w.sums, w.summary, first);
-    launch(go({2}, kOneBlock, 2 * kRow + sizeof(double)), draw_kernel, w.x, w.sums, w.summary,
-           split, uniforms[1], uniforms[2]);
-    launch(go({chunks}, kSortThreads, kChunk * sizeof(double) + 3 * kRow), sort_kernel, w.x,
-           w.summary, w.ordered, w.prefix, w.partial, split.n);
-    launch(go({1}, kOneBlock, 3 * kRow), lloyd_kernel, w.ordered, w.prefix, w.partial, w.summary,
-           w.mixture[0], split.n, chunks);
-    launch(go(parts, kThreads, 7 * kRow), nearest_kernel, w.x, split, w.mixture[0], w.moments[0]);
-    for (int64_t step = 0; step < max_iter; ++step) {
-      const int now = step % 2, next = 1 - now;
-      launch(go(parts, kThreads, 7 * kRow), step_kernel, w.x, split, w.mixture[now],
-             w.moments[now], w.mixture[next], w.moments[next], tol, reg);
-    }
+    launch(go({split.parts}, kThreads, kSums * kRow + 2 * count * sizeof(double)),
+           average_kernel<T>, epochs, split, ranged ? w.ranges : nullptr, w.x, w.sums, w.arrived,
+           first);
     const Results<O> results{out<O>(clean),        out<double>(means),    out<double>(variances),
                              out<double>(weights), out<int64_t>(n_iter), out<bool>(converged),
                              out<bool>(degenerate)};
-    launch(go(parts, kThreads, 7 * kRow), posterior_kernel<O>, w.x, split,
-           w.mixture[max_iter % 2], w.moments[max_iter % 2], w.summary, results, n, tol, reg);
+    launch(go({fitted.parts}, kFitThreads, (kSums + 1) * kRow + sizeof(Mixture), true),
+           fit_kernel<O>, w.x, fitted, w.sums, split, w.partial, w.arrived, results, settings);
   });
   return {clean, means, variances, weights, n_iter, converged, degenerate};
 }

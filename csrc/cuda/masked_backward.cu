@@ -12,6 +12,7 @@ constexpr int kThreads = 256;
 // Accesses in flight per source; fewer where each brings many elements, which cost registers.
 template <int N>
 constexpr int kUnroll = N > 4 ? 2 : 4;
+constexpr int64_t kSamples = 65535;  // along y of a grid; more of them take turns
 constexpr int64_t kLongRow = 1024;  // elements from which on a row is a block's work, not a warp's
 
 // Threads that share a row.
@@ -126,10 +127,26 @@ Tensor modulate_backward(const Tensor& grad, const Tensor& targets, const Tensor
   return result;
 }
 
+// ---- Where an element is. Indices I into a sample are 32 bits wide where these are enough.
+
+// Calls body(N, I()) for samples of E elements.
+template <typename T, typename Body>
+void with_places(int64_t E, bool vectors, const Body& body) {
+  if (E > INT32_MAX)
+    body(std::integral_constant<int, 1>(), uint64_t{});
+  else
+    with_access<T>(vectors, [&](auto access) { body(access, uint32_t{}); });
+}
+
 // ---- Images.
 
+template <typename I>
 struct Shape {
+  Shape(int64_t C_, int64_t H_, int64_t W_, bool channels_last)
+      : C(static_cast<int>(C_)), H(static_cast<int>(H_)), W(static_cast<int>(W_)),
+        inner(channels_last ? C_ : H_ * W_), width(W_) {}
   int C, H, W;
+  Divisor<I> inner, width;
 };
 
 // Channel and pixel of an element of an image that is dense in NCHW or in NHWC order.
@@ -137,15 +154,16 @@ template <bool kChannelsLast>
 struct Place {
   int c, y, x;
 
-  SANM_DEVICE Place(int64_t element, const Shape& s) {
-    const int64_t inner = kChannelsLast ? s.C : static_cast<int64_t>(s.H) * s.W;
-    const int64_t major = element / inner, minor = element - major * inner;
-    const int64_t pixel = kChannelsLast ? major : minor;
-    c = static_cast<int>(kChannelsLast ? minor : major);
-    y = static_cast<int>(pixel / s.W);
-    x = static_cast<int>(pixel - static_cast<int64_t>(y) * s.W);
+  template <typename I>
+  SANM_DEVICE Place(I element, const Shape<I>& s) {
+    const I major = s.inner.split(element);
+    I pixel = kChannelsLast ? major : element;
+    c = static_cast<int>(kChannelsLast ? element : major);
+    y = static_cast<int>(s.width.split(pixel));
+    x = static_cast<int>(pixel);
   }
-  SANM_DEVICE void next(const Shape& s) {
+  template <typename I>
+  SANM_DEVICE void next(const Shape<I>& s) {
     if (kChannelsLast) {
       if (++c < s.C) return;
       c = 0;
@@ -163,62 +181,86 @@ struct Box {  // rows top … bottom − 1, columns left … right − 1
 
   SANM_DEVICE explicit Box(const int32_t* corners)
       : top(corners[0]), left(corners[1]), bottom(corners[2]), right(corners[3]) {}
-  SANM_DEVICE bool holds(int y, int x) const {
-    return y >= top && y < bottom && x >= left && x < right;
+
+  // Bit e: the e-th of N elements from a place on lies inside. Run by run: of a row's elements, or
+  // of a pixel's where these are neighbours.
+  template <int N, bool kChannelsLast, typename I>
+  SANM_DEVICE unsigned covers(Place<kChannelsLast> at, const Shape<I>& s) const {
+    const auto holds = [&] {
+      return at.y >= top && at.y < bottom && at.x >= left && at.x < right;
+    };
+    if constexpr (N == 1) return holds();
+    const auto low = [](int count) { return (1u << count) - 1; };  // so many bits
+    unsigned inside = 0;
+#pragma unroll 1
+    for (int e = 0; e < N;) {
+      const int run = min(N - e, kChannelsLast ? s.C - at.c : s.W - at.x);
+      if constexpr (kChannelsLast) {
+        if (holds()) inside |= low(run) << e;
+        at.c += run - 1;
+      } else {
+        const int from = min(max(left - at.x, 0), run), to = min(max(right - at.x, from), run);
+        if (at.y >= top && at.y < bottom) inside |= (low(to) & ~low(from)) << e;
+        at.x += run - 1;
+      }
+      at.next(s);
+      e += run;
+    }
+    return inside;
   }
 };
 
-// share[b, c] = Σ_v Σ (v's gradient inside its box) / (H·W). Block (b, c).
+// share[b, c] = Σ_v Σ (v's gradient inside its box) / (H·W). Block (c, b).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) mean_fill_backward_kernel(
     const T* grad,         // (V·B, C, H, W), strides (C·H·W, g_c, g_x·W, g_x)
     const int32_t* boxes,  // (V, B, 4)
     acc_t<T>* share,       // (B, C), written
-    int64_t V, int64_t B, Shape shape, int64_t g_c, int64_t g_x) {
+    int64_t V, int64_t B, int C, int H, int W, int64_t g_c, int64_t g_x) {
   using A = acc_t<T>;
-  const int64_t area = static_cast<int64_t>(shape.H) * shape.W;
-  for (int64_t item = blockIdx.x; item < B * shape.C; item += gridDim.x) {
-    const int64_t b = item / shape.C, c = item - b * shape.C;
+  const int64_t area = static_cast<int64_t>(H) * W;
+  const int c = blockIdx.x;
+  for (int64_t b = blockIdx.y; b < B; b += gridDim.y) {
     A sum = 0;
     for (int64_t v = 0; v < V; ++v) {
-      const T* plane = grad + (v * B + b) * area * shape.C + c * g_c;
+      const T* plane = grad + (v * B + b) * area * C + c * g_c;
       const Box box(boxes + 4 * (v * B + b));
-      const int top = max(box.top, 0), left = max(box.left, 0);
-      const int64_t width = max(min(box.right, shape.W) - left, 0),
-                    pixels = width * max(min(box.bottom, shape.H) - top, 0);
-      for (int64_t p = threadIdx.x; p < pixels; p += blockDim.x) {
-        const int64_t y = p / width, x = p - y * width;
-        sum += widen(load_global<1>(plane + ((top + y) * shape.W + left + x) * g_x)[0]);
+      const int left = max(box.left, 0), right = min(box.right, W), bottom = min(box.bottom, H);
+      if (left >= right) continue;
+      // The box's pixels in turn, a block of them at a time.
+      const unsigned width = right - left, rows = kThreads / width, columns = kThreads % width;
+      int y = max(box.top, 0) + threadIdx.x / width, x = left + threadIdx.x % width;
+      while (y < bottom) {
+        sum += widen(load_global<1>(plane + (static_cast<int64_t>(y) * W + x) * g_x)[0]);
+        x += columns, y += rows;
+        if (x >= right) x -= width, ++y;
       }
     }
     sum = block_sum(sum, shared_memory<A>());
-    if (threadIdx.x == 0) share[item] = sum / static_cast<A>(area);
+    if (threadIdx.x == 0) share[b * C + c] = sum / static_cast<A>(area);
   }
 }
 
 // A pixel outside a view's box passes the view's gradient on; with the mean fill every pixel of a
 // channel also gets its share:  dx = share + Σ_v [outside box_v]·g_v.
-// Block (b, tile); a vector that a box covers is not read.
-template <typename T, int N, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads) masked_views_backward_kernel(
+// Block (tile, b); a vector that a box covers is not read.
+template <typename T, int N, bool kChannelsLast, typename I>
+__global__ void __launch_bounds__(kThreads, 3) masked_views_backward_kernel(
     const T* grad,          // (V·B, C, H, W), dense in NCHW or NHWC order
     const int32_t* boxes,   // (V, B, 4)
     const acc_t<T>* share,  // (B, C) or null
     T* result,              // (B, C, H, W) in the order of grad, written
-    int64_t V, int64_t B, Shape shape, int64_t tiles) {
+    int64_t V, int64_t B, Shape<I> shape, I E) {
   using A = acc_t<T>;
-  const int64_t E = static_cast<int64_t>(shape.C) * shape.H * shape.W;
-  for (int64_t item = blockIdx.x; item < B * tiles; item += gridDim.x) {
-    const int64_t b = item / tiles;
-    const int64_t start = (item - b * tiles) * (kThreads * kUnroll<N> * N) + threadIdx.x * N;
-    A sum[kUnroll<N>][N];
+  const I start = static_cast<I>(blockIdx.x) * (kThreads * kUnroll<N> * N) + threadIdx.x * N;
+  for (int64_t b = blockIdx.y; b < B; b += gridDim.y) {
+    A sum[kUnroll<N>][N] = {};
 #pragma unroll
-    for (int u = 0; u < kUnroll<N>; ++u) {
+    for (int u = 0; share != nullptr && u < kUnroll<N>; ++u) {
       Place<kChannelsLast> place(start + u * (kThreads * N), shape);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        const bool given = share != nullptr && place.c < shape.C;
-        sum[u][e] = given ? share[b * shape.C + place.c] : A{0};
+        if (place.c < shape.C) sum[u][e] = share[b * shape.C + place.c];
         place.next(shape);
       }
     }
@@ -229,14 +271,9 @@ __global__ void __launch_bounds__(kThreads) masked_views_backward_kernel(
       unsigned seen[kUnroll<N>];  // bit e: element e lies outside the box
 #pragma unroll
       for (int u = 0; u < kUnroll<N>; ++u) {
-        const int64_t at = start + u * (kThreads * N);
-        Place<kChannelsLast> place(at, shape);
-        seen[u] = 0;
-#pragma unroll
-        for (int e = 0; e < N; ++e) {
-          seen[u] |= (at < E && !box.holds(place.y, place.x) ? 1u : 0u) << e;
-          place.next(shape);
-        }
+        const I at = start + u * (kThreads * N);
+        const Place<kChannelsLast> place(at, shape);
+        seen[u] = at < E ? ~box.covers<N>(place, shape) & ((1u << N) - 1) : 0;
         if (seen[u] != 0) loaded[u] = load_global<N, kStream>(from + at);
       }
 #pragma unroll
@@ -247,7 +284,7 @@ __global__ void __launch_bounds__(kThreads) masked_views_backward_kernel(
     }
 #pragma unroll
     for (int u = 0; u < kUnroll<N>; ++u) {
-      const int64_t at = start + u * (kThreads * N);
+      const I at = start + u * (kThreads * N);
       if (at >= E) break;
       Vector<T, N> rounded;
 #pragma unroll
@@ -265,28 +302,31 @@ Tensor masked_views_backward(const Tensor& grad_, const Tensor& boxes_, bool mea
                 W = grad.size(3), E = C * H * W;
   const Tensor result = new_tensor(grad, {B, C, H, W}, grad.scalar_type(), image.channels_last);
   if (B == 0 || E == 0) return result;
-  const Shape shape{static_cast<int>(C), static_cast<int>(H), static_cast<int>(W)};
+  const int64_t samples = std::min<int64_t>(B, kSamples);
   dispatch(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     std::optional<Tensor> share;
     if (mean_fill) {
       share = new_tensor(grad, {B, C}, acc_type(grad));
-      launch({"masked_views_backward", grad, {blocks_for(B * C, 1)}, kThreads,
-              kWarp * sizeof(A)},
+      launch({"masked_views_backward", grad, {C, samples}, kThreads, kWarp * sizeof(A)},
              mean_fill_backward_kernel<T>, in<T>(grad), in<int32_t>(boxes), out<A>(*share), V, B,
-             shape, image.channels_last ? int64_t{1} : H * W, image.channels_last ? C : int64_t{1});
+             static_cast<int>(C), static_cast<int>(H), static_cast<int>(W),
+             image.channels_last ? int64_t{1} : H * W, image.channels_last ? C : int64_t{1});
     }
     const bool vectors = aligned16(grad.const_data_ptr(), E * sizeof(T)) &&
                          aligned16(result.const_data_ptr(), E * sizeof(T));
-    with_access<T>(vectors, [&](auto access) {
+    with_places<T>(E, vectors, [&](auto access, auto index) {
       constexpr int N = decltype(access)::value;
-      const int64_t tiles = ceil_div(E, kThreads * kUnroll<N> * N);
-      launch({"masked_views_backward", grad, {blocks_for(B * tiles, 1)}, kThreads},
-             image.channels_last ? masked_views_backward_kernel<T, N, true>
-                                 : masked_views_backward_kernel<T, N, false>,
+      using I = decltype(index);
+      launch({"masked_views_backward",
+              grad,
+              {ceil_div(E, kThreads * kUnroll<N> * N), samples},
+              kThreads},
+             image.channels_last ? masked_views_backward_kernel<T, N, true, I>
+                                 : masked_views_backward_kernel<T, N, false, I>,
              in<T>(grad), in<int32_t>(boxes), share ? in<A>(*share) : nullptr, out<T>(result), V,
-             B, shape, tiles);
+             B, Shape<I>(C, H, W, image.channels_last), static_cast<I>(E));
     });
   });
   return result;
@@ -348,22 +388,21 @@ __global__ void __launch_bounds__(kThreads) bias_backward_kernel(
   bias[k] = sum;
 }
 
-// result[b] = left[b] ⊗ right[b]: dz ⊗ v/Σv in NCHW order, v/Σv ⊗ dz in NHWC. Block (b, tile).
-template <typename T, int N>
+// result[b] = left[b] ⊗ right[b]: dz ⊗ v/Σv in NCHW order, v/Σv ⊗ dz in NHWC. Block (tile, b).
+template <typename T, int N, typename I>
 __global__ void __launch_bounds__(kThreads) features_backward_kernel(
-    const acc_t<T>* left,   // (B, E / width)
+    const acc_t<T>* left,   // (B, height)
     const acc_t<T>* right,  // (B, width)
     T* result,              // (B, E), written
-    int64_t B, int64_t E, int64_t width, int64_t tiles) {
-  for (int64_t item = blockIdx.x; item < B * tiles; item += gridDim.x) {
-    const int64_t b = item / tiles;
-    const acc_t<T>*rows = left + b * (E / width), *columns = right + b * width;
-    const int64_t start = (item - b * tiles) * (kThreads * kUnroll<N> * N) + threadIdx.x * N;
+    int64_t B, I E, int64_t height, I width, Divisor<I> by_width) {
+  const I start = static_cast<I>(blockIdx.x) * (kThreads * kUnroll<N> * N) + threadIdx.x * N;
+  for (int64_t b = blockIdx.y; b < B; b += gridDim.y) {
+    const acc_t<T>*rows = left + b * height, *columns = right + b * width;
 #pragma unroll
     for (int u = 0; u < kUnroll<N>; ++u) {
-      const int64_t at = start + u * (kThreads * N);
+      const I at = start + u * (kThreads * N);
       if (at >= E) break;
-      int64_t row = at / width, column = at - row * width;
+      I column = at, row = by_width.split(column);
       Vector<T, N> product;
 #pragma unroll
       for (int e = 0; e < N; ++e) {
@@ -413,12 +452,18 @@ std::tuple<Tensor, Tensor, Tensor> classifier_backward(
   if (E > 0)
     dispatch(features.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      with_access<T>(aligned16(result.const_data_ptr(), E * sizeof(T)), [&](auto access) {
+      const bool vectors = aligned16(result.const_data_ptr(), E * sizeof(T));
+      const int64_t width = channels_last ? C : n;
+      with_places<T>(E, vectors, [&](auto access, auto index) {
         constexpr int N = decltype(access)::value;
-        const int64_t tiles = ceil_div(E, kThreads * kUnroll<N> * N);
-        launch({"classifier_backward", features, {blocks_for(B * tiles, 1)}, kThreads},
-               features_backward_kernel<T, N>, in<acc_t<T>>(left), in<acc_t<T>>(right),
-               out<T>(result), B, E, channels_last ? C : n, tiles);
+        using I = decltype(index);
+        launch({"classifier_backward",
+                features,
+                {ceil_div(E, kThreads * kUnroll<N> * N), std::min<int64_t>(B, kSamples)},
+                kThreads},
+               features_backward_kernel<T, N, I>, in<acc_t<T>>(left), in<acc_t<T>>(right),
+               out<T>(result), B, static_cast<I>(E), E / width, static_cast<I>(width),
+               Divisor<I>(width));
       });
     });
   return {result, torch::stable::to(dweight, weight.scalar_type()), dbias};

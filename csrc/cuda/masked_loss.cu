@@ -53,35 +53,34 @@ SANM_DEVICE A max_row(const Logits<S>& logits, int64_t i, A (&x)[Shape::C],
   return Shape::max(top);
 }
 
+// Parts of a block that add up p over their rows: the warps, or the groups of warps of a row.
+template <typename Shape>
+constexpr int kParts = Shape::kThreads / (Shape::kBlock ? Shape::G : kWarp);
+
 // Writes the block's column sums of p, of which the lanes have theirs in `mine`.
 template <typename Shape, typename A>
 SANM_DEVICE void store_columns(const A (&mine)[Shape::C], int K,
                                A* column) {  // (K,), written
-  if (Shape::kBlock) {
-    Shape::each_class(0, K, [&](int c, int k) {
-      if (k < K) column[k] = mine[c];
-    });
-    return;
-  }
-  constexpr int kWarps = Shape::kThreads / kWarp;
-  A* parts = shared_memory<A>(kScratch);  // (warps, K)
+  A* parts = shared_memory<A>(kScratch);  // (kParts<Shape>, K)
   Shape::each_class(0, K, [&](int c, int k) {
     A sum = mine[c];
 #pragma unroll
     for (int distance = Shape::G; distance < kWarp; distance *= 2)
       sum += shuffle_xor(sum, distance);
-    if (k < K && lane() < Shape::G) parts[warp() * K + k] = sum;
+    const int part = Shape::kBlock ? threadIdx.x / Shape::G : warp();
+    if (k < K && (Shape::kBlock || lane() < Shape::G)) parts[part * K + k] = sum;
   });
   __syncthreads();
   for (int k = threadIdx.x; k < K; k += Shape::kThreads) {
     A sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += parts[w * K + k];
+#pragma unroll
+    for (int part = 0; part < kParts<Shape>; ++part) sum += parts[part * K + k];
     column[k] = sum;
   }
 }
 
-// Each block takes rows in turn. Shared memory: scratch; then the warps' column sums (warps, K)
-// or, `hold` given, the row (K,).
+// Each block takes rows in turn. Shared memory: scratch; then the column sums of its parts
+// (kParts<Shape>, K) or, of a row that is not whole and `hold` given, the row (K,).
 template <typename Shape, typename S>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss_kernel(
     const Logits<S> logits,                    // (n, K)
@@ -164,25 +163,33 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     store_columns<Shape>(mine, K, column);
   else if (!started)  // there is no row
     for (int k = threadIdx.x; k < K; k += Shape::kThreads) column[k] = 0;
+  double* share = shared_memory<double>();  // (kSums, warps): the columns are through with it
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
-    const double added = block_sum(sum[s], shared_memory<double>());
-    if (threadIdx.x == 0) sums[static_cast<int64_t>(s) * gridDim.x + blockIdx.x] = added;
+    const double added = warp_reduce(sum[s], Sum());
+    if (lane() == 0) share[s * warps() + warp()] = added;
   }
+  __syncthreads();
+  if (threadIdx.x >= kSums) return;
+  double added = 0;
+  for (int w = 0; w < warps(); ++w) added += share[threadIdx.x * warps() + w];
+  sums[static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x] = added;
 }
 
-// Σ of `count` numbers by the whole block.
-SANM_DEVICE double sum_all(const double* values,  // (count,)
-                           int64_t count) {
+// Σ of `count` numbers by the warp.
+SANM_DEVICE double warp_sum(const double* values,  // (count,)
+                            int64_t count) {
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += values[i];
-  return block_sum(sum, shared_memory<double>());
+#pragma unroll 8
+  for (int64_t i = lane(); i < count; i += kWarp) sum += values[i];
+  return warp_reduce(sum, Sum());
 }
 
-// Block j: p̄ of classes 32·j and on, one per lane, warps taking parts in turn; the block that is
-// last: the losses. Shared memory: scratch; then (warps, kWarp) doubles.
+// Block j: p̄ of classes 32·j and on, one per lane, warps taking parts in turn; meanwhile the other
+// sums, a warp each; the block that is last: the losses. Shared memory: scratch; then (warps, kWarp)
+// doubles.
 template <typename A>
-__global__ void __launch_bounds__(kFinishThreads) masked_loss_finish_kernel(
+__global__ void __launch_bounds__(kFinishThreads, 1) masked_loss_finish_kernel(
     const A* columns,    // (parts, K)
     const double* sums,  // (kSums, parts)
     const Prior<A> prior,
@@ -195,11 +202,16 @@ __global__ void __launch_bounds__(kFinishThreads) masked_loss_finish_kernel(
   const int k = blockIdx.x * kWarp + lane();
   double column = 0;
   if (k < K) {
-#pragma unroll 4
+#pragma unroll 16
     for (int64_t i = warp(); i < parts; i += warps()) column += columns[i * K + k];
   }
   share[warp() * kWarp + lane()] = column;
   __syncthreads();
+  double* totals = shared_memory<double>();  // (kSums,), after `last`
+  if (warp() > 0 && warp() <= kSums) {
+    const double sum = warp_sum(sums + (warp() - 1) * parts, parts);
+    if (lane() == 0) totals[warp()] = sum;
+  }
   if (warp() == 0) {
     column = 0;
     for (int w = 0; w < warps(); ++w) column += share[w * kWarp + lane()];
@@ -221,18 +233,15 @@ __global__ void __launch_bounds__(kFinishThreads) masked_loss_finish_kernel(
     __threadfence();
   }
   __syncthreads();
-  const bool through = *last != 0;
-  __syncthreads();
-  if (!through) return;
-  double of_labeled = sum_all(sums, parts), of_unlabeled = sum_all(sums + parts, parts);
+  if (!*last || warp() > 0) return;
+  double of_labeled = totals[1 + kLabeled], of_unlabeled = totals[1 + kUnlabeled];
   if (mean) {
-    of_labeled /= Max()(1.0, sum_all(sums + kLabeledCount * parts, parts));
-    of_unlabeled /= Max()(1.0, sum_all(sums + kUnlabeledCount * parts, parts));
+    of_labeled /= Max()(1.0, totals[1 + kLabeledCount]);
+    of_unlabeled /= Max()(1.0, totals[1 + kUnlabeledCount]);
   }
-  const double of_confidence =
-      sum_all(sums + kConfidence * parts, parts) / static_cast<double>(n > 1 ? n : 1);
-  const double divergence = sum_all(penalties, gridDim.x);
-  if (threadIdx.x != 0) return;
+  const double of_confidence = totals[1 + kConfidence] / static_cast<double>(n > 1 ? n : 1);
+  const double divergence = warp_sum(penalties, gridDim.x);
+  if (lane() != 0) return;
   *labeled = static_cast<A>(of_labeled);
   *unlabeled = static_cast<A>(of_unlabeled);
   *penalty = static_cast<A>(divergence);
@@ -243,14 +252,19 @@ __global__ void __launch_bounds__(kFinishThreads) masked_loss_finish_kernel(
 }
 
 // How many rows count, labelled and unlabelled: the block's part of them, rows i, i + step, …
+struct Counts {
+  int labeled, unlabeled;
+};
 template <typename A>
-SANM_DEVICE void count_rows(const Targets<A>& targets, int64_t n, int64_t num_labeled, int64_t i,
-                            int64_t step, double& labeled, double& unlabeled) {
-  labeled = unlabeled = 0;
+SANM_DEVICE Counts count_rows(const Targets<A>& targets, int64_t n, int64_t num_labeled, int64_t i,
+                              int64_t step) {
+  constexpr uint64_t kUnlabeledOne = uint64_t{1} << 32;  // both in one sum
+  uint64_t count = 0;
+#pragma unroll 4
   for (; i < n; i += step)
-    if (targets.counts(i)) (i < num_labeled ? labeled : unlabeled) += 1;
-  labeled = block_sum(labeled, shared_memory<double>());
-  unlabeled = block_sum(unlabeled, shared_memory<double>());
+    if (targets.counts(i)) count += i < num_labeled ? 1 : kUnlabeledOne;
+  count = block_sum(count, shared_memory<uint64_t>());
+  return {static_cast<int>(count), static_cast<int>(count >> 32)};
 }
 
 // For backward with more labels than every block should look at.
@@ -259,11 +273,10 @@ __global__ void __launch_bounds__(kFinishThreads) masked_loss_count_kernel(
     const Targets<A> targets,
     double* counts,  // (2, blocks), written: labelled and unlabelled rows that count
     int64_t n, int64_t num_labeled) {
-  double labeled, unlabeled;
-  count_rows(targets, n, num_labeled, global_thread(), global_threads(), labeled, unlabeled);
+  const Counts own = count_rows(targets, n, num_labeled, global_thread(), global_threads());
   if (threadIdx.x != 0) return;
-  counts[blockIdx.x] = labeled;
-  counts[gridDim.x + blockIdx.x] = unlabeled;
+  counts[blockIdx.x] = own.labeled;
+  counts[gridDim.x + blockIdx.x] = own.unlabeled;
 }
 
 // Upstream gradients of forward's first six outputs; absent: null, zeros.
@@ -316,10 +329,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
   if (mean) {
     double seen = static_cast<double>(n - num_labeled), seen_labeled = num_labeled;
     if (counts) {
-      seen_labeled = sum_all(counts, kCountBlocks);
-      seen = sum_all(counts + kCountBlocks, kCountBlocks);
+      seen_labeled = warp_sum(counts, kCountBlocks);
+      seen = warp_sum(counts + kCountBlocks, kCountBlocks);
     } else if (targets.labels) {
-      count_rows(targets, n, num_labeled, threadIdx.x, blockDim.x, seen_labeled, seen);
+      const Counts all = count_rows(targets, n, num_labeled, threadIdx.x, blockDim.x);
+      seen_labeled = all.labeled, seen = all.unlabeled;
     }
     labeled_slope /= Max()(1.0, seen_labeled);
     unlabeled_slope /= Max()(1.0, seen);
@@ -403,7 +417,7 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
                     finishing = ceil_div(K, kWarp), row = K * static_cast<int64_t>(sizeof(A));
       const bool hold = !Shape::kWhole && row <= kHoldBytes;
       const int64_t shared =
-          kScratch + (hold ? row : Shape::kBlock ? 0 : Shape::kThreads / kWarp * row);
+          kScratch + (hold ? row : Shape::kWhole ? kParts<Shape> * row : 0);
       const Tensor columns = make({blocks, K}, type),
                    sums = make({kSums, blocks}, ScalarType::Double),
                    penalties = make({finishing}, ScalarType::Double),

@@ -1,4 +1,4 @@
-// What the launches of fit_label_quality.cu share: block sums, split of the samples, the M-step.
+// What fit_label_quality.cu is made of: sums over a block and over a grid, runs of samples.
 #pragma once
 
 #include "cuda/common.h"
@@ -6,61 +6,99 @@
 namespace sanm {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kParts = 512;  // blocks of a sweep at most
-constexpr int kPair = 2;     // doubles of a 16-byte access
-constexpr int kChunk = 2048;  // samples that are sorted by one block
-constexpr int kSortThreads = 512;
-constexpr int kOneBlock = 1024;        // threads where a block is alone
+constexpr int kThreads = 256;     // of a block that sweeps once
+constexpr int kFitThreads = 512;  // of the blocks that fit together
+constexpr int kParts = 512;       // blocks of a sweep at most; no more than kFitThreads
+constexpr int kPair = 2;          // doubles of a 16-byte access
+constexpr int kSums = 8;          // that are taken at a time; no more than a block has warps
 constexpr int kLloydIterations = 300;  // these two are scikit-learn's
 constexpr double kLloydTolerance = 1e-4;
 constexpr double kMassOffset = 10 * 2.220446049250313e-16;
-constexpr double kMinMass = 0.5;        // less in a component, or a standard deviation or the means'
-constexpr double kMinDeviation = 1e-6;  // distance below this share of the range: a degenerate fit
+// A fit is degenerate with less in a component, or with a standard deviation or a distance between
+// the means below this share of the range.
+constexpr double kMinMass = 0.5, kMinDeviation = 1e-6;
 constexpr double kLargest = 1.7976931348623157e308;
 
 // ---- Sums.
 
-template <int N>
 struct Sums {
-  double v[N] = {};
+  double v[kSums] = {};
   SANM_DEVICE double& operator[](int k) { return v[k]; }
 };
 
-// Every thread's sums added; all threads get the result. scratch: N·kWarp.
-template <int N>
-SANM_DEVICE Sums<N> block_sums(Sums<N> x, double* scratch) {
+// Lane l gets Σ x[l / 4] over the warp. Of the numbers that a lane still has it gives half away at
+// a time: 9 exchanges, where each number by itself would take 5.
+SANM_DEVICE double warp_sums(Sums x) {
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    x[k] = warp_reduce(x[k], Sum());
-    if (lane() == 0) scratch[k * kWarp + warp()] = x[k];
+  for (int half = kSums / 2, distance = kWarp / 2; half > 0; half /= 2, distance /= 2) {
+    const bool upper = lane() & distance;
+#pragma unroll
+    for (int k = 0; k < half; ++k) {
+      const double given = upper ? x[k] : x[k + half];
+      x[k] = (upper ? x[k + half] : x[k]) + shuffle_xor(given, distance);
+    }
+  }
+#pragma unroll
+  for (int distance = kWarp / kSums / 2; distance > 0; distance /= 2)
+    x[0] += shuffle_xor(x[0], distance);
+  return x[0];
+}
+
+// Leaves the block's first `count` sums as column blockIdx.x of partial (count, gridDim.x).
+// scratch: (kSums, kWarp), free again once the block has met.
+SANM_DEVICE void leave(const Sums& own, int count, double* partial, double* scratch) {
+  const double sum = warp_sums(own);
+  if (lane() % (kWarp / kSums) == 0) scratch[lane() / (kWarp / kSums) * kWarp + warp()] = sum;
+  __syncthreads();
+  if (warp() >= count) return;
+  const double whole = lane() < warps() ? scratch[warp() * kWarp + lane()] : 0.0;
+  const double total = warp_reduce(whole, Sum());
+  if (lane() == 0) partial[warp() * static_cast<int64_t>(gridDim.x) + blockIdx.x] = total;
+}
+
+// All threads of a cooperative launch meet, for the `round`-th time, 1 at first: what was written
+// before is seen after. arrived: 0 when the launch begins.
+SANM_DEVICE void grid_sync(unsigned* arrived, unsigned round) {
+#ifdef SANM_CUDA_HOST
+  cuda_host::meet_grid();
+#else
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(arrived, 1u);
+    const volatile unsigned* seen = arrived;
+    while (static_cast<int>(*seen - round * gridDim.x) < 0) {  // right also past 2³²
+    }
+    __threadfence();
   }
   __syncthreads();
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-    x[k] = warp_reduce(lane() < warps() ? scratch[k * kWarp + lane()] : 0.0, Sum());
-  __syncthreads();
-  return x;
+#endif
 }
 
-// Adds the block's sums and leaves them as column blockIdx.x of partial (N, gridDim.x).
-template <int N>
-SANM_DEVICE void leave(const Sums<N>& own, double* partial, double* scratch) {
-  Sums<N> x = block_sums(own, scratch);
-  if (threadIdx.x != 0) return;
-#pragma unroll
-  for (int k = 0; k < N; ++k) partial[k * static_cast<int64_t>(gridDim.x) + blockIdx.x] = x[k];
-}
+// Sums over all threads of a cooperative launch.
+struct Together {
+  double* partial;    // workspace (2, kSums, gridDim.x): what is read while the next is written
+  unsigned* arrived;  // () 0
+  double* scratch;    // (kSums, kWarp), and the totals (kSums,), in shared memory
+  unsigned round = 0;
 
-// Σ over the columns of partial (N, parts), in every thread.
-template <int N>
-SANM_DEVICE Sums<N> collect(const double* partial, int64_t parts, double* scratch) {
-  Sums<N> x;
-  for (int64_t p = threadIdx.x; p < parts; p += blockDim.x)
-#pragma unroll
-    for (int k = 0; k < N; ++k) x[k] += partial[k * parts + p];
-  return block_sums(x, scratch);
-}
+  // The totals (kSums,), until the next call; the same bits in every block.
+  SANM_DEVICE const double* sums(const Sums& own) {
+    double* here = partial + (round % 2) * kSums * gridDim.x;
+    double* totals = scratch + kSums * kWarp;
+    leave(own, kSums, here, scratch);
+    grid_sync(arrived, ++round);
+    if (warp() < kSums) {
+      double total = 0;
+      for (unsigned p = lane(); p < gridDim.x; p += kWarp)
+        total += __ldcg(here + warp() * gridDim.x + p);
+      total = warp_reduce(total, Sum());
+      if (lane() == 0) totals[warp()] = total;
+    }
+    __syncthreads();
+    return totals;
+  }
+};
 
 // What the lanes before this one hold together; `x` becomes what all hold. Of the butterfly's two
 // halves the lower comes before the upper one.
@@ -88,15 +126,12 @@ SANM_DEVICE double block_prefix(double& x, double* scratch) {
 
 // ---- The samples.
 
-// n samples in `parts` runs of `per`, one per block.
+// n samples in `parts` runs of `per`, one per block; runs begin at multiples of `unit`.
 struct Split {
   int64_t n, per, parts;
 
-  explicit Split(int64_t samples) : n(samples) {
-    const int64_t unit = kThreads * kPair;
-    per = ceil_div(ceil_div(n, kParts), unit) * unit;
-    parts = ceil_div(n, per);
-  }
+  Split(int64_t samples, int64_t most, int64_t unit)
+      : n(samples), per(ceil_div(ceil_div(n, most), unit) * unit), parts(ceil_div(n, per)) {}
   SANM_DEVICE int64_t begin(int64_t part) const { return part * per; }
   SANM_DEVICE int64_t end(int64_t part) const { return min(n, (part + 1) * per); }
 };
@@ -108,83 +143,106 @@ struct Epochs {
   const T* history;  // (count − 1, n), strides (row, column)
   int64_t n, stride, row, column, count;
 
-  SANM_DEVICE double at(int64_t e, int64_t i) const {
+  SANM_DEVICE acc_t<T> at(int64_t e, int64_t i) const {
     return widen(e + 1 < count ? history[e * row + i * column] : losses[i * stride]);
   }
 };
 
-struct Summary {
-  double first, candidate[2];        // centre c0, candidates for the other
-  double mean, variance, low, high;  // of all samples
-};
+// The block's samples, for many sweeps: the first access of each is kept, and the next is under way
+// while one is worked on.
+class Part {
+ public:
+  SANM_DEVICE Part(const double* x, const Split& split)  // (n,), padded to whole pairs
+      : x_(x), start_(split.begin(blockIdx.x) + threadIdx.x * kPair), end_(split.end(blockIdx.x)) {
+    if (start_ < end_) first_ = load_global<kPair>(x + start_);
+  }
 
-struct Mixture {
-  double mean[2], variance[2], weight[2];  // Lloyd's centres at first
-  double bound;                            // mean log-likelihood of the last E-step
-  double steps;                            // E-steps done; −1 before the first M-step
-  double converged;                        // 0 or 1
-
-  SANM_DEVICE void swap() {
-    for (double* two : {mean, variance, weight}) {
-      const double first = two[0];
-      two[0] = two[1];
-      two[1] = first;
+  // Calls body(pair, index of its first sample, whether its second counts). One that does not is
+  // the first once more.
+  template <typename Body>
+  SANM_DEVICE void sweep(const Body& body) const {
+    const int64_t step = blockDim.x * kPair;
+    Vector<double, kPair> next = first_;
+#pragma unroll 1
+    for (int64_t i = start_; i < end_; i += step) {
+      Vector<double, kPair> pair = next;
+      if (i + step < end_) next = load_global<kPair>(x_ + i + step);
+      const bool both = i + 1 < end_;
+      if (!both) pair[1] = pair[0];
+      body(pair, i, both);
     }
   }
-  // log(w·N(y; m, v)) = level + slope·(y − m)²
-  SANM_DEVICE double slope(int k) const { return -0.5 / variance[k]; }
-  SANM_DEVICE double level(int k) const {
-    return log(weight[k]) - 0.5 * log(2 * 3.14159265358979323846 * variance[k]);
-  }
+
+ private:
+  const double* x_;
+  int64_t start_, end_;
+  Vector<double, kPair> first_{};
 };
 
-// Calls body(sample, its index) for those of the block's part, 16 bytes of x at a time.
-template <typename Body>
-SANM_DEVICE void over_part(const double* x, const Split& split, const Body& body) {
-  const int64_t end = split.end(blockIdx.x);
-#pragma unroll 2
-  for (int64_t i = split.begin(blockIdx.x) + threadIdx.x * kPair; i < end; i += kThreads * kPair) {
-    const Vector<double, kPair> pair = load_global<kPair>(x + i);  // x is padded to whole pairs
-    body(pair[0], i);
-    if (i + 1 < end) body(pair[1], i + 1);
-  }
+// ---- Arithmetic without a branch, which the compiler interleaves for both samples of a pair.
+
+// e^−x of x ≥ 0; 0 above 708; of NaN any number. 2^k·e^r with |r| ≤ ln(2)/2, e^r by its series.
+SANM_DEVICE double exp_minus(double x) {
+  constexpr double kShift = 6755399441055744.0;  // 1.5·2⁵²: a sum with it ends in integers
+  const bool none = x > 708;
+  x = none ? 708 : x;
+  const double shifted = std::fma(-x, 1.4426950408889634, kShift), k = shifted - kShift;
+  const double r = std::fma(k, -0.69314718055994531, -x);
+  double factor = 1, factorial[13];
+#pragma unroll
+  for (int n = 0; n <= 12; ++n) factor *= n > 0 ? n : 1, factorial[n] = factor;
+  double sum = 1 / factorial[12];
+#pragma unroll
+  for (int n = 11; n >= 0; --n) sum = std::fma(sum, r, 1 / factorial[n]);
+  const auto bits = [](double y) { return static_cast<uint64_t>(__double_as_longlong(y)); };
+  const uint64_t power = bits(sum) + (bits(shifted) << 52);
+  return none ? 0.0 : __longlong_as_double(static_cast<long long>(power));
 }
 
-// ---- Moments about the means: Σr, Σr·d, Σr·d² of both components, d = x − mean; Σ log-likelihood.
+// 1/x of 1 ≤ x ≤ 2: two of Newton's steps from 23 bits.
+SANM_DEVICE double reciprocal(double x) {
+#ifdef SANM_CUDA_HOST
+  return 1 / x;
+#else
+  double y;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
+  y = std::fma(y, std::fma(-x, y, 1.0), y);
+  return std::fma(y, std::fma(-x, y, 1.0), y);
+#endif
+}
 
-SANM_DEVICE void add_moments(Sums<7>& m, double r0, double r1, double d0, double d1) {
+// ---- Moments about the means: Σr, Σr·d, Σr·d² of both components, d = x − mean.
+
+SANM_DEVICE void add_moments(Sums& m, double r0, double r1, double d0, double d1) {
+  const double first0 = r0 * d0, first1 = r1 * d1;
   m[0] += r0;
   m[1] += r1;
-  m[2] += r0 * d0;
-  m[3] += r1 * d1;
-  m[4] += r0 * d0 * d0;
-  m[5] += r1 * d1 * d1;
+  m[2] += first0;
+  m[3] += first1;
+  m[4] = std::fma(first0, d0, m[4]);
+  m[5] = std::fma(first1, d1, m[5]);
 }
 
-// The mixture after the M-step that the moments allow, unless it has converged before:
-//   m' = m + s,  v' = Σr·d²/R − s² + reg,  w' = R/ΣR  with  R = Σr + 10ε,  s = Σr·d/R.
-SANM_DEVICE Mixture advance(Mixture p, const double* moments, const Split& split, double tol,
-                            double reg, double* scratch) {
-  if (p.converged != 0) return p;
-  Sums<7> m = collect<7>(moments, split.parts, scratch);
-  double mass[2];
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    mass[k] = m[k] + kMassOffset;
-    const double shift = m[2 + k] / mass[k];
-    p.mean[k] += shift;
-    p.variance[k] = m[4 + k] / mass[k] - shift * shift + reg;
+struct Mixture {
+  double mean[2], variance[2], weight[2];
+  double slope[2], level[2];  // log(w·N(y; m, v)) = level + slope·(y − m)²
+
+  // The M-step that moments (6,) about the means allow:
+  //   m' = m + s,  v' = Σr·d²/R − s² + reg,  w' = R/ΣR  with  R = Σr + 10ε,  s = Σr·d/R.
+  // A lane takes one of the components. Called by one warp.
+  SANM_DEVICE void maximise(const double* moments, double reg) {
+    const int k = lane() % 2;
+    const double mass = moments[k] + kMassOffset, other = moments[1 - k] + kMassOffset;
+    const double shift = moments[2 + k] / mass, w = mass / (mass + other);
+    const double v = moments[4 + k] / mass - shift * shift + reg;
+    if (lane() >= 2) return;
+    mean[k] += shift;
+    variance[k] = v;
+    weight[k] = w;
+    slope[k] = -0.5 / v;
+    level[k] = log(w) - 0.5 * log(2 * 3.14159265358979323846 * v);
   }
-#pragma unroll
-  for (int k = 0; k < 2; ++k) p.weight[k] = mass[k] / (mass[0] + mass[1]);
-  if (p.steps >= 0) {
-    const double bound = m[6] / static_cast<double>(split.n);
-    p.converged = fabs(bound - p.bound) < tol ? 1 : 0;
-    p.bound = bound;
-  }
-  p.steps += 1;
-  return p;
-}
+};
 
 // NaN as 0, infinities as the largest numbers.
 SANM_DEVICE double finite(double x) {

@@ -14,18 +14,18 @@ struct Known {
   SANM_DEVICE operator bool() const { return kTruth; }
 };
 
-// G lanes share a row: a part of a warp, a warp, or (G > kWarp) the block. Each has C classes of a
-// piece of G·C, in runs of N consecutive ones. Whole rows are one piece and stay in registers; the
+// G lanes share a row: a part of a warp, a warp, or (G > kWarp) some warps of the block, or all. Each
+// has C classes of a piece of G·C, in runs of N consecutive ones. Whole rows are one piece and stay in registers; the
 // others are gone through piece by piece, in several sweeps.
 template <typename Number, int kLanes, int kClasses, int kRun, bool kOnePiece>
 struct RowShape {
   using A = Number;
   static constexpr int G = kLanes, C = kClasses, N = kRun, kRuns = C / N, kPiece = G * C;
   static constexpr bool kWhole = kOnePiece, kBlock = G > kWarp;
-  static constexpr int kThreads = kBlock ? G : kRowThreads, kRows = kThreads / G;
   // Threads, blocks that a multiprocessor is to hold: as few as it takes for nothing to be spilled.
   static constexpr int kTogether = sizeof(A) == 8 ? 256 : kBlock && G < 256 ? 384 : 512;
-  static constexpr int kResident = kTogether / kThreads;
+  static constexpr int kThreads = kBlock ? std::max(G, kTogether / 2 / G * G) : kRowThreads;
+  static constexpr int kRows = kThreads / G, kResident = kTogether / kThreads;
   static_assert(C % N == 0 && kThreads % kWarp == 0, "an impossible shape");
 
   SANM_DEVICE static int rank() { return threadIdx.x % G; }
@@ -39,8 +39,20 @@ struct RowShape {
   // Over the lanes that share a row; all lanes of the warp, or block, take part.
   template <typename V, typename Op>
   SANM_DEVICE static V reduce(V x, Op op, V identity) {
-    if constexpr (kBlock) {
+    if constexpr (kBlock && kRows == 1) {
       return block_reduce(x, op, identity, shared_memory<V>());
+    } else if constexpr (kBlock) {
+      V* scratch = shared_memory<V>();
+      x = warp_reduce(x, op);
+      if (lane() == 0) scratch[warp()] = x;
+      __syncthreads();
+      constexpr int kWarps = G / kWarp;
+      const V* own = scratch + warp() / kWarps * kWarps;
+      x = own[0];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) x = op(x, own[w]);
+      __syncthreads();
+      return x;
     } else {
 #pragma unroll
       for (int distance = G / 2; distance > 0; distance /= 2) x = op(x, shuffle_xor(x, distance));
@@ -53,11 +65,12 @@ struct RowShape {
   // The rows in turn, all lanes together: body(row, exists), `row` being a row also where not.
   template <typename Body>
   SANM_DEVICE static void each_row(int64_t n, const Body& body) {
-    constexpr int64_t kWarps = kRowThreads / kWarp, kOfWarp = kBlock ? 1 : kWarp / G;
-    const int64_t first = kBlock ? blockIdx.x : blockIdx.x * kWarps + warp();
-    const int64_t step = kBlock ? gridDim.x : gridDim.x * kWarps;
-    for (int64_t i = first * kOfWarp; i < n; i += step * kOfWarp) {
-      const int64_t row = i + (kBlock ? 0 : lane() / G);
+    // Warps go on by themselves where a row is no more than a warp's; else the block does.
+    constexpr int64_t kApart = kBlock ? 1 : kThreads / kWarp, kTurn = kRows / kApart;
+    const int64_t first = kBlock ? blockIdx.x : blockIdx.x * kApart + warp();
+    const int64_t step = gridDim.x * kApart;
+    for (int64_t i = first * kTurn; i < n; i += step * kTurn) {
+      const int64_t row = i + (kBlock ? threadIdx.x : lane()) / G;
       body(row < n ? row : n - 1, row < n);
     }
   }
@@ -243,7 +256,7 @@ template <typename Shape>
 int64_t row_blocks(const Tensor& on, int64_t n) {
   constexpr int64_t kTurns = 4, kMost = 1024 / Shape::kThreads;
   const int64_t processors = multiprocessors(on), rows = ceil_div(n, Shape::kRows);
-  const int64_t wanted = std::max(processors, ceil_div(rows, kTurns));
+  const int64_t wanted = std::max(2 * processors, ceil_div(rows, kTurns));
   return std::min({rows, wanted, processors * kMost});
 }
 

@@ -175,6 +175,14 @@ inline void __cluster_barrier_wait() {
   cuda_host::group().meet(cuda_host::current->block->cluster->barrier,
                           grid.cluster * grid.block_threads(), "the cluster's barrier", 0);
 }
+namespace cuda_host {
+// All threads of a cooperative launch.
+inline void meet_grid() {
+  const Grid& grid = group().grid;
+  check(grid.cooperative, "a grid meets that is not launched to");
+  group().meet(group().barrier, grid.block_count() * grid.block_threads(), "the grid's barrier", 0);
+}
+}  // namespace cuda_host
 inline void* __cluster_map_shared_rank(void* p, unsigned rank) {
   if (!cuda_host::has_clusters()) return p;
   cuda_host::Block& own = *cuda_host::current->block;
@@ -270,6 +278,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -284,12 +293,16 @@ enum cudaFuncAttribute {
 struct cudaFuncAttributes {
   int ptxVersion, binaryVersion;
 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeCooperative,
+};
 using cudaStream_t = void*;
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     struct { unsigned x, y, z; } clusterDim;
+    int cooperative;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -359,8 +372,15 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute which, 
 
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... a) {
-  const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
-  int limit = 0, major = 0;
+  unsigned cluster = 1;
+  bool cooperative = false;
+  for (unsigned k = 0; k < config->numAttrs; ++k) {
+    const cudaLaunchAttribute& attribute = config->attrs[k];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = attribute.val.clusterDim.x;
+    if (attribute.id == cudaLaunchAttributeCooperative) cooperative = attribute.val.cooperative;
+  }
+  int limit = 0, major = 0, processors = 0;
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
   {
     const std::lock_guard<std::mutex> lock(cuda_host::limits_mutex);
@@ -370,12 +390,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   grid.blocks = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
   grid.threads = {config->blockDim.x, config->blockDim.y, config->blockDim.z};
   grid.cluster = cluster;
+  grid.cooperative = cooperative;
   grid.shared = config->dynamicSmemBytes;
   grid.kernel = reinterpret_cast<const void*>(kernel);
   if (grid.block_threads() == 0 || grid.block_threads() > 1024 || grid.block_count() == 0 ||
       config->dynamicSmemBytes > static_cast<size_t>(limit) || cluster == 0 || cluster > 8 ||
       config->gridDim.x % cluster != 0 || (cluster > 1 && major < 9))
     return cudaErrorInvalidConfiguration;
+  if (cooperative && grid.block_count() > static_cast<uint64_t>(processors))
+    return cudaErrorCooperativeLaunchTooLarge;
   const std::tuple<P...> parameters(std::forward<A>(a)...);
   grid.body = [&] { std::apply(kernel, parameters); };
   try {

@@ -1,9 +1,10 @@
 // Runs the threads of a CUDA grid on the host: as fibers of one thread, or as real threads.
 //
-// SANM_CUDA_HOST_SCHEDULER=fibers (default): one cluster at a time; a fiber runs until it has to
-//   wait, so that results are repeatable. With SANM_CUDA_HOST_ORDER=forward|reverse it is always
-//   the first, or last, that can run: it gets as far ahead of the others as the barriers let it,
-//   and where one is missing, one of the orders reads what is not there yet.
+// SANM_CUDA_HOST_SCHEDULER=fibers (default): one cluster at a time, or all of a cooperative
+//   launch; a fiber runs until it has to wait, so that results are repeatable. With
+//   SANM_CUDA_HOST_ORDER=forward|reverse it is always the first, or last, that can run: it gets as
+//   far ahead of the others as the barriers let it, and where one is missing, one of the orders
+//   reads what is not there yet.
 // SANM_CUDA_HOST_SCHEDULER=threads: for ThreadSanitizer. Only threads that really meet at a barrier
 //   or in a warp are ordered; several blocks run at a time.
 //
@@ -101,6 +102,7 @@ struct Thread {
 struct Grid {
   Index blocks, threads;  // numbers of them
   unsigned cluster = 1;
+  bool cooperative = false;  // all clusters at the same time
   size_t shared = 0;
   const void* kernel = nullptr;
   std::function<void()> body;
@@ -169,6 +171,7 @@ struct Group {
   bool fibers;
   std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<std::unique_ptr<Thread>> threads;
+  Meeting barrier;  // of a cooperative launch
   std::atomic<bool> failed{false};
   std::mutex message_mutex;
   std::string message;
@@ -220,6 +223,7 @@ struct Group {
     }
     failed = true;
     if (fibers) return;
+    wake(barrier);
     for (auto& cluster : clusters) {
       wake(cluster->barrier);
       for (auto& block : cluster->blocks) {
@@ -425,7 +429,9 @@ inline void run(const Grid& grid) {
   const bool reverse = option("SANM_CUDA_HOST_ORDER", "reverse");
   const uint64_t clusters = grid.block_count() / grid.cluster;
   const uint64_t at_a_time =
-      fibers ? 1 : std::max<uint64_t>(1, 512 / (grid.cluster * grid.block_threads()));
+      grid.cooperative ? clusters
+      : fibers         ? 1
+                       : std::max<uint64_t>(1, 512 / (grid.cluster * grid.block_threads()));
   for (uint64_t first = 0; first < clusters; first += at_a_time) {
     Group group(grid, fibers);
     for (uint64_t k = first; k < std::min(clusters, first + at_a_time); ++k)

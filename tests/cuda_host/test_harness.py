@@ -1,6 +1,7 @@
 """The host harness sees what it is for, and sees nothing in the kernels of csrc/cuda.
 
-kernels.cu holds a kernel with a shared buffer, a reduction and a cluster, right and with mistakes.
+kernels.cu holds a kernel with a shared buffer, a reduction, a cluster and a grid that meets, right
+and with mistakes.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def test_a_right_kernel_is_clean_when_sanitized(sanitize, scheduler):
 
 
 @extended
-@pytest.mark.parametrize("case", ["no_barrier", "no_cluster_barrier"])
+@pytest.mark.parametrize("case", ["no_barrier", "no_cluster_barrier", "no_grid_barrier"])
 def test_a_missing_barrier_shows(case):
     results = {run(case, None, "fibers", order).stdout for order in ("forward", "reverse")}
     assert "wrong\n" in results

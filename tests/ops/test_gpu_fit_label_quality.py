@@ -244,6 +244,17 @@ def test_the_same_bits_twice(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("processors", (1, 2, 3, 5, *more(8)))
+def test_any_number_of_multiprocessors(processors, monkeypatch):
+    """Emulated: the CUDA kernel's blocks are as many, and all at work at the same time."""
+    if GPU_DEVICES["cuda"] != "cpu":
+        pytest.skip("a GPU has as many as it has")
+    monkeypatch.setenv("SANM_CUDA_HOST_MULTIPROCESSORS", str(processors))
+    for kind, n in (("two modes", 6001), ("skewed", 2048)):
+        x = data(kind, n)
+        assert_same_fit(gpu_fit("cuda", x), reference_fit(x))
+
+
 @needs_triton
 @pytest.mark.parametrize("max_iter", (1, 10))
 def test_a_fixed_number_of_launches_and_no_look_at_values(max_iter):

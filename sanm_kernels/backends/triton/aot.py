@@ -105,7 +105,7 @@ def compile_one(job: tuple[str, str, int, Any, Any, Any, dict[str, int]]) -> dic
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={**options, **launch.OPTIONS},
+        options={**options, **launch.options("cuda")},
     )
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx)

@@ -13,20 +13,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 from sanm_kernels.backends.triton import tune
 from sanm_kernels.ops.base import library, without_autocast
 
 #: Whether kernels run on the CPU, through Triton's interpreter (TRITON_INTERPRET=1).
 INTERPRETED: bool = knobs.runtime.interpret
-#: How every kernel is compiled. Products and sums are not contracted; left to itself ptxas spills a
-#: few registers to fit more programs.
-OPTIONS = {"enable_fp_fusion": False, "maxnreg": 128}
-
 #: Rows that a program holds at most: what it knows of a row stands in several threads' registers.
 MOST_ROWS = 32
 
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+
+
+def options(backend: str) -> dict[str, Any]:
+    """How every kernel is compiled for Triton's `backend`, "cuda" or "hip".
+
+    Products and sums are not contracted. Left to itself ptxas spills a few registers to fit more
+    programs; Triton's other backends refuse its limit, and with it the launch.
+    """
+    return {"enable_fp_fusion": False} | ({"maxnreg": 128} if backend == "cuda" else {})
+
+
+@functools.cache
+def _own_options() -> dict[str, Any]:
+    """Those of the GPUs here: a process has one kind."""
+    return options("cuda" if INTERPRETED else driver.active.get_current_target().backend)
 
 
 def implements(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -70,7 +82,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
     if _recorded is not None:
         _recorded.append((kernel, arguments, meta))
         return
-    kernel[grid](*arguments, **meta, **OPTIONS)
+    kernel[grid](*arguments, **meta, **_own_options())
 
 
 def launch_tuned(name: str, bucket: int, x: Tensor, go: Callable[[dict[str, int]], None]) -> None:

@@ -1,0 +1,66 @@
+"""Launches of every Triton kernel on NVIDIA and AMD, up to where a GPU would be needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from inputs import COMPILING
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+#: Launches what the ahead-of-time compiler's calls launch, with a driver and a compiler of one's
+#: own making; prints the kernels and the options that Triton's backend for the target understood.
+LAUNCH = """
+import json, sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from sanm_kernels.backends.triton import aot, launch
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget(*TARGET)
+
+class Compiled:
+    function, packed_metadata = None, ()
+    def launch_metadata(self, *_): return None
+    def run(self, *_): pass
+
+options = {}
+
+def do_compile(self, key, signature, device, constants, given, *_):
+    options[self.__name__] = {k: getattr(given, k, None) for k in ("maxnreg", "enable_fp_fusion")}
+    return Compiled()
+
+TARGET = json.loads(sys.argv[1])
+driver.set_active(Driver())
+JITFunction._do_compile = do_compile
+with launch.recording() as recorded:
+    for call in aot.calls().values():
+        call(torch.float32)
+for kernel, arguments, meta in recorded:
+    launch.launch(kernel, (1,), *arguments, **meta)
+print(json.dumps(options))
+"""
+
+
+@pytest.mark.parametrize(
+    "target, registers", [(("cuda", 90, 32), 128), (("hip", "gfx942", 64), None)]
+)
+def test_every_kernel_is_launched_with_options_that_the_target_knows(target, registers):
+    run = subprocess.run(
+        [sys.executable, "-c", LAUNCH, json.dumps(target)],
+        env=COMPILING,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    launched = json.loads(run.stdout)
+    assert len(launched) > 20
+    for name, options in launched.items():
+        assert options == {"maxnreg": registers, "enable_fp_fusion": False}, name

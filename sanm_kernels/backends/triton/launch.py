@@ -24,6 +24,7 @@ INTERPRETED: bool = knobs.runtime.interpret
 MOST_ROWS = 32
 
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+_recorded_rows = slice(None)
 
 
 def options(backend: str) -> dict[str, Any]:
@@ -92,17 +93,19 @@ def launch_tuned(name: str, bucket: int, x: Tensor, go: Callable[[dict[str, int]
     several times with several configurations, so it must write outputs only.
     """
     if _recorded is not None:
-        for _, config in tune.rows(name, 0):
+        for _, config in tune.rows(name, 0)[_recorded_rows]:
             go(config)
         return
     go(tune.choose(name, bucket, x, go))
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Collect launches (kernel, arguments, meta) instead of running them."""
-    global _recorded
-    _recorded = []
+def recording(
+    rows: slice = slice(None),
+) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Collect launches (kernel, arguments, meta) instead of running them, with these table rows."""
+    global _recorded, _recorded_rows
+    _recorded, _recorded_rows = [], rows
     try:
         yield _recorded
     finally:

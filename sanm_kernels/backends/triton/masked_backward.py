@@ -171,7 +171,7 @@ def masked_views_backward(grad: Tensor, boxes: Tensor, mean_fill: bool) -> Tenso
                    *walk.sizes[1:], stride, **meta)  # fmt: skip
         parts = tiles.parts(height, walk)
         launch(
-            views_backward_kernel, (batch, parts.count), grad, boxes, means, out, batch, height,
+            views_backward_kernel, (batch, parts.programs), grad, boxes, means, out, batch, height,
             *walk.sizes, parts.rows, stride, CHANNELS_LAST=last, **meta,
         )  # fmt: skip
 

@@ -165,7 +165,7 @@ def forward(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> Ten
     rebuilt, originals = tiles.dense(reconstruction, last), tiles.dense(images, last)
 
     def go(config: dict[str, int]) -> None:
-        walk = tiles.walk(config["TILE"] // 2, last, rebuilt, originals)
+        walk = tiles.walk(config["TILE"] * 2 // rebuilt.element_size(), last, rebuilt, originals)
         parts, each = tiles.parts(height, walk)
         partial = reconstruction.new_empty(samples, parts, dtype=acc)
         launch(
@@ -197,7 +197,7 @@ def backward(grad: Tensor, reconstruction: Tensor, images: Tensor, boxes: Tensor
     rebuilt, originals = tiles.dense(reconstruction, last), tiles.dense(images, last)
 
     def go(config: dict[str, int]) -> None:
-        walk = tiles.walk(config["TILE"] // 2, last, rebuilt, originals)
+        walk = tiles.walk(config["TILE"] * 2 // rebuilt.element_size(), last, rebuilt, originals)
         parts, each = tiles.parts(height, walk)
         launch(
             reconstruction_backward_kernel, (reconstruction.shape[0], parts), grad, rebuilt,

@@ -77,20 +77,21 @@ def walk(pixels: int, last: bool, *images: Tensor) -> Walk:
 class Parts(NamedTuple):
     """Programs that share the rows of a sample, and rows of each."""
 
-    count: int
+    programs: int
     rows: int
 
 
 def parts(height: int, walk: Walk, most: int = 8) -> Parts:
-    count = min(-(-height // walk.tile["ROWS"]), most)
-    return Parts(count, -(-height // count))
+    """At most `most` programs, of at least one tile's rows each."""
+    programs = min(-(-height // walk.tile["ROWS"]), most)
+    return Parts(programs, -(-height // programs))
 
 
 @triton.jit
 def box(corners, step):
     """First and last row and column of a box: corners (4,) are y0, x0, y1, x1."""
-    y0, x0 = tl.load(corners), tl.load(corners + 1)
-    y1, x1 = tl.load(corners + 2), tl.load(corners + 3)
+    y0, x0 = tl.load(corners).to(tl.int32), tl.load(corners + 1).to(tl.int32)
+    y1, x1 = tl.load(corners + 2).to(tl.int32), tl.load(corners + 3).to(tl.int32)
     return y0, y1, x0 * step, x1 * step
 
 

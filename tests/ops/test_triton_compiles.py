@@ -63,7 +63,7 @@ def test_every_kernel_compiles_for_every_target_without_spills_and_reads_images_
     # Contraction of a·b + c would show as a sum or a product without its own rounding.
     assert not [row for row in rows if row["unrounded"]]
     assert run.returncode == bool(spilling)
-    # The table's row for larger images may have more threads than a small one has vectors.
+    # With the table's row for larger images a small one may have fewer vectors than threads.
     widest: dict[tuple[str, str, str, str], int] = {}
     for row in rows:
         if row["target"] == "sm_90":

@@ -1,10 +1,10 @@
 """``python -m sanm_kernels.backends.triton.aot``: compile every kernel without a GPU.
 
 Calls of every operator are recorded on tensors without memory (device ``meta``), and what they
-would launch is compiled for the targets asked for: for sm_90 with every row of the configuration
-table in every dtype, for the others with the last row, the dtypes taking turns over the variants;
-``--all`` compiles all for all. Prints registers, shared memory, spills and the widest accesses to
-global memory of each kernel, as a table or as JSON.
+would launch is compiled for the targets asked for, the dtypes taking turns over the variants; for
+sm_90 in every dtype, and in one with each other row of the configuration table. ``--all`` compiles
+all for all. Prints registers, shared memory, spills and the widest accesses to global memory of
+each kernel, as a table or as JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TARGETS = {
     "gfx90a": GPUTarget("hip", "gfx90a", 64),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-THOROUGH = "sm_90"  # compiled in full, also without --all
+THOROUGH = "sm_90"  # compiled in every dtype also without --all
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PAPER = Settings(3, True, True, False, True, 0, [0.0], 1.0, 0.02, 0.07, 0.03, 0.8, 1.25)
 _OFFICIAL = _PAPER._replace(centered=False, quantize=True, clamp=False, fill=UNIFORM)
@@ -314,9 +314,9 @@ def calls() -> dict[str, Any]:
     return result
 
 
-def _launches(call: Any, dtype: torch.dtype, rows: slice) -> list[tuple[Any, ...]]:
+def _launches(call: Any, dtype: torch.dtype, every_row: bool) -> list[tuple[Any, ...]]:
     """What a call launches: module, kernel, signature, constants, attributes, options of each."""
-    with launch.recording(rows) as recorded:
+    with launch.recording(every_row) as recorded:
         call(dtype)
     result = []
     for kernel, arguments, meta in recorded:
@@ -331,31 +331,37 @@ def jobs(
     targets: Sequence[str] = tuple(TARGETS), only: str = "", everything: bool = False
 ) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
     """What to compile, without repeats: a row of the report so far, and compile_one's argument."""
-    result = []
+    asked = {name: call for name, call in calls().items() if only in name}
+    recorded = {
+        (name, every_row): list(
+            zip(*(_launches(call, dtype, every_row) for dtype in DTYPES), strict=True)
+        )
+        for name, call in asked.items()
+        for every_row in (False, True)
+    }
+    result: dict[tuple[str, str], tuple[dict[str, Any], tuple[Any, ...]]] = {}
+
+    def add(target: str, name: str, dtype: torch.dtype, what: tuple[Any, ...]) -> None:
+        label = {"call": name, "dtype": str(dtype).removeprefix("torch.")}
+        result.setdefault((target, repr(what)), (label, (*what[:2], target, *what[2:])))
+
     for turn, target in enumerate(targets):
-        full = everything or target == THOROUGH
-        rows = slice(None) if full else slice(-1, None)
-        seen: set[str] = set()
+        if everything or target == THOROUGH:
+            for name in asked:
+                for launches in recorded[name, everything]:
+                    for dtype, what in zip(DTYPES, launches, strict=True):
+                        add(target, name, dtype, what)
+        done = {what for of, what in result if of == target}
         variants: Counter[str] = Counter()
-        for name, call in calls().items():
-            if only not in name:
-                continue
-            for launches in zip(*(_launches(call, dtype, rows) for dtype in DTYPES), strict=True):
-                chosen = list(zip(DTYPES, launches, strict=True))
-                if not full and repr(launches[0]) not in seen:
-                    seen.add(repr(launches[0]))
+        for name in asked:
+            for launches in recorded[name, target == THOROUGH]:
+                if repr(launches[0]) not in done:  # the same in another dtype
+                    done.add(repr(launches[0]))
                     kernel = launches[0][1]
-                    chosen = [chosen[(turn + variants[kernel]) % len(DTYPES)]]
+                    i = (turn + variants[kernel]) % len(DTYPES)
                     variants[kernel] += 1
-                elif not full:
-                    continue
-                for dtype, what in chosen:
-                    if full and repr(what) in seen:
-                        continue
-                    seen.add(repr(what))
-                    label = {"call": name, "dtype": str(dtype).removeprefix("torch.")}
-                    result.append((label, (*what[:2], target, *what[2:])))
-    return result
+                    add(target, name, DTYPES[i], launches[i])
+    return list(result.values())
 
 
 def report(

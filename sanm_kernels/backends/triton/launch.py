@@ -24,7 +24,7 @@ INTERPRETED: bool = knobs.runtime.interpret
 MOST_ROWS = 32
 
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
-_recorded_rows = slice(None)
+_every_row = False
 
 
 def options(backend: str) -> dict[str, Any]:
@@ -93,19 +93,23 @@ def launch_tuned(name: str, bucket: int, x: Tensor, go: Callable[[dict[str, int]
     several times with several configurations, so it must write outputs only.
     """
     if _recorded is not None:
-        for _, config in tune.rows(name, 0)[_recorded_rows]:
-            go(config)
+        for _, config in tune.rows(name, 0):
+            if _every_row or config == tune.choose(name, bucket, x, go):
+                go(config)
         return
     go(tune.choose(name, bucket, x, go))
 
 
 @contextlib.contextmanager
 def recording(
-    rows: slice = slice(None),
+    every_row: bool = False,
 ) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Collect launches (kernel, arguments, meta) instead of running them, with these table rows."""
-    global _recorded, _recorded_rows
-    _recorded, _recorded_rows = [], rows
+    """Collect launches (kernel, arguments, meta) instead of running them.
+
+    With `every_row` those of every configuration, else of the one for the call's size.
+    """
+    global _recorded, _every_row
+    _recorded, _every_row = [], every_row
     try:
         yield _recorded
     finally:

@@ -17,51 +17,65 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanm_kernels.backends.triton import numeric
+from sanm_kernels.backends.triton import numeric, tiles
 
 
 @triton.jit
 def energy(
-    features,  # (C, h, w) of one sample, strides stride_c, stride_h, stride_w
-    e,  # workspace (h·w,) in ACC, written
-    C,
+    features,  # of one sample: (C, n) if CHANNELS_FIRST, else (n, C), of which so many `channels`
+    e,  # workspace (n,) in ACC, written; with GROUP > 1 (1 + GROUP, n)
     n,
-    w,
-    stride_c,
-    stride_h,
-    stride_w,
-    CHANNELS_FIRST: tl.constexpr,  # cells are neighbours in memory, else channels are
-    CELLS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    channels,
+    width,  # GROUP · n or C, in vectors
+    size,  # channels · n in vectors
+    CHANNELS_FIRST: tl.constexpr,
+    GROUP: tl.constexpr,  # channels whose cells make one row
+    VECTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ACC: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a sample need 64 bits
 ):
-    """E[p] = Σ_c F[c, p]², summed in ACC."""
-    for first in range(0, n, CELLS):
-        p = first + tl.arange(0, CELLS)
-        y = p // w
-        x = p % w
-        if WIDE:
-            y = y.to(tl.int64)
-            x = x.to(tl.int64)
-        cells = y * stride_h + x * stride_w
-        if CHANNELS_FIRST:
-            total = tl.zeros((CHANNELS, CELLS), ACC)
-        else:
-            total = tl.zeros((CELLS, CHANNELS), ACC)
-        for start in range(0, C, CHANNELS):
-            c = start + tl.arange(0, CHANNELS)
-            if WIDE:
-                c = c.to(tl.int64)
-            if CHANNELS_FIRST:
-                offsets = c[:, None] * stride_c + cells[None, :]
-                inside = (c < C)[:, None] & (p < n)[None, :]
-            else:
-                offsets = cells[:, None] + c[None, :] * stride_c
-                inside = (p < n)[:, None] & (c < C)[None, :]
-            f = tl.load(features + offsets, mask=inside, other=0.0).to(ACC)
-            total += f * f
-        tl.store(e + p, tl.sum(total, 0 if CHANNELS_FIRST else 1), mask=p < n)
+    """E[p] = Σ_c F[c, p]², summed in ACC.
+
+    Channels first, a column of rows of GROUP channels is one cell: no index is taken apart. With
+    GROUP > 1 the sums of the columns are then added by cell.
+    """
+    length = width * VECTOR
+    if CHANNELS_FIRST:
+        end = tiles.offset(size, VECTOR, WIDE)
+        columns = e
+        if GROUP > 1:
+            columns = e + n
+        rows = (channels + GROUP - 1) // GROUP
+        for left in range(0, length, COLUMNS):
+            j = left + tl.arange(0, COLUMNS)[None, :]
+            total = tl.zeros((ROWS, COLUMNS), ACC)
+            for top in range(0, rows, ROWS):
+                at = tiles.offset(top + tl.arange(0, ROWS)[:, None], length, WIDE) + j
+                f = tl.load(features + at, mask=(j < length) & (at < end), other=0.0).to(ACC)
+                total += f * f
+            i = left + tl.arange(0, COLUMNS)
+            tl.store(columns + i, tl.sum(total, 0), mask=i < length)
+        if GROUP > 1:
+            tl.debug_barrier()
+            for first in range(0, n, COLUMNS):
+                p = first + tl.arange(0, COLUMNS)
+                cell = tl.zeros((COLUMNS,), ACC)
+                for k in tl.static_range(GROUP):
+                    cell += tl.load(columns + k * n + p, mask=p < n, other=0.0)
+                tl.store(e + p, cell, mask=p < n)
+    else:
+        for top in range(0, n, ROWS):
+            p = top + tl.arange(0, ROWS)
+            total = tl.zeros((ROWS, COLUMNS), ACC)
+            for left in range(0, channels, COLUMNS):
+                c = left + tl.arange(0, COLUMNS)[None, :]
+                at = tiles.offset(p[:, None], length, WIDE) + c
+                inside = (p[:, None] < n) & (c < channels // VECTOR * VECTOR)
+                f = tl.load(features + at, mask=inside, other=0.0).to(ACC)
+                total += f * f
+            tl.store(e + p, tl.sum(total, 1), mask=p < n)
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """``python -m sanm_kernels.backends.triton.aot``: compile every kernel without a GPU.
 
-Calls of every operator are recorded on tensors without memory (device ``meta``), each with every
-row of the configuration table, and what they would launch is compiled for the architectures asked
-for. Prints registers, shared memory and spills of each kernel, as a table or as JSON.
+Calls of every operator are recorded on tensors without memory (device ``meta``), and what they
+would launch is compiled for the targets asked for, the dtypes taking turns over the variants; for
+sm_90 in every dtype, and in one with each other row of the configuration table. ``--all`` compiles
+all for all. Prints registers, shared memory, spills and the widest accesses to global memory of
+each kernel, as a table or as JSON.
 """
 
 from __future__ import annotations
@@ -15,21 +17,28 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from sanm_kernels.backends.triton import OPERATORS, launch
 from sanm_kernels.reference.masked_forward import MEAN, PIXEL, UNIFORM, Settings
 
-ARCHITECTURES = (80, 90, 100)
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+THOROUGH = "sm_90"  # compiled in every dtype also without --all
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PAPER = Settings(3, True, True, False, True, 0, [0.0], 1.0, 0.02, 0.07, 0.03, 0.8, 1.25)
 _OFFICIAL = _PAPER._replace(centered=False, quantize=True, clamp=False, fill=UNIFORM)
@@ -98,35 +107,65 @@ def source(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> AST
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_one(job: tuple[str, str, int, Any, Any, Any, dict[str, int]]) -> dict[str, Any]:
-    """Compile one kernel for one architecture and read its resources off the binary."""
-    module, name, arch, signature, constants, attributes, options = job
-    kernel = getattr(importlib.import_module(module), name)
+def compile_one(job: tuple[str, str, str, Any, Any, Any, dict[str, int]]) -> dict[str, Any]:
+    """Compile one kernel for one target and read its resources off the binary."""
+    module, name, target, signature, constants, attributes, options = job
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options={**options, **launch.options("cuda")},
+        ASTSource(getattr(importlib.import_module(module), name), signature, constants, attributes),
+        target=TARGETS[target],
+        options={**options, **launch.options(TARGETS[target].backend)},
     )
-    ptx = compiled.asm["ptx"]
-    target = re.search(r"\.target (\w+)", ptx)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.ptx")
-        file.write_text(ptx)
-        text = subprocess.run(
-            [get_ptxas(arch).path, "-v", "--fmad=false", "--gpu-name", target[1], file,
-             "-o", Path(folder, "kernel.cubin")],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
+    read = _nvidia if TARGETS[target].backend == "cuda" else _amd
     return {
         "kernel": name,
-        "arch": arch,
-        "registers": int(re.findall(r"Used (\d+) registers", text)[0]),
-        "shared": compiled.metadata.shared,
-        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", text))),
+        "target": target,
         "num_warps": options["num_warps"],
+        "shared": compiled.metadata.shared,
+        **read(compiled.asm),
+    }
+
+
+def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    ptx = asm["ptx"]
+    return {
+        "registers": int(numbers["REG"]),
+        "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]),
         # sums and products that ptxas might contract, were it not for its --fmad=false
         "unrounded": len(re.findall(r"\b(?:add|sub|mul|mad)\.(?:ftz\.)?f(?:32|64)\b", ptx)),
+        "widest": {kind: _widest(kind, ptx) for kind in ("ld", "st")},
+    }
+
+
+def _widest(kind: str, ptx: str) -> int:
+    """Bits of the widest access to global memory, "ld" or "st", that a thread makes."""
+    accesses = re.findall(rf"\b{kind}\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
+    return max((int(count or 1) * int(bits) for count, bits in accesses), default=0)
+
+
+def _amd(asm: dict[str, Any]) -> dict[str, Any]:
+    text = asm["amdgcn"]
+
+    def number(what: str) -> int:
+        return sum(map(int, re.findall(rf"\.{what}:\s*(\d+)", text)))
+
+    def widest(what: str) -> int:
+        words = re.findall(rf"\b(?:global|buffer|flat)_{what}_dword(?:x(\d))?\b", text)
+        return max((32 * int(n or 1) for n in words), default=0)
+
+    fused = r"= f(?:add|sub|mul) [a-z ]*\b(?:contract|fast)\b"
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        "unrounded": len(re.findall(fused, asm["llir"])),
+        "widest": {"ld": widest("load"), "st": widest("store")},
     }
 
 
@@ -275,43 +314,64 @@ def calls() -> dict[str, Any]:
     return result
 
 
-def jobs(
-    architectures: Sequence[int], dtypes: Sequence[torch.dtype], only: str = ""
-) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
-    """What to compile, without repeats: a row of the report so far, and compile_one's argument."""
-    seen: set[str] = set()
+def _launches(call: Any, dtype: torch.dtype, every_row: bool) -> list[tuple[Any, ...]]:
+    """What a call launches: module, kernel, signature, constants, attributes, options of each."""
+    with launch.recording(every_row) as recorded:
+        call(dtype)
     result = []
-    for name, call in calls().items():
-        if only not in name:
-            continue
-        for dtype in dtypes:
-            with launch.recording() as recorded:
-                call(dtype)
-            for kernel, arguments, meta in recorded:
-                options = {k: meta[k] for k in ("num_warps", "num_stages") if k in meta}
-                what = source(
-                    kernel, arguments, {k: v for k, v in meta.items() if k not in options}
-                )
-                key = repr((kernel.__name__, what.signature, what.constants, what.attrs, options))
-                if key in seen:
-                    continue
-                seen.add(key)
-                label = {"call": name, "dtype": str(dtype).removeprefix("torch.")}
-                for arch in architectures:
-                    job = (kernel.__module__, kernel.__name__, arch, what.signature,
-                           what.constants, what.attrs, options)  # fmt: skip
-                    result.append((label, job))
+    for kernel, arguments, meta in recorded:
+        options = {k: meta.pop(k) for k in ("num_warps", "num_stages") if k in meta}
+        what = source(kernel, arguments, meta)
+        result.append((kernel.__module__, kernel.__name__, what.signature, what.constants,
+                       what.attrs, options))  # fmt: skip
     return result
 
 
+def jobs(
+    targets: Sequence[str] = tuple(TARGETS), only: str = "", everything: bool = False
+) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """What to compile, without repeats: a row of the report so far, and compile_one's argument."""
+    asked = {name: call for name, call in calls().items() if only in name}
+    recorded = {
+        (name, every_row): list(
+            zip(*(_launches(call, dtype, every_row) for dtype in DTYPES), strict=True)
+        )
+        for name, call in asked.items()
+        for every_row in (False, True)
+    }
+    result: dict[tuple[str, str], tuple[dict[str, Any], tuple[Any, ...]]] = {}
+
+    def add(target: str, name: str, dtype: torch.dtype, what: tuple[Any, ...]) -> None:
+        label = {"call": name, "dtype": str(dtype).removeprefix("torch.")}
+        result.setdefault((target, repr(what)), (label, (*what[:2], target, *what[2:])))
+
+    for turn, target in enumerate(targets):
+        if everything or target == THOROUGH:
+            for name in asked:
+                for launches in recorded[name, everything]:
+                    for dtype, what in zip(DTYPES, launches, strict=True):
+                        add(target, name, dtype, what)
+        done = {what for of, what in result if of == target}
+        variants: Counter[str] = Counter()
+        for name in asked:
+            for launches in recorded[name, target == THOROUGH]:
+                if repr(launches[0]) not in done:  # the same in another dtype
+                    done.add(repr(launches[0]))
+                    kernel = launches[0][1]
+                    i = (turn + variants[kernel]) % len(DTYPES)
+                    variants[kernel] += 1
+                    add(target, name, DTYPES[i], launches[i])
+    return list(result.values())
+
+
 def report(
-    architectures: Sequence[int] = ARCHITECTURES,
-    dtypes: Sequence[torch.dtype] = DTYPES,
+    targets: Sequence[str] = tuple(TARGETS),
     only: str = "",
+    everything: bool = False,
     processes: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Compile everything, in several processes; one row per variant and architecture."""
-    todo = jobs(architectures, dtypes, only)
+    """Compile in several processes; one row per variant and target."""
+    todo = jobs(targets, only, everything)
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
         compiled = pool.map(compile_one, [job for _, job in todo], chunksize=4)
         return [label | row for (label, _), row in zip(todo, compiled, strict=True)]
@@ -320,39 +380,45 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sanm_kernels.backends.triton.aot",
                                      description=__doc__)  # fmt: skip
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="calls whose name holds this")
+    parser.add_argument("--all", action="store_true", help="every variant for every target")
+    parser.add_argument("--processes", type=int, help="by default one a core")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    rows = report(options.arch, only=options.only)
+    rows = report(options.target, options.only, options.all, options.processes)
     print(json.dumps(rows, indent=1) if options.json else table(rows))
     return int(any(row["spills"] for row in rows))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: per kernel and dtype the range over its variants, for each architecture."""
-    groups: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    """Markdown: per kernel and dtype the range over its variants, for each target."""
+    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         group = groups.setdefault((row["kernel"], row["dtype"]), {})
-        group.setdefault(row["arch"], []).append(row)
-    architectures = sorted({row["arch"] for row in rows})
+        group.setdefault(row["target"], []).append(row)
+    targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
     lines = [
-        "| kernel | dtype | variants | "
-        + " | ".join(f"sm_{a}: registers, shared bytes, spilled bytes" for a in architectures)
+        "| kernel | dtype | "
+        + " | ".join(f"{t}: variants, registers, shared, spills, widest" for t in targets)
         + " |",
-        "| --- | --- | --- |" + " --- |" * len(architectures),
+        "| --- | --- |" + " --- |" * len(targets),
     ]
-    for (kernel, dtype), by_arch in sorted(groups.items()):
+    for (kernel, dtype), by_target in sorted(groups.items()):
         cells = []
-        for a in architectures:
-            ranges = []
+        for t in targets:
+            found = by_target.get(t, [])
+            ranges = [str(len(found))]
             for what in ("registers", "shared", "spills"):
-                values = [row[what] for row in by_arch[a]]
-                low, high = min(values), max(values)
-                ranges.append(f"{low}" if low == high else f"{low}–{high}")
+                values = [row[what] for row in found]
+                if values:
+                    low, high = min(values), max(values)
+                    ranges.append(f"{low}" if low == high else f"{low}–{high}")
+            if found:
+                widest = [row["widest"] for row in found]
+                ranges.append("/".join(str(min(w[kind] for w in widest)) for kind in ("ld", "st")))
             cells.append(", ".join(ranges))
-        count = len(by_arch[architectures[0]])
-        lines.append(f"| {kernel} | {dtype} | {count} | " + " | ".join(cells) + " |")
+        lines.append(f"| {kernel} | {dtype} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -23,6 +23,22 @@ INTERPRETED: bool = knobs.runtime.interpret
 MOST_ROWS = 32
 
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+_every_row = False
+
+
+def options(backend: str) -> dict[str, Any]:
+    """How every kernel is compiled for Triton's `backend`, "cuda" or "hip".
+
+    Products and sums are not contracted. Left to itself ptxas spills a few registers to fit more
+    programs; Triton's other backends refuse its limit, and with it the launch.
+    """
+    return {"enable_fp_fusion": False} | ({"maxnreg": 128} if backend == "cuda" else {})
+
+
+@functools.cache
+def _own_options() -> dict[str, Any]:
+    """Those of the GPUs here: a process has one kind."""
+    return options("cuda" if INTERPRETED else driver.active.get_current_target().backend)
 
 
 def options(backend: str) -> dict[str, Any]:
@@ -96,16 +112,22 @@ def launch_tuned(name: str, bucket: int, x: Tensor, go: Callable[[dict[str, int]
     """
     if _recorded is not None:
         for _, config in tune.rows(name, 0):
-            go(config)
+            if _every_row or config == tune.choose(name, bucket, x, go):
+                go(config)
         return
     go(tune.choose(name, bucket, x, go))
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Collect launches (kernel, arguments, meta) instead of running them."""
-    global _recorded
-    _recorded = []
+def recording(
+    every_row: bool = False,
+) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Collect launches (kernel, arguments, meta) instead of running them.
+
+    With `every_row` those of every configuration, else of the one for the call's size.
+    """
+    global _recorded, _every_row
+    _recorded, _every_row = [], every_row
     try:
         yield _recorded
     finally:

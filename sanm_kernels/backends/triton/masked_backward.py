@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sanm_kernels.backends.triton import numeric, painting
+from sanm_kernels.backends.triton import numeric, painting, tiles
 from sanm_kernels.backends.triton.launch import (
     implements,
     launch,
@@ -80,48 +80,74 @@ def modulate_backward(grad: Tensor, targets: Tensor, ratio: Tensor, clamp: bool)
     return result
 
 
-@triton.jit(do_not_specialize=["B", "H", "W", "V"])
-def views_backward_kernel(
-    grad,  # (V·B, Cin, H, W)
+@triton.jit(do_not_specialize=["B", "H", "W", "step", "width", "g_b"])
+def hidden_means_kernel(
+    grad,  # (V·B, Cin, H, W), samples dense
     boxes,  # (V, B, 4) int32
-    result,  # (B, Cin, H, W), contiguous or channels_last, written
-    B, H, W, V, g_b, g_c, g_h, g_w, r_b, r_c, r_h, r_w,
-    MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    means,  # (B, Cin) in ACC, written
+    B, H, W, step, width, g_b,
+    VIEWS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, c): channel c of sample b."""
-    b, c = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    inside_sum = tl.zeros((), ACC)
-    if MEAN:
-        for v in range(0, V):
-            g = grad + (v * B + b) * g_b + c * g_c
-            box = boxes + (v * B + b) * 4
-            hidden_sum = tl.zeros((ROWS, COLUMNS), ACC)
-            for y0 in range(0, H, ROWS):
-                y = (y0 + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-                for x0 in range(0, W, COLUMNS):
-                    x = (x0 + tl.arange(0, COLUMNS)[None, :]).to(tl.int64)
-                    hidden = (y >= tl.load(box)) & (y < tl.load(box + 2))
-                    hidden &= (x >= tl.load(box + 1)) & (x < tl.load(box + 3))
-                    value = tl.load(g + y * g_h + x * g_w, mask=hidden, other=0.0)
-                    hidden_sum += value.to(ACC)
-            inside_sum += tl.sum(tl.sum(hidden_sum, 1), 0) / (H.to(ACC) * W.to(ACC))
-    for y0 in range(0, H, ROWS):
-        y = (y0 + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-        for x0 in range(0, W, COLUMNS):
-            x = (x0 + tl.arange(0, COLUMNS)[None, :]).to(tl.int64)
-            inside = (y < H) & (x < W)
-            total = tl.zeros((ROWS, COLUMNS), ACC)
-            for v in range(0, V):
-                box = boxes + (v * B + b) * 4
-                hidden = (y >= tl.load(box)) & (y < tl.load(box + 2))
-                hidden &= (x >= tl.load(box + 1)) & (x < tl.load(box + 3))
-                offsets = (v * B + b) * g_b + c * g_c + y * g_h + x * g_w
-                value = tl.load(grad + offsets, mask=inside & (hidden == 0), other=0.0)
-                total += value.to(ACC)
-            if MEAN:
-                total += inside_sum
-            offsets = b * r_b + c * r_c + y * r_h + x * r_w
-            tl.store(result + offsets, numeric.cast(total, result.dtype.element_ty), mask=inside)
+    """Program (b, c): what arrives inside the boxes of sample b in channel c, over H·W."""
+    b, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = width * VECTOR
+    plane = tl.where(step > 1, 0, c)
+    mean = tl.zeros((), ACC)
+    for v in tl.static_range(VIEWS):
+        g = grad + (v * B + b) * g_b * VECTOR
+        y0, y1, j0, j1 = tiles.box(boxes + (v * B + b) * 4, step)
+        total = tl.zeros((ROWS, COLUMNS), ACC)
+        for left in range(j0 // VECTOR * VECTOR, j1, COLUMNS):
+            j = left + tl.arange(0, COLUMNS)[None, :]
+            own = tiles.within(j, j0, j1) & (j % step == c - plane)
+            for top in range(y0, y1, ROWS):
+                y = top + tl.arange(0, ROWS)[:, None]
+                at = tiles.offset(plane * H + y, length, WIDE) + j
+                read = (y < y1) & tiles.meets(j, j0, j1, VECTOR)
+                value = tl.load(g + at, mask=read, other=0.0).to(ACC)
+                total += tl.where(own, value, 0.0)
+        mean += tl.sum(tl.sum(total, 1), 0) / (H.to(ACC) * W.to(ACC))
+    tl.store(means + b * tl.num_programs(1) + c, mean)
+
+
+@triton.jit(do_not_specialize=["B", "H", "planes", "step", "width", "rows_each", "g_b"])
+def views_backward_kernel(
+    grad,  # (V·B, Cin, H, W), samples dense
+    boxes,  # (V, B, 4) int32
+    means,  # (B, Cin) in ACC with the mean fill, else None
+    result,  # (B, Cin, H, W), dense in the same order, written
+    B, H, planes, step, width, rows_each, g_b,
+    VIEWS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Program (b, part): its rows of each plane of sample b."""
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = width * VECTOR
+    last = tl.minimum(part * rows_each + rows_each, H)
+    out = result + b * (planes * H) * length
+    for left in range(0, length, COLUMNS):
+        j = left + tl.arange(0, COLUMNS)[None, :]
+        for plane in range(0, planes):
+            if means is not None:
+                c = plane
+                if CHANNELS_LAST:
+                    c = j % step
+                mean = tl.load(means + b * (planes * step) + c)
+            for top in range(part * rows_each, last, ROWS):
+                y = top + tl.arange(0, ROWS)[:, None]
+                at = tiles.offset(plane * H + y, length, WIDE) + j
+                exists = (y < last) & (j < length)
+                total = tl.zeros((ROWS, COLUMNS), ACC)
+                for v in tl.static_range(VIEWS):
+                    sample = v * B + b
+                    y0, y1, j0, j1 = tiles.box(boxes + sample * 4, step)
+                    value = tl.load(grad + sample * g_b * VECTOR + at, mask=exists, other=0.0)
+                    hidden = tiles.within(y, y0, y1) & tiles.within(j, j0, j1)
+                    total += tl.where(hidden, 0.0, value.to(ACC))
+                if means is not None:
+                    total += mean
+                tl.store(out + at, numeric.cast(total, result.dtype.element_ty), mask=exists)
 
 
 @implements("masked_views_backward")
@@ -130,18 +156,27 @@ def masked_views_backward(grad: Tensor, boxes: Tensor, mean_fill: bool) -> Tenso
     views, batch = boxes.shape[:2]
     _, channels, height, width = grad.shape
     result = torch.empty_like(grad[:batch])
+    last = is_channels_last(result)
+    grad, out, boxes = tiles.dense(grad, last), tiles.dense(result, last), boxes.contiguous()
+    acc = accumulate_dtype(grad)
+    means = grad.new_empty(batch, channels, dtype=acc) if mean_fill else None
 
     def go(config: dict[str, int]) -> None:
-        columns = min(power_of_2(width), 256)
+        walk = tiles.walk(config["TILE"], last, grad, out)
+        meta = {"VIEWS": views, "ACC": triton_dtype(acc), "WIDE": wide(out[:1]),
+                "num_warps": config["num_warps"], **walk.tile}  # fmt: skip
+        stride = grad.stride(0) // walk.vector
+        if means is not None:
+            launch(hidden_means_kernel, (batch, channels), grad, boxes, means, batch, height, width,
+                   *walk.sizes[1:], stride, **meta)  # fmt: skip
+        parts = tiles.parts(height, walk)
         launch(
-            views_backward_kernel, (batch, channels), grad, boxes.contiguous(), result, batch,
-            height, width, views, *grad.stride(), *result.stride(), MEAN=mean_fill,
-            ROWS=max(min(config["TILE"] // columns, power_of_2(height)), 1), COLUMNS=columns,
-            ACC=triton_dtype(accumulate_dtype(grad)), num_warps=config["num_warps"],
+            views_backward_kernel, (batch, parts.programs), grad, boxes, means, out, batch, height,
+            *walk.sizes, parts.rows, stride, CHANNELS_LAST=last, **meta,
         )  # fmt: skip
 
-    launch_tuned("pixels", height * width, grad, go)
-    return result
+    launch_tuned("pixels", channels * height * width, grad, go)
+    return out if out is result else result.copy_(out)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -178,27 +213,30 @@ def logits_backward_kernel(
         tl.store(result + b * K + k, d, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["C", "n"])
+@triton.jit(do_not_specialize=["A", "N", "group", "width", "size"])
 def features_backward_kernel(
-    pooled_grad,  # (B, C) in ACC: d·W
-    visible,  # (B, h·w) in ACC: v/Σv
-    result,  # (B, C, h, w), contiguous or channels_last, written
-    C, n, r_b, r_c, r_p,
-    CELLS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+    first,  # (B, A) in ACC
+    second,  # (B, N) in ACC
+    result,  # (B, A, N), written
+    A, N, group, width, size,
+    VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, block of channels): dF[c, p] = dz[c]·v[p]/Σv."""
+    """Program (b, part): ROWS · group rows of the outer product of first[b] and second[b].
+
+    `group` rows are written as one of `width` vectors, so that each begins at a whole vector.
+    """
     b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    dz = tl.load(pooled_grad + b * C + c, mask=c < C, other=0.0)
-    if WIDE:
-        c = c.to(tl.int64)
-    for first in range(0, n, CELLS):
-        p = first + tl.arange(0, CELLS)
-        v = tl.load(visible + b * n + p, mask=p < n, other=0.0)
-        offsets = c[:, None] * r_c + p[None, :] * r_p
-        inside = (c < C)[:, None] & (p < n)[None, :]
-        value = numeric.cast(dz[:, None] * v[None, :], result.dtype.element_ty)
-        tl.store(result + b * r_b + offsets, value, mask=inside)
+    length = width * VECTOR
+    end = tiles.offset(size, VECTOR, WIDE)
+    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    for left in range(0, length, COLUMNS):
+        j = left + tl.arange(0, COLUMNS)[None, :]
+        at = tiles.offset(y, length, WIDE) + j
+        exists = (j < length) & (at < end)
+        row = y * group + j // N
+        value = tl.load(first + b * A + row, mask=exists, other=0.0)
+        value *= tl.load(second + b * N + j % N)
+        tl.store(result + b * end + at, numeric.cast(value, result.dtype.element_ty), mask=exists)
 
 
 @implements("classifier_backward")
@@ -231,13 +269,20 @@ def classifier_backward(
     spec = Spec(tuple(features.shape), features.dtype, is_channels_last(features))
     df = spec.empty(features.device)
 
+    # dF = dz ⊗ v in the order of memory
+    first, second = (visible, dz) if spec.channels_last else (dz, visible)
+    outer_rows, length = (h * w, channels) if spec.channels_last else (channels, h * w)
+
     def outer(config: dict[str, int]) -> None:
-        cells = min(power_of_2(h * w), 256)
-        block = max(min(config["TILE"] // cells, power_of_2(channels)), 1)
+        v = tiles.vector(df)
+        group = tiles.group(length, v)
+        columns = min(power_of_2(group * length), 1024, config["TILE"])
+        groups = -(-outer_rows // group)
+        rows = max(min(config["TILE"] // columns, power_of_2(groups)), 1)
         launch(
-            features_backward_kernel, (batch, -(-channels // block)), dz, visible, df, channels,
-            h * w, df.stride(0), df.stride(1), channels if spec.channels_last else 1,
-            CELLS=cells, CHANNELS=block, WIDE=wide(df[:1]), num_warps=config["num_warps"],
+            features_backward_kernel, (batch, -(-groups // rows)), first, second, df, outer_rows,
+            length, group, group * length // v, channels * h * w // v, VECTOR=v, ROWS=rows,
+            COLUMNS=columns, WIDE=wide(df[:1]), num_warps=config["num_warps"],
         )  # fmt: skip
 
     launch_tuned("pixels", channels * h * w, features, outer)

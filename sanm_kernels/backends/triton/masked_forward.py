@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sanm_kernels.backends.triton import activation, numeric, painting
+from sanm_kernels.backends.triton import activation, numeric, painting, tiles
 from sanm_kernels.backends.triton.launch import (
     implements,
     launch,
@@ -33,7 +33,6 @@ from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, empty_outputs
 from sanm_kernels.reference.masked_forward import (
     CONSTANT,
     MEAN,
-    PIXEL,
     UNIFORM,
     Settings,
     is_channels_last,
@@ -45,74 +44,80 @@ BUSY = 264
 #: Elements of a sample's image or map below which splitting is not worth a second launch.
 SPLIT = 1 << 16
 
-_SIZES = ["B", "C", "h", "w", "H", "W", "K", "Cin", "SLICES", "BITS"]
+_SIZES = [
+    "B", "C", "h", "w", "H", "W", "K", "SLICES", "BITS", "draw_count", "fill_stride", "rows_each",
+    "room", "f_b", "width", "size", "x_b", "planes", "step", "length",
+]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["C", "h", "w", "channels"])
+@triton.jit(do_not_specialize=["n", "C", "channels", "slice", "room", "f_b", "width", "size"])
 def energy_kernel(
-    features,  # (B, C, h, w)
-    partial,  # (B, SLICES, h·w) in ACC, written
-    C, h, w, channels, stride_b, stride_c, stride_h, stride_w,
-    CHANNELS_FIRST: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr,
+    features,  # (B, C, h, w), samples dense
+    partial,  # (B, SLICES, room) in ACC, of which the first n are written
+    n, C, channels, slice, room, f_b, width, size,
+    CHANNELS_FIRST: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
+    MAP_ROWS: tl.constexpr, MAP_COLUMNS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, s): Σ F² over the channels of slice s."""
-    b, s, slices = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    start = s * channels
-    f = features + b.to(tl.int64) * stride_b + start.to(tl.int64) * stride_c
-    e = partial + (b.to(tl.int64) * slices + s) * (h * w)
-    count = tl.minimum(channels, C - start)
-    activation.energy(f, e, count, h * w, w, stride_c, stride_h, stride_w,
-                      CHANNELS_FIRST, CELLS, CHANNELS, ACC, WIDE)  # fmt: skip
+    """Program (b, s): Σ F² over the channels of slice s, which begins `slice` vectors on."""
+    b, s, slices = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    f = features + (b * f_b + s.to(tl.int64) * slice) * VECTOR
+    count = tl.minimum(channels, C - s * channels)
+    activation.energy(f, partial + (b * slices + s) * room, n, count, width,
+                      tl.minimum(slice, size - s * slice), CHANNELS_FIRST, GROUP, VECTOR, MAP_ROWS,
+                      MAP_COLUMNS, ACC, WIDE)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "draw_count", "stats_stride", "rows_each"])
+@triton.jit(do_not_specialize=_SIZES)
 def masked_forward_kernel(
-    features,  # (B, C, h, w), or with SLICES > 0 partial energies (B, SLICES, h·w)
-    workspace,  # (B·programs, h·w) in ACC: each program's energy map
+    features,  # (B, C, h, w), samples dense, or with SLICES > 0 partial energies (B, SLICES, room)
+    workspace,  # (B·programs, room) in ACC: each program's energy map
     targets,  # (B, K) floats or (B,) int64, or None
     clean_prob,  # (B,) float32
     draws,  # (B, draw_count) float64 or None
     seed,  # () int64 or None
     sample_index,  # (B,) int64 or None
-    images,  # (B, Cin, H, W) or None
-    fills,  # float64: (1 or Cin,) of CONSTANT, workspace (B·programs, Cin) of MEAN, else None
+    images,  # (B, Cin, H, W), samples dense, or None
+    fills,  # float64: (1 or Cin,) of CONSTANT; workspace (B·programs, Cin) of MEAN, (·, V·Cin) of
+    #         UNIFORM; else None
     stats,  # (5, B) in ACC
     positions,  # (2, B, 2) int32
     ratio,  # (S, B) float32
     boxes,  # (V, B, 4) int32
     all_boxes,  # workspace (B·programs, V, 4) int32: each program's boxes
     new_targets,  # (S, B, K)
-    views,  # (V·B, Cin, H, W), contiguous or channels_last
-    B, C, h, w, H, W, K, Cin, SLICES, BITS, draw_count, fill_stride, rows_each,
-    f_b, f_c, f_h, f_w, t_b, t_k, q_b, i_b, x_b, x_c, x_h, x_w,
+    views,  # (V·B, Cin, H, W), dense in the same order
+    B, C, h, w, H, W, K, SLICES, BITS, draw_count, fill_stride, rows_each, room, f_b, width, size,
+    x_b, planes, step, length, t_b, t_k, q_b, i_b,
     ratio_low: tl.float64, ratio_high: tl.float64, ratio_gamma: tl.float64,
     aspect_low: tl.float64, aspect_high: tl.float64, area_scale: tl.float64,
     VIEWS: tl.constexpr, SHARED: tl.constexpr, CENTERED: tl.constexpr, QUANTIZE: tl.constexpr,
     CLAMP: tl.constexpr, FILL: tl.constexpr, SPLIT_MAP: tl.constexpr, SOFT: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr,
-    ACC: tl.constexpr, TARGET_ACC: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
-    SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
-    IMAGE_ROWS: tl.constexpr, IMAGE_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, GROUP: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr, TARGET_ACC: tl.constexpr, CELLS: tl.constexpr, MAP_ROWS: tl.constexpr,
+    MAP_COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr, LOCATE_COLUMNS: tl.constexpr,
+    CLASSES: tl.constexpr, MEANS: tl.constexpr, NOISE_ROWS: tl.constexpr,
+    NOISE_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, VECTOR: tl.constexpr, IMAGE_VECTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (b, part): everything of sample b; its rows of the image."""
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own = b * tl.num_programs(1) + part
     n = h * w
-    e = workspace + own * n
+    e = workspace + own * room
     if SPLIT_MAP:
         for first in range(0, n, CELLS):
             p = first + tl.arange(0, CELLS)
             total = tl.zeros((CELLS,), ACC)
             for s in range(0, SLICES):
-                total += tl.load(features + (b * SLICES + s) * n + p, mask=p < n, other=0.0)
+                total += tl.load(features + (b * SLICES + s) * room + p, mask=p < n, other=0.0)
             tl.store(e + p, total, mask=p < n)
     else:
-        activation.energy(features + b * f_b, e, C, n, w, f_c, f_h, f_w,
-                          CHANNELS_FIRST, CELLS, CHANNELS, ACC, WIDE)  # fmt: skip
+        activation.energy(features + b * f_b * VECTOR, e, n, C, width, size, CHANNELS_FIRST, GROUP,
+                          VECTOR, MAP_ROWS, MAP_COLUMNS, ACC, WIDE)  # fmt: skip
     tl.debug_barrier()  # E is written and will be read by other threads
     high, low, mean, std, entropy, finite = activation.statistics(e, n, CELLS, ACC)
-    peak, trough = activation.locate(e, finite, h, w, H, W, BITS, QUANTIZE, SEGMENTS, COLUMNS)
+    peak, trough = activation.locate(e, finite, h, w, H, W, BITS, QUANTIZE, SEGMENTS,
+                                      LOCATE_COLUMNS)  # fmt: skip
     if part == 0:
         tl.store(stats + b, high)
         tl.store(stats + B + b, low)
@@ -165,36 +170,45 @@ def masked_forward_kernel(
                     painting.modulate(targets + b * t_b, new_targets + (own_draw * B + b) * K,
                                       r, K, t_k, SOFT, CLAMP, CLASSES, TARGET_ACC)  # fmt: skip
         if images is not None:
-            image = images + b * x_b
+            image = images + b * x_b * IMAGE_VECTOR
             fill = fills
-            if FILL == 2:
-                fill = fills + own * Cin
-                painting.means(image, fill, Cin, H, W, x_c, x_h, x_w, IMAGE_ROWS, IMAGE_COLUMNS,
-                               WIDE)  # fmt: skip
+            fill_view = 0
             if FILL == 1:
-                fill = given
-            tl.debug_barrier()  # boxes and means are written
-            sets: tl.constexpr = 1 if SHARED else COUNT
-            rows = H if CHANNELS_LAST else Cin * H
+                count = COUNT * planes * step
+                fill = fills + own * count
+                fill_view = planes * step
+                painting.uniforms(fill, given, number + 2 * (1 if SHARED else COUNT), count, index,
+                                  key, 32)  # fmt: skip
+            if FILL == 2:
+                fill = fills + own * (planes * step)
+                painting.means(image, fill, planes, step, H * length, IMAGE_VECTOR, MEANS, WIDE)
+            tl.debug_barrier()  # boxes and fills are written
             first = part * rows_each
-            last = tl.minimum(first + rows_each, rows)
-            volume = (H * W).to(tl.int64) * Cin
+            last = tl.minimum(first + rows_each, H)
+            volume = (planes * H).to(tl.int64) * (length * IMAGE_VECTOR)
+            view_0 = views + b * volume
             painting.paint(
-                image, views + b * volume, B * volume, mine, 4, fill, fill_stride,
-                number + 2 * sets, index, key, first, last, Cin, H, W, x_c, x_h, x_w,
-                VIEWS, FILL, CHANNELS_LAST, DENSE, IMAGE_ROWS, IMAGE_COLUMNS,
-                WIDE,
+                image, view_0, B * volume, mine, fill, fill_stride, fill_view, first, last, planes,
+                H, length * IMAGE_VECTOR, step, VIEWS, FILL, CHANNELS_LAST, ROWS, COLUMNS, WIDE,
             )  # fmt: skip
+            if FILL == 3:
+                tl.debug_barrier()  # the boxes are copied, and will be written by other threads
+                painting.noise(
+                    view_0, B * volume, mine, index, key, first, last, planes, H,
+                    length * IMAGE_VECTOR, step, VIEWS, NOISE_ROWS, NOISE_COLUMNS, WIDE,
+                )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["C", "h", "w", "H", "W"])
+@triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "f_b", "width"])
 def pool_kernel(
-    features,  # (B, C, h, w)
+    features,  # (B, C, h, w), samples dense
     boxes,  # (≥ B, 4) int32: the first view's
     pooled,  # (B, C) in ACC, written
     visible,  # (B, h·w) in ACC, written
-    C, h, w, H, W, f_b, f_c, f_h, f_w,
-    CELLS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    C, h, w, H, W, f_b,
+    width,  # h·w if CHANNELS_FIRST, else C, in vectors
+    CHANNELS_FIRST: tl.constexpr, VECTOR: tl.constexpr, CELLS: tl.constexpr,
+    CHANNELS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program b: v, the share of each cell's area outside the box, and z = Σ v·F / Σ v."""
     b = tl.program_id(0).to(tl.int64)
@@ -224,20 +238,24 @@ def pool_kernel(
         tl.debug_barrier()
         tl.store(visible + b * n + p, share, mask=p < n)
     tl.debug_barrier()
+    f = features + b * f_b * VECTOR
+    length = width * VECTOR
     for start in range(0, C, CHANNELS):
         c = start + tl.arange(0, CHANNELS)
-        far = c
-        if WIDE:
-            far = c.to(tl.int64)
         z = tl.zeros((CHANNELS,), ACC)
         for first in range(0, n, CELLS):
             p = first + tl.arange(0, CELLS)
-            cells = (p // w) * f_h + (p % w) * f_w
-            inside = (c < C)[:, None] & (p < n)[None, :]
-            offsets = far[:, None] * f_c + cells[None, :]
-            f = tl.load(features + b * f_b + offsets, mask=inside, other=0.0).to(ACC)
             share = tl.load(visible + b * n + p, mask=p < n, other=0.0)
-            z += tl.sum(f * share[None, :], 1)
+            if CHANNELS_FIRST:
+                at = tiles.offset(c[:, None], length, WIDE) + p[None, :]
+                inside = (c < C)[:, None] & (p < length)[None, :]
+                v = tl.load(f + at, mask=inside, other=0.0).to(ACC)
+                z += tl.sum(v * share[None, :], 1)
+            else:
+                at = tiles.offset(p[:, None], length, WIDE) + c[None, :]
+                inside = (p < n)[:, None] & (c < length)[None, :]
+                v = tl.load(f + at, mask=inside, other=0.0).to(ACC)
+                z += tl.sum(v * share[:, None], 0)
         tl.store(pooled + b * C + c, z, mask=c < C)
 
 
@@ -267,25 +285,28 @@ def _samples(
     parts = 1
     if 0 < batch < BUSY and max(channels * cells, image_size) >= SPLIT:
         parts = min(-(-BUSY // batch), 16)
-    channels_first = features.stride(1) >= features.stride(3)
+    map_last = is_channels_last(features[:1])
+    features = tiles.dense(features, map_last)
     channels_last = images is not None and is_channels_last(images)
+    if images is not None:
+        images = tiles.dense(images, channels_last)
+    # The map as a matrix: rows of `group` channels, or of all channels of a cell.
+    v = tiles.vector(features, rows=channels if map_last else 0)
+    group = 1 if map_last else tiles.group(cells, v)
+    length = channels if map_last else group * cells
+    room = cells if group == 1 else (1 + group) * cells
     draws, sample_index = given.get("draws"), given.get("sample_index")
     if draws is not None:
         draws = draws.contiguous()
-    fills, fill_stride = None, 0
+    fills, fill_stride = None, 1
     if images is not None and settings.fill == CONSTANT:
         fills = _constants(tuple(settings.fill_value), device)
         fill_stride = int(len(settings.fill_value) > 1)
-    elif images is not None and settings.fill == MEAN:
-        fills, fill_stride = torch.empty(batch * parts, image_channels, dtype=torch.float64,
-                                         device=device), 1  # fmt: skip
-    workspace = torch.empty(batch * parts, cells, dtype=acc, device=device)
+    elif images is not None and settings.fill in (MEAN, UNIFORM):
+        count = image_channels * (settings.view_count if settings.fill == UNIFORM else 1)
+        fills = torch.empty(batch * parts, count, dtype=torch.float64, device=device)
+    workspace = torch.empty(batch * parts, room, dtype=acc, device=device)
     all_boxes = torch.empty(batch * parts, settings.view_count, 4, dtype=torch.int32, device=device)
-    rows = height if channels_last else image_channels * height
-    dense = images is not None and (
-        images[:1].is_contiguous()
-        or (channels_last and images[:1].is_contiguous(memory_format=torch.channels_last))
-    )
     soft = targets is not None and targets.is_floating_point()
     classes = given.get("num_classes", 2)
     target_acc = accumulate_dtype(targets) if targets is not None and soft else torch.float32
@@ -295,47 +316,53 @@ def _samples(
     def go(config: dict[str, int]) -> None:
         source, slices = features, 0
         tile, warps = config["TILE"], config["num_warps"]
-        cell_block = min(power_of_2(cells), 1024 if channels_first else 64)
-        tiles = {
-            "CHANNELS_FIRST": channels_first,
-            "CELLS": cell_block,
-            "CHANNELS": max(min(power_of_2(channels), tile // cell_block), 1),
+        columns = min(power_of_2(length), 64 if map_last else 1024, tile)
+        rows = power_of_2(cells if map_last else -(-channels // group))
+        tile_map = {
+            "CHANNELS_FIRST": not map_last,
+            "GROUP": group,
+            "VECTOR": v,
+            "MAP_ROWS": max(min(rows, tile // columns), 1),
+            "MAP_COLUMNS": columns,
             "ACC": triton_dtype(acc),
             "WIDE": wide(features[:1], None if images is None else images[:1]),
             "num_warps": warps,
         }
         if parts > 1:
-            each = -(-channels // parts)
+            unit = v if map_last else group
+            each = -(-channels // (parts * unit)) * unit
             slices = -(-channels // each)
-            source = torch.empty(batch, slices, cells, dtype=acc, device=device)
-            launch(energy_kernel, (batch, slices), features, source, channels, h, w, each,
-                   *features.stride(), **tiles)  # fmt: skip
-        # Random numbers and float64 sums take many registers an element.
-        share = {PIXEL: 8, MEAN: 4, UNIFORM: 4}.get(settings.fill, 2)
-        pixels = tile // share
-        columns = min(power_of_2(width * image_channels if channels_last else width), 256, pixels)
+            source = torch.empty(batch, slices, room, dtype=acc, device=device)
+            launch(energy_kernel, (batch, slices), features, source, cells, channels, each,
+                   each * (1 if map_last else cells) // v, room, features.stride(0) // v,
+                   length // v, channels * cells // v, **tile_map)  # fmt: skip
+        walk = tiles.Walk(0, 0, 0, 1, {"VECTOR": 1, "ROWS": 1, "COLUMNS": 1})
+        if images is not None:  # two views take the registers of two
+            walk = tiles.walk(tile * 2 // images.element_size(), channels_last, images)
+        noise = min(walk.tile["COLUMNS"], 32)
         launch(
             masked_forward_kernel, (batch, parts), source, workspace, targets, clean_prob,
             draws, given.get("seed"), sample_index, images, fills, stats, positions,
             out.get("ratio"), out.get("boxes"), all_boxes, out.get("new_targets"),
-            out.get("views"), batch, channels, h, w, height, width, classes, image_channels,
-            slices, height.bit_length(), 0 if draws is None else draws.shape[1],
-            fill_stride, -(-rows // parts), *features.stride(),
+            out.get("views"), batch, channels, h, w, height, width, classes, slices,
+            height.bit_length(), 0 if draws is None else draws.shape[1], fill_stride,
+            -(-height // parts), room, features.stride(0) // v, length // v, channels * cells // v,
+            0 if images is None else images.stride(0) // walk.vector, *walk.sizes,
             *(0, 0) if targets is None else (targets.stride(0), targets.stride(-1)),
             0 if clean_prob is None else clean_prob.stride(0),
             0 if sample_index is None else sample_index.stride(0),
-            *(0, 0, 0, 0) if images is None else images.stride(),
             settings.ratio_low, settings.ratio_high, settings.ratio_gamma, settings.aspect_low,
             settings.aspect_high, settings.area_scale,
             VIEWS=settings.views, SHARED=settings.shared, CENTERED=settings.centered,
             QUANTIZE=settings.quantize, CLAMP=settings.clamp,
             FILL=settings.fill if images is not None else CONSTANT, SPLIT_MAP=parts > 1,
-            SOFT=soft, CHANNELS_LAST=channels_last, DENSE=dense,
-            TARGET_ACC=triton_dtype(target_acc), SEGMENTS=segments,
-            COLUMNS=max(min(power_of_2(width), 128 * warps // segments), 1),
-            CLASSES=min(power_of_2(classes), 1024),
-            IMAGE_ROWS=max(min(pixels // columns, power_of_2(rows)), 1), IMAGE_COLUMNS=columns,
-            **tiles,
+            SOFT=soft, CHANNELS_LAST=channels_last, TARGET_ACC=triton_dtype(target_acc),
+            CELLS=min(power_of_2(cells), 1024), SEGMENTS=segments,
+            LOCATE_COLUMNS=max(min(power_of_2(width), 128 * warps // segments), 1),
+            CLASSES=min(power_of_2(classes), 1024), NOISE_ROWS=64 * warps // noise,
+            NOISE_COLUMNS=noise, MEANS=max(tile // 2, power_of_2(walk.step * walk.vector)),
+            ROWS=walk.tile["ROWS"], COLUMNS=walk.tile["COLUMNS"], IMAGE_VECTOR=walk.vector,
+            **tile_map,
         )  # fmt: skip
 
     launch_tuned("masked_forward", channels * cells, features, go)
@@ -378,13 +405,18 @@ def _classify(
     batch, channels, h, w = features.shape
     acc = accumulate_dtype(features)
     cells = min(power_of_2(h * w), 256)
+    last = is_channels_last(features[:1])
+    source = tiles.dense(features, last)
+    length = channels if last else h * w
+    v = tiles.vector(source, rows=length)
 
     def go(config: dict[str, int]) -> None:
         launch(
-            pool_kernel, (batch,), features, out["boxes"], out["pooled"], out["visible"],
-            channels, h, w, height, width, *features.stride(), CELLS=cells,
+            pool_kernel, (batch,), source, out["boxes"], out["pooled"], out["visible"], channels, h,
+            w, height, width, source.stride(0) // v, length // v, CHANNELS_FIRST=not last, VECTOR=v,
+            CELLS=cells,
             CHANNELS=max(min(power_of_2(channels), config["TILE"] // cells), 1),
-            ACC=triton_dtype(acc), WIDE=wide(features[:1]), num_warps=config["num_warps"],
+            ACC=triton_dtype(acc), WIDE=wide(source[:1]), num_warps=config["num_warps"],
         )  # fmt: skip
 
     launch_tuned("masked_forward", channels * h * w, features, go)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanm_kernels.backends.triton import draws, numeric
+from sanm_kernels.backends.triton import draws, numeric, tiles
 
 
 @triton.jit
@@ -95,92 +95,126 @@ def modulate(
 
 
 @triton.jit
+def uniforms(out, given, first, count, index, seed, BLOCK: tl.constexpr):
+    """out[k] = the sample's uniform number first + k, for k < count."""
+    for k0 in range(0, count, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        value = draw(given, first + tl.minimum(k, count - 1), index, seed)
+        tl.store(out + k, value, mask=k < count)
+
+
+@triton.jit
 def means(
-    image,  # (Cin, H, W) of one sample
-    out,  # workspace (Cin,) float64, written
-    Cin, H, W, stride_c, stride_h, stride_w,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    image,  # of one sample: `planes` planes of `size` vectors, each with `step` channels
+    out,  # workspace (planes · step,) float64, written
+    planes, step, size,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The sample's mean per channel, in float64."""
-    for channel in range(0, Cin):
-        c = tl.full((), channel, tl.int64 if WIDE else tl.int32)
-        total = tl.zeros((ROWS, COLUMNS), tl.float64)
-        for y0 in range(0, H, ROWS):
-            y = y0 + tl.arange(0, ROWS)[:, None]
-            if WIDE:
-                y = y.to(tl.int64)
-            for x0 in range(0, W, COLUMNS):
-                x = x0 + tl.arange(0, COLUMNS)[None, :]
-                if WIDE:
-                    x = x.to(tl.int64)
-                offsets = c * stride_c + y * stride_h + x * stride_w
-                total += tl.load(image + offsets, mask=(y < H) & (x < W), other=0.0).to(tl.float64)
-        mean = tl.sum(tl.sum(total, 1), 0) / (H.to(tl.int64) * W).to(tl.float64)
-        tl.store(out + channel, mean)
+    """The sample's mean per channel, in float64.
+
+    A plane is read in blocks of whole pixels, so that each element of a block keeps its channel.
+    """
+    slot = tl.arange(0, BLOCK)
+    each = BLOCK // (step * VECTOR) * step * VECTOR
+    length = tiles.offset(size, VECTOR, WIDE)
+    for plane in range(0, planes):
+        total = tl.zeros((BLOCK,), tl.float64)
+        for block in range(0, tl.cdiv(length, each)):
+            at = tiles.offset(block, each, WIDE) + slot
+            inside = (slot < each) & (at < length)
+            at += tiles.offset(plane, length, WIDE)
+            total += tl.load(image + at, mask=inside, other=0.0).to(tl.float64)
+        for c in range(0, step):
+            own = tl.sum(tl.where(slot % step == c, total, 0.0), 0)
+            tl.store(out + plane * step + c, own / (length // step).to(tl.float64))
+
+
+@triton.jit
+def _fill(fills, c, FILL: tl.constexpr, DTYPE: tl.constexpr):
+    """The filling of channels c as it is stored; with FILL 3 every pixel has its own."""
+    if FILL == 3:
+        return tl.full((), 0.0, DTYPE)
+    else:
+        fill = tl.load(fills + c)
+        if tl.float64 != DTYPE:
+            fill = fill.to(tl.float32)
+        return numeric.cast(fill, DTYPE)
+
+
+@triton.jit
+def _hide(v, hidden, fill, FILL: tl.constexpr):
+    if FILL == 3:  # for `noise`, after all is copied
+        return v
+    else:
+        return tl.where(hidden, fill, v)
 
 
 @triton.jit
 def paint(
-    image,  # (Cin, H, W) of one sample
-    out,  # the sample's first view, dense; the second view lies `view_stride` elements on
-    view_stride,
-    boxes,  # (V, 4) of the sample at stride box_stride
-    box_stride,
-    fills,  # float64: CONSTANT (1 or Cin,), MEAN (Cin,); UNIFORM: the given draws' row or None
-    fill_stride, first_fill, index, seed, first, last, Cin, H, W,
-    stride_c, stride_h, stride_w,
+    image,  # (Cin, H, W) of one sample, dense
+    out,  # the sample's first view, dense in the same order
+    view_stride,  # elements from there to the second
+    boxes,  # (V, 4) of the sample
+    fills,  # float64: of channel c of view v at c·fill_stride + v·fill_view
+    fill_stride, fill_view, first, last, planes, H, length, step,
     VIEWS: tl.constexpr,  # 1: max, 2: min, 3: both
     FILL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,  # of `out`: rows are the image's, columns x·Cin + c; else rows are
-    #                               c·H + y, columns x
-    DENSE: tl.constexpr,  # the image lies in memory as `out` does
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Copies rows `first` to `last` of the image into every view, each view's box filled."""
+    """Copies rows `first` to `last` of every plane into every view, each view's box filled."""
     COUNT: tl.constexpr = 2 if VIEWS == 3 else 1
-    length = W * Cin if CHANNELS_LAST else W
-    for r0 in range(first, last, ROWS):
-        r = r0 + tl.arange(0, ROWS)[:, None]
-        if WIDE:
-            r = r.to(tl.int64)
-        for j0 in range(0, length, COLUMNS):
-            j = j0 + tl.arange(0, COLUMNS)[None, :]
-            if WIDE:
-                j = j.to(tl.int64)
+    TYPE: tl.constexpr = out.dtype.element_ty
+    other = boxes + 4 * (COUNT - 1)
+    for left in range(0, length, COLUMNS):
+        j = left + tl.arange(0, COLUMNS)[None, :]
+        for plane in range(0, planes):
+            c = plane
             if CHANNELS_LAST:
-                y = r
-                x = j // Cin
-                c = j % Cin
-            else:
-                c = r // H
-                y = r % H
-                x = j
-            here = r * length + j
-            inside = (r < last) & (j < length)
-            if DENSE:
-                v = tl.load(image + here, mask=inside)
-            else:
-                v = tl.load(image + (c * stride_c + y * stride_h + x * stride_w), mask=inside)
-            for view in tl.static_range(COUNT):
-                box = boxes + view * box_stride
-                y0 = tl.load(box)
-                x0 = tl.load(box + 1)
-                y1 = tl.load(box + 2)
-                x1 = tl.load(box + 3)
-                hidden = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
-                if FILL == 1:  # one uniform draw per sample, view and channel
-                    fill = draw(fills, first_fill + view * Cin + c, index, seed)
-                elif FILL == 3:  # N(0, 1) per element
-                    fill = tl.zeros((ROWS, COLUMNS), tl.float64)
-                    if tl.max(tl.max(hidden.to(tl.int32), 1), 0) > 0:
-                        number = (c * H + y) * W + x
-                        fill = draws.normal(
-                            number, index * 0 + (1 + view if VIEWS == 3 else VIEWS), index, seed
-                        )
-                else:
-                    fill = tl.load(fills + c * fill_stride)
-                if out.dtype.element_ty != tl.float64:
-                    fill = fill.to(tl.float32)
-                painted = tl.where(hidden, numeric.cast(fill, out.dtype.element_ty), v)
-                tl.store(out + view * view_stride + here, painted, mask=inside)
+                c = j % step
+            # of the first view and of the second, which may be the first again
+            y0, y1, j0, j1 = tiles.box(boxes, step)
+            y2, y3, j2, j3 = tiles.box(other, step)
+            fill0 = _fill(fills, c * fill_stride, FILL, TYPE)
+            fill1 = _fill(fills, c * fill_stride + fill_view, FILL, TYPE)
+            for top in range(first, last, ROWS):
+                y = top + tl.arange(0, ROWS)[:, None]
+                at = tiles.offset(plane * H + y, length, WIDE) + j
+                inside = (y < last) & (j < length)
+                v = tl.load(image + at, mask=inside)
+                hidden = tiles.within(y, y0, y1) & tiles.within(j, j0, j1)
+                tl.store(out + at, _hide(v, hidden, fill0, FILL), mask=inside)
+                if COUNT == 2:
+                    hidden = tiles.within(y, y2, y3) & tiles.within(j, j2, j3)
+                    tl.store(out + view_stride + at, _hide(v, hidden, fill1, FILL), mask=inside)
+
+
+@triton.jit
+def noise(
+    out, view_stride,  # as in paint
+    boxes,  # (V, 4) of the sample
+    index, seed, first, last, planes, H, length, step,
+    VIEWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """N(0, 1) into the part of every view's box that lies in rows `first` to `last`.
+
+    Random numbers take many registers: tiles are small.
+    """
+    COUNT: tl.constexpr = 2 if VIEWS == 3 else 1
+    for view in tl.static_range(COUNT):
+        y0, y1, j0, j1 = tiles.box(boxes + 4 * view, step)
+        bottom = tl.minimum(y1, last)
+        for plane in range(0, planes):
+            for top in range(tl.maximum(y0, first), bottom, ROWS):
+                y = top + tl.arange(0, ROWS)[:, None]
+                for left in range(j0, j1, COLUMNS):
+                    j = left + tl.arange(0, COLUMNS)[None, :]
+                    number = ((plane + j % step) * H + y) * (length // step) + j // step
+                    stream = index * 0 + (1 + view if VIEWS == 3 else VIEWS)
+                    value = draws.normal(number, stream, index, seed)
+                    if out.dtype.element_ty != tl.float64:
+                        value = value.to(tl.float32)
+                    at = tiles.offset(plane * H + y, length, WIDE) + j
+                    tl.store(out + view * view_stride + at,
+                             numeric.cast(value, out.dtype.element_ty),
+                             mask=(y < bottom) & (j < j1))  # fmt: skip

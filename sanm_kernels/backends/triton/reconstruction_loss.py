@@ -1,9 +1,10 @@
 """reconstruction_loss (section 5): Σ over the views v of Σ (r − x)² / count_v.
 
 Forward, first launch: a program sums the squares of one sample of one view over its share of rows,
-read in the memory order of the reconstruction. Second launch: one program adds those partial sums
-in order and counts the elements, the boxes' areas times the channels. Backward is one launch:
-dL/dr = grad·(2/count_v)·(r − x) inside, 0 elsewhere.
+read in the memory order of the reconstruction (`tiles`), to which images of another are copied.
+Second launch: one program adds those partial sums in order and counts the elements, the boxes'
+areas times the channels. Backward is one launch: dL/dr = grad·(2/count_v)·(r − x) inside, 0
+elsewhere.
 """
 
 from __future__ import annotations
@@ -13,45 +14,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sanm_kernels.backends.triton import numeric
+from sanm_kernels.backends.triton import numeric, tiles
 from sanm_kernels.backends.triton.launch import (
     implements,
     launch,
     launch_tuned,
-    power_of_2,
     triton_dtype,
+    wide,
 )
 from sanm_kernels.reference.masked_forward import is_channels_last
 from sanm_kernels.reference.precision import accumulate_dtype
 
+_WALK = ["B", "H", "planes", "step", "width", "rows_each", "r_b", "x_b"]
+
 
 @triton.jit
-def _tile(r0, j0, C, H, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Channel, row and column (int64) of a tile's elements; rows and columns as in memory."""
-    r = (r0 + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-    j = (j0 + tl.arange(0, COLUMNS)[None, :]).to(tl.int64)
-    if CHANNELS_LAST:
-        return r, j, j % C + r * 0, r, j // C
+def _difference(a, b, at, mask, ACC: tl.constexpr):
+    """a[at] − b[at] in ACC; 0 where the mask is."""
+    d = tl.load(a + at, mask=mask, other=0.0).to(ACC)
+    return d - tl.load(b + at, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def _bounds(boxes, sample, H, length, step):
+    """First and last row and column of the elements of a sample that count."""
+    if boxes is None:
+        return 0, H, 0, length
     else:
-        return r, j, r // H, r % H, j
-
-
-@triton.jit
-def _inside(boxes, sample, r, j, y, x, rows, length):
-    """Which elements of the tile exist and, with boxes, lie in the sample's."""
-    inside = (r < rows) & (j < length)
-    if boxes is not None:
-        box = boxes + sample * 4
-        inside &= (y >= tl.load(box)) & (y < tl.load(box + 2))
-        inside &= (x >= tl.load(box + 1)) & (x < tl.load(box + 3))
-    return inside
-
-
-@triton.jit
-def _difference(a, b, inside, ACC: tl.constexpr):
-    """*a − *b in ACC; 0 where not inside."""
-    d = tl.load(a, mask=inside, other=0.0).to(ACC)
-    return d - tl.load(b, mask=inside, other=0.0).to(ACC)
+        return tiles.box(boxes + sample * 4, step)
 
 
 @triton.jit
@@ -71,29 +61,36 @@ def _count(boxes, v, B, C, H, W, BLOCK: tl.constexpr):
     return tl.maximum(count, 1.0)
 
 
-@triton.jit(do_not_specialize=["B", "C", "H", "W", "rows_each"])
+@triton.jit(do_not_specialize=_WALK)
 def squares_kernel(
-    reconstruction,  # (V·B, C, H, W)
-    images,  # (B, C, H, W)
+    reconstruction,  # (V·B, C, H, W), samples dense
+    images,  # (B, C, H, W), samples dense in the same order
     boxes,  # (V, B, 4) int64 or None
     partial,  # (V·B, programs) in ACC, written
-    B, C, H, W, rows_each, r_b, r_c, r_h, r_w, x_b, x_c, x_h, x_w,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    B, H, planes, step, width, rows_each, r_b, x_b,
+    VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (v·B + b, part): Σ (r − x)² over its rows."""
+    """Program (v·B + b, part): Σ (r − x)² over its rows of each plane, reading the box alone."""
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows = H if CHANNELS_LAST else C * H
-    length = W * C if CHANNELS_LAST else W
-    last = tl.minimum(part * rows_each + rows_each, rows)
+    length = width * VECTOR
+    a = reconstruction + sample * r_b * VECTOR
+    b = images + (sample % B) * x_b * VECTOR
+    y0, y1, j0, j1 = _bounds(boxes, sample, H, length, step)
+    last = tl.minimum(part * rows_each + rows_each, H)
     total = tl.zeros((ROWS, COLUMNS), ACC)
-    for r0 in range(part * rows_each, last, ROWS):
-        for j0 in range(0, length, COLUMNS):
-            r, j, c, y, x = _tile(r0, j0, C, H, CHANNELS_LAST, ROWS, COLUMNS)
-            inside = _inside(boxes, sample, r, j, y, x, last, length)
-            a = reconstruction + sample * r_b + c * r_c + y * r_h + x * r_w
-            b = images + (sample % B) * x_b + c * x_c + y * x_h + x * x_w
-            d = _difference(a, b, inside, ACC)
-            total += d * d
+    for left in range(0, length, COLUMNS):
+        j = left + tl.arange(0, COLUMNS)[None, :]
+        across = tiles.within(j, j0, j1)
+        read = (j < length) & tiles.meets(j, j0, j1, VECTOR)
+        for plane in range(0, planes):
+            for top in range(part * rows_each, last, ROWS):
+                y = top + tl.arange(0, ROWS)[:, None]
+                down = (y < last) & tiles.within(y, y0, y1)
+                at = tiles.offset(plane * H + y, length, WIDE) + j
+                d = _difference(a, b, at, down & read, ACC)
+                d = tl.where(across, d, 0.0)
+                total += d * d
     tl.store(partial + sample * tl.num_programs(1) + part, tl.sum(tl.sum(total, 1), 0))
 
 
@@ -116,49 +113,41 @@ def finish_kernel(
     tl.store(loss, total)
 
 
-@triton.jit(do_not_specialize=["B", "C", "H", "W", "rows_each"])
+@triton.jit(do_not_specialize=[*_WALK, "C", "W"])
 def reconstruction_backward_kernel(
     grad,  # () in ACC
-    reconstruction,  # (V·B, C, H, W)
-    images,  # (B, C, H, W)
+    reconstruction,  # (V·B, C, H, W), samples dense
+    images,  # (B, C, H, W), samples dense in the same order
     boxes,  # (V, B, 4) int64 or None
-    result,  # (V·B, C, H, W), written
-    B, C, H, W, rows_each, r_b, r_c, r_h, r_w, x_b, x_c, x_h, x_w, d_b, d_c, d_h, d_w,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    result,  # (V·B, C, H, W), dense in the same order, written
+    B, C, H, W, planes, step, width, rows_each, r_b, x_b,
+    VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (v·B + b, part): its rows of the gradient."""
+    """Program (v·B + b, part): its rows of each plane of the gradient."""
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = _count(boxes, sample // B, B, C, H, W, 256)
     scale = numeric.divide(2 * tl.load(grad), count.to(ACC))
-    rows = H if CHANNELS_LAST else C * H
-    length = W * C if CHANNELS_LAST else W
-    last = tl.minimum(part * rows_each + rows_each, rows)
-    for r0 in range(part * rows_each, last, ROWS):
-        for j0 in range(0, length, COLUMNS):
-            r, j, c, y, x = _tile(r0, j0, C, H, CHANNELS_LAST, ROWS, COLUMNS)
-            inside = _inside(boxes, sample, r, j, y, x, last, length)
-            a = reconstruction + sample * r_b + c * r_c + y * r_h + x * r_w
-            b = images + (sample % B) * x_b + c * x_c + y * x_h + x * x_w
-            d = _difference(a, b, inside, ACC)
-            d = tl.where(inside, scale * d, 0.0)
-            out = result + sample * d_b + c * d_c + y * d_h + x * d_w
-            value = numeric.cast(d, result.dtype.element_ty)
-            tl.store(out, value, mask=(r < last) & (j < length))
-
-
-def _shape(config: dict[str, int], x: Tensor, last: bool) -> tuple[int, int, dict[str, int | bool]]:
-    """Programs per sample, rows of each, and the tile for images of x's shape."""
-    _, channels, height, width = x.shape
-    rows, length = (height, width * channels) if last else (height * channels, width)
-    columns = min(power_of_2(length), 256)
-    tile = config["TILE"] // 4  # 64-bit offsets into three tensors take many registers
-    columns = min(columns, tile)
-    tile_rows = max(min(tile // columns, power_of_2(rows)), 1)
-    parts = min(-(-rows // tile_rows), 8)
-    return parts, -(-rows // parts), {
-        "CHANNELS_LAST": last, "ROWS": tile_rows, "COLUMNS": columns,
-        "num_warps": config["num_warps"],
-    }  # fmt: skip
+    length = width * VECTOR
+    a = reconstruction + sample * r_b * VECTOR
+    b = images + (sample % B) * x_b * VECTOR
+    out = result + sample * (planes * H) * length
+    y0, y1, j0, j1 = _bounds(boxes, sample, H, length, step)
+    last = tl.minimum(part * rows_each + rows_each, H)
+    for left in range(0, length, COLUMNS):
+        j = left + tl.arange(0, COLUMNS)[None, :]
+        across = tiles.within(j, j0, j1)
+        exists = j < length
+        read = exists & tiles.meets(j, j0, j1, VECTOR)
+        for plane in range(0, planes):
+            for top in range(part * rows_each, last, ROWS):
+                y = top + tl.arange(0, ROWS)[:, None]
+                down = (y < last) & tiles.within(y, y0, y1)
+                at = tiles.offset(plane * H + y, length, WIDE) + j
+                d = _difference(a, b, at, down & read, ACC)
+                d = tl.where(across & down, scale * d, 0.0)
+                value = numeric.cast(d, result.dtype.element_ty)
+                tl.store(out + at, value, mask=(y < last) & exists)
 
 
 @implements("reconstruction_loss")
@@ -173,14 +162,17 @@ def forward(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> Ten
     if boxes is not None:
         boxes = boxes.contiguous()
     last = is_channels_last(reconstruction)
+    rebuilt, originals = tiles.dense(reconstruction, last), tiles.dense(images, last)
 
     def go(config: dict[str, int]) -> None:
-        parts, each, tile = _shape(config, images, last)
+        walk = tiles.walk(config["TILE"] * 2 // rebuilt.element_size(), last, rebuilt, originals)
+        parts, each = tiles.parts(height, walk)
         partial = reconstruction.new_empty(samples, parts, dtype=acc)
         launch(
-            squares_kernel, (samples, parts), reconstruction, images, boxes, partial, batch,
-            channels, height, width, each, *reconstruction.stride(), *images.stride(),
-            ACC=triton_dtype(acc), **tile,
+            squares_kernel, (samples, parts), rebuilt, originals, boxes, partial, batch, height,
+            *walk.sizes, each, rebuilt.stride(0) // walk.vector, originals.stride(0) // walk.vector,
+            ACC=triton_dtype(acc), WIDE=wide(rebuilt[:1]), num_warps=config["num_warps"],
+            **walk.tile,
         )  # fmt: skip
         launch(
             finish_kernel, (1,), partial, boxes, loss, samples // batch, batch, channels, height,
@@ -202,13 +194,17 @@ def backward(grad: Tensor, reconstruction: Tensor, images: Tensor, boxes: Tensor
     batch, channels, height, width = images.shape
     if boxes is not None:
         boxes = boxes.contiguous()
+    rebuilt, originals = tiles.dense(reconstruction, last), tiles.dense(images, last)
 
     def go(config: dict[str, int]) -> None:
-        parts, each, tile = _shape(config, images, last)
+        walk = tiles.walk(config["TILE"] * 2 // rebuilt.element_size(), last, rebuilt, originals)
+        parts, each = tiles.parts(height, walk)
         launch(
-            reconstruction_backward_kernel, (reconstruction.shape[0], parts), grad, reconstruction,
-            images, boxes, result, batch, channels, height, width, each, *reconstruction.stride(),
-            *images.stride(), *result.stride(), ACC=triton_dtype(grad.dtype), **tile,
+            reconstruction_backward_kernel, (reconstruction.shape[0], parts), grad, rebuilt,
+            originals, boxes, result, batch, channels, height, width, *walk.sizes, each,
+            rebuilt.stride(0) // walk.vector, originals.stride(0) // walk.vector,
+            ACC=triton_dtype(grad.dtype), WIDE=wide(rebuilt[:1]), num_warps=config["num_warps"],
+            **walk.tile,
         )  # fmt: skip
 
     launch_tuned("pixels", images[:1].numel(), reconstruction, go)

@@ -41,21 +41,6 @@ def _own_options() -> dict[str, Any]:
     return options("cuda" if INTERPRETED else driver.active.get_current_target().backend)
 
 
-def options(backend: str) -> dict[str, Any]:
-    """How every kernel is compiled for Triton's `backend`, "cuda" or "hip".
-
-    Products and sums are not contracted. Left to itself ptxas spills a few registers to fit more
-    programs; Triton's other backends refuse its limit, and with it the launch.
-    """
-    return {"enable_fp_fusion": False} | ({"maxnreg": 128} if backend == "cuda" else {})
-
-
-@functools.cache
-def _own_options() -> dict[str, Any]:
-    """Those of the GPUs here: a process has one kind."""
-    return options("cuda" if INTERPRETED else driver.active.get_current_target().backend)
-
-
 def implements(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a launcher as the Triton kernel of operator `op`.
 

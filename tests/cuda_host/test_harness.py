@@ -137,6 +137,7 @@ SANITIZED = {
 
 def test_every_file_of_kernels_is_sanitized():
     files = {f"tests/ops/test_gpu_{path.stem}.py" for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    files.remove("tests/ops/test_gpu_runtime.py")  # it asks the driver; no kernel of an operator
     assert files == set(SANITIZED)
 
 

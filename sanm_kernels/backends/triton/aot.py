@@ -238,6 +238,11 @@ def calls() -> dict[str, Any]:
 
         return call
 
+    def numbers(count: int, on_device: bool) -> Tensor:
+        """Run-time numbers: kernels get them in memory, or as arguments."""
+        kind = torch.float64
+        return empty(count, dtype=kind) if on_device else torch.full((count,), 0.7, dtype=kind)
+
     def masked_loss(classes: int, hard: bool, ratio: bool, mixed: bool) -> Any:
         def call(dtype: torch.dtype) -> None:
             op, n = ops["masked_loss"], 768
@@ -247,7 +252,7 @@ def calls() -> dict[str, Any]:
                 empty(n) if ratio else None,
                 empty(n, dtype=torch.int64) if mixed else None,
                 prior if mixed else None,
-                torch.tensor([0.7, 25.0, 1.0, 1.0], dtype=torch.float64),
+                numbers(4, ratio),
             )
             settings = (n // 2, True, -100, True)
             *_, per_sample, normalizer, p_mean = op.forward(logits, *given, *settings)
@@ -260,9 +265,7 @@ def calls() -> dict[str, Any]:
         def call(dtype: torch.dtype) -> None:
             views = [empty(64, classes, dtype=dtype) for _ in range(4)]
             quality = None if labels is None else empty(64)
-            ops["refine_targets"].forward(
-                views, labels, quality, torch.tensor([0.5], dtype=torch.float64)
-            )
+            ops["refine_targets"].forward(views, labels, quality, numbers(1, labels is None))
 
         return call
 
@@ -278,7 +281,7 @@ def calls() -> dict[str, Any]:
     def images(size: int, last: bool) -> Any:
         def call(dtype: torch.dtype) -> None:
             views = [empty(64, 3, size, size, dtype=dtype, last=last) for _ in range(12)]
-            lam, permutation = torch.tensor(0.7), empty(768, dtype=torch.int64)
+            lam, permutation = numbers(1, last), empty(768, dtype=torch.int64)
             mixed = ops["mixup_views"].forward(views, lam, permutation, 768)
             ops["mixup_views"].backward(mixed, lam, permutation, [64] * 12)
             rebuilt = empty(128, 3, size, size, dtype=dtype, last=last)

@@ -235,7 +235,12 @@ def _unpack(
     """The operator's stacked outputs as named slices (views: no copy)."""
     stats, positions, ratio, boxes, targets, masked, logits, loss = outputs[:8]
     count = len(config.views)
-    images = masked.chunk(count) if has_images and masked.shape[0] else (masked,) * count
+    if not has_images or masked.shape[0] == 0:
+        images: Sequence[Tensor] = (masked,) * count
+    elif torch.compiler.is_compiling():  # chunk() would fix the number of samples
+        images = masked.unflatten(0, (count, -1)).unbind(0)
+    else:
+        images = masked.chunk(count)
     ratios, modulated = ratio.unbind(0), targets.unbind(0)
     if config.shared_draws:
         ratios, modulated = ratios * count, modulated * count

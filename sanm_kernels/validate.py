@@ -118,6 +118,8 @@ def scheduled(
     A 0-d tensor on `device`, or any while torch.compile traces, stays a tensor, its value unchecked
     and without its gradient: reading it would synchronise, or break the graph.
     """
+    if torch.compiler.is_compiling() and isinstance(x, (numpy.ndarray, numpy.generic)):
+        x = torch.as_tensor(x)  # which is how a trace sees NumPy's numbers
     if isinstance(x, Tensor) and x.dim() == 0 and x.dtype != torch.bool and not x.is_complex():
         traced = torch.compiler.is_compiling() and x.device.type == "cpu"
         if traced or (x.device == device and device.type != "cpu"):

@@ -112,3 +112,37 @@ def test_no_operator_is_left_out(backend):
                 with_gradients(operation, x, backend=backend)
     assert set(calls.seen) == {backend}
     assert calls.seen[backend] == set(backends.operators) - missing
+
+
+class Exported(torch.nn.Module):
+    """Functions whose batch may be of any size in an exported program."""
+
+    def forward(self, features, labels, quality, images, logits):
+        masked = sk.masked_forward(
+            features, labels, quality, images=images, num_classes=5, generator=3
+        )
+        return (
+            masked.images_max,
+            masked.targets_min,
+            sk.sample_loss(logits, labels),
+            sk.refine_targets([logits, 2 * logits], labels=labels, clean_prob=quality),
+            sk.reconstruction_loss(masked.images_masked, images),
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_with_a_batch_of_any_size(strict):
+    def inputs(n):
+        return (
+            torch.randn(n, 6, 2, 2), torch.randint(5, (n,)), torch.rand(n),
+            torch.rand(n, 3, 8, 8), torch.randn(n, 5),
+        )  # fmt: skip
+
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    program = torch.export.export(
+        Exported(), inputs(8), dynamic_shapes=[{0: batch}] * 5, strict=strict
+    )
+    for n in (8, 13):
+        x = inputs(n)
+        for got, expected in zip(program.module()(*x), Exported()(*x), strict=True):
+            assert torch.equal(got, expected)

@@ -179,13 +179,14 @@ def test_tensors_and_numpy_numbers_are_numbers(kind):
     assert_same(results(x, tuple(map(kind, numbers))), results(x, exact))
 
 
-@each(backend=["reference", "cpu"], kind=["floats", "tensors"])
+@each(backend=["reference", "cpu"], kind=["floats", "tensors", "NumPy's"])
 def test_a_compiled_schedule_is_followed(backend, kind):
     torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     x = inputs()
     for numbers in SCHEDULE:
-        given = tuple(map(torch.tensor, numbers)) if kind == "tensors" else numbers
+        make = {"floats": float, "tensors": torch.tensor, "NumPy's": numpy.float64}[kind]
+        given = tuple(map(make, numbers))
         expected = results(x, tuple(float(v) for v in given), backend)
         got = results(x, given, backend, compiled)
         for name, value in expected.items():

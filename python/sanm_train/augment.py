@@ -188,7 +188,10 @@ def _operations() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         "sharpness": lambda x, m, s: enhance.sharpness(x, 1 + 0.9 * s),
         "posterize": lambda x, m, s: enhance.posterize(x, (8 - 4 * m).round().long()),
         "solarize": lambda x, m, s: enhance.solarize(x, 1 - m),
-        "auto_contrast": lambda x, m, s: enhance.normalize_min_max(x),
+        # kornia turns a channel of one value black, Pillow leaves it
+        "auto_contrast": lambda x, m, s: torch.where(
+            x.amax((2, 3), True) > x.amin((2, 3), True), enhance.normalize_min_max(x), x
+        ),
         "equalize": lambda x, m, s: enhance.equalize(x),
         "invert": lambda x, m, s: 1 - x,
     }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 
 from sanm_train import augment
 from sanm_train.augment import POLICIES, Augment
@@ -172,3 +174,46 @@ def test_rotation_keeps_lengths_in_images_that_are_not_square():
     turned = augment._warp(images, angle=math.pi / 2)
     rows, columns = (turned[0, 0] > 0.5).nonzero().double().mean(0).tolist()
     assert abs(columns - 19.5) < 0.6 and abs(abs(rows - 9.5) - 6) < 0.6
+
+
+def eight_bit(kind: str) -> np.ndarray:
+    """An image (16, 16, 3) of bytes."""
+    numbers = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    dark = np.random.default_rng(1).random(numbers.shape) < 0.5
+    one_channel = np.full_like(numbers, 50)
+    one_channel[..., 1] = numbers[..., 1]
+    return {
+        "one value": np.full_like(numbers, 77),
+        "black": np.zeros_like(numbers),
+        "white": np.full_like(numbers, 255),
+        "two values": np.where(dark, 40, 200).astype(np.uint8),
+        "extremes": np.where(dark, 0, 255).astype(np.uint8),
+        "one channel": one_channel,
+        "any": numbers,
+    }[kind]
+
+
+PILLOWS = {
+    "auto_contrast": ImageOps.autocontrast,
+    "equalize": ImageOps.equalize,
+    "invert": ImageOps.invert,
+    "solarize": lambda image: ImageOps.solarize(image, 0),
+    "posterize": lambda image: ImageOps.posterize(image, 4),
+    "contrast": lambda image: ImageEnhance.Contrast(image).enhance(1.9),
+    "brightness": lambda image: ImageEnhance.Brightness(image).enhance(1.9),
+    "color": lambda image: ImageEnhance.Color(image).enhance(1.9),
+    "sharpness": lambda image: ImageEnhance.Sharpness(image).enhance(1.9),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["one value", "black", "white", "two values", "extremes", "one channel", "any"]
+)
+@pytest.mark.parametrize("name", PILLOWS)
+def test_operations_are_pillows(name, kind):
+    """At full magnitude, within its rounding to whole levels."""
+    image = eight_bit(kind)
+    expected = torch.from_numpy(np.array(PILLOWS[name](Image.fromarray(image)))).float()
+    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    found = augment._operations()[name](x, torch.ones(1), torch.ones(1)).clamp(0, 1)
+    assert (255 * found[0].permute(1, 2, 0) - expected).abs().max() < 1.5

@@ -90,10 +90,11 @@ def attention_erase_map(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The released CIFAR function: masked views, and targets modulated in place.
 
-    On CPU float32 and square three-channel images its results equal the released function's to the
-    last bit, and Python's `random` is left in the same state (eight draws per sample). Other
-    channel counts, on which that function never returns, and other shapes, on which it swaps height
-    and width, give what it was meant to compute.
+    On CPU float32 and square three-channel images of 5×5 pixels and more its results equal the
+    released function's to the last bit, and Python's `random` is left in the same state (eight
+    draws per sample). In smaller images that function hides nothing. Other channel counts, on which
+    it never returns, and other shapes, on which it swaps height and width, give what it was meant
+    to compute.
 
     Args:
         images: (B, Cin, H, W).
@@ -285,15 +286,20 @@ def _neg_entropy(original: Any) -> Any:
 
 
 def _masking(original: Any, ours: Any) -> Any:
-    """`ours` for images like those that were tried, square and of three channels, all float32."""
+    """`ours` for images like those that were tried: square, of three channels and float32.
+
+    And of 5×5 pixels and more: in smaller ones the released function hides nothing.
+    """
     names = _parameters(original)
 
     @functools.wraps(original)
     def call(*given: Any, **named: Any) -> Any:
         given += tuple(named.pop(name) for name in names[len(given) :] if name in named)
         alike = all(isinstance(x, Tensor) and x.dtype == torch.float32 for x in given)
-        if alike and not named and given and given[0].shape[1:] == (3, *2 * given[0].shape[-1:]):
-            return ours(*given)
+        if alike and not named and given:
+            _, channels, height, width = given[0].shape
+            if channels == 3 and height == width > 4:
+                return ours(*given)
         return original(*given, **named)
 
     return call

@@ -209,6 +209,7 @@ def test_images_of_another_kind_are_the_script_s_own():
     others = {
         "not square": (images[:, :, :20], features, q, targets),
         "one channel": (images[:, :1], features, q, targets),
+        "tiny": (images[..., :4, :4], features, q, targets),
         "half": (images, features.half(), q, targets),
     }
     with compat.patch(module, verbose=False) as done:
@@ -218,7 +219,7 @@ def test_images_of_another_kind_are_the_script_s_own():
         assert calls == []
         for given in others.values():
             module.attention_erase_map(*given)
-        assert len(calls) == 3
+        assert len(calls) == 4
 
 
 def test_a_half_without_rows_is_the_script_s_own():

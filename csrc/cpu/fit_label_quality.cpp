@@ -89,12 +89,18 @@ Start seed(const A* y, int64_t n, const std::vector<double>& u) {
 }
 
 // The border t between two centres, such that y < t says exactly which samples belong to the lower
-// one: those up to the middle, and on it if the lower centre was drawn first (who wins ties).
+// one: those whose squared distance to it, rounded as the reference's, is the smaller, or the same
+// if it was drawn first. Where many losses are equal, one of them alone in the middle matters.
 template <typename A>
 A border(const Two& centre, bool low_first) {
-  const double middle = 0.5 * (centre[0] + centre[1]);
-  A t = static_cast<A>(middle);
-  while (t < middle || (low_first && t == middle)) t = std::nextafter(t, A(2));
+  const auto lower = [&](A y) {
+    const double a = (y - centre[0]) * (y - centre[0]), b = (y - centre[1]) * (y - centre[1]);
+    return low_first ? a <= b : a < b;
+  };
+  A t = static_cast<A>(0.5 * (centre[0] + centre[1]));
+  while (lower(t)) t = std::nextafter(t, A(2));
+  for (A before = std::nextafter(t, A(-1)); !lower(before); before = std::nextafter(t, A(-1)))
+    t = before;
   return t;
 }
 
@@ -212,11 +218,11 @@ Range checked_range(const T* x, int64_t n, const char* name, const std::string& 
   value_error(name, ": expected finite values, got ", what, " at index [", row, i, "]");
 }
 
-// One epoch's losses x (n,), to be read as (x − offset)·inverse.
+// One epoch's losses x (n,), to be read as (x − offset) / span: as 0 where the span is infinite.
 template <typename T>
 struct Epoch {
   const T* x;
-  double offset, inverse;
+  double offset, span;
 };
 
 // y (n,) = the mean over the epochs
@@ -230,19 +236,23 @@ void average(const std::vector<Epoch<T>>& epochs, int64_t n, A* y) {
       std::fill_n(total, count, 0.0);
       for (const Epoch<T>& e : epochs) {
         const T* x = e.x + begin;
-        const double offset = e.offset, inverse = e.inverse;
+        const double offset = e.offset, span = e.span, inverse = 1 / span;
         for (int64_t i = 0; i < count; ++i)
-          total[i] += (static_cast<double>(x[i]) - offset) * inverse;
+          // exact: rounded as the reference's, so that losses that tie there do so here
+          total[i] += std::is_same_v<A, double> ? (static_cast<double>(x[i]) - offset) / span
+                                                : (static_cast<double>(x[i]) - offset) * inverse;
       }
-      for (int64_t i = 0; i < count; ++i) y[begin + i] = static_cast<A>(total[i] * share);
+      for (int64_t i = 0; i < count; ++i)
+        y[begin + i] = static_cast<A>(std::is_same_v<A, double> ? total[i] / epochs.size()
+                                                                : total[i] * share);
     }
   });
 }
 
 struct Frame { double offset, scale; };  // scale 0: there is nothing to fit
 
-// 1/span, or 0 where all losses are equal (or too far apart for double)
-double inverse(double span) { return span > 1e-300 && span < kInfinity ? 1 / span : 0; }
+// The span to divide by; infinite where all losses are equal (or too far apart for double).
+double divisor(double span) { return span > 1e-300 ? span : kInfinity; }
 
 // The epochs' losses (n,) and their ranges → y (n,) in [0, 1] and the frame it is given in
 template <typename T, typename A>
@@ -254,18 +264,20 @@ Frame enter_frame(const std::vector<const T*>& x, const std::vector<Range>& rang
   double offset = 0;
   for (size_t e = 0; e < x.size(); ++e) {
     const Range& r = ranges[e];
-    epochs.push_back({x[e], r.low, single || normalize ? inverse(r.high - r.low) : 1});
+    epochs.push_back({x[e], r.low, single || normalize ? divisor(r.high - r.low) : 1});
     if (!normalize) offset += r.low / x.size();
   }
   average(epochs, n, y);
   if (single) {
-    const double width = epochs[0].inverse > 0 ? ranges[0].high - ranges[0].low : 0;
+    const double width = epochs[0].span < kInfinity ? epochs[0].span : 0;
     return {offset, normalize && width > 0 ? 1 : width};
   }
   const Range r = sum_blocks(y, n, range_pass<A>);
-  const double shrink = r.finite ? inverse(r.high - r.low) : 0;
-  if (shrink > 0) average<A, A>({{y, r.low, shrink}}, n, y);
-  return {offset + r.low, shrink > 0 ? r.high - r.low : 0};
+  const double span = r.finite ? divisor(r.high - r.low) : kInfinity;
+  if (span == kInfinity) return {offset + r.low, 0};
+  if (std::is_same_v<A, double> && normalize) return {0, 1};  // as the reference leaves it
+  average<A, A>({{y, r.low, span}}, n, y);
+  return {offset + r.low, span};
 }
 
 // --- the operator --------------------------------------------------------------------------------

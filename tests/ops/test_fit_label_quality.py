@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from inputs import DTYPES, LAYOUTS, each, lay_out
+from inputs import CPU_BACKENDS, DTYPES, LAYOUTS, each, lay_out
 
 import sanm_kernels as sk
 
@@ -365,3 +365,14 @@ def test_gradients_stop_here_and_autocast_changes_nothing(backend):
         again = sk.fit_label_quality(leaf, backend=backend)
     assert not any(t.requires_grad for t in (*fit, *again))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@each(backend=CPU_BACKENDS, case=[(2000048, 48), (10029, 29), (10003, 3)])
+def test_losses_that_tie_fall_to_the_reference_s_side(backend, case):
+    """Few distinct losses: one of them in the middle of k-means' centres is many samples."""
+    generator = torch.Generator().manual_seed(case[0])
+    losses = torch.randn(2000, generator=generator).abs().bfloat16()
+    got = sk.fit_label_quality(losses, seed=case[1], backend=backend)
+    expected = sk.fit_label_quality(losses, seed=case[1], backend="reference")
+    assert (got.clean_prob - expected.clean_prob).abs().max() < 1e-5
+    assert got.n_iter == expected.n_iter

@@ -193,7 +193,7 @@ def run_rank(rank: int, world: int, folder: str) -> None:
                 )
             )
     for name, call in WRONG.items():
-        arguments: dict[str, Any] = {"losses": LOSSES, "history": LOSSES[None]}
+        arguments: dict[str, Any] = {"losses": LOSSES, "history": LOSSES.flip(0)[None]}
         if rank == world - 1:
             arguments |= call.change
         wrong[name] = complaint(**arguments, process_group=dist.group.WORLD)

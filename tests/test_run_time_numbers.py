@@ -16,6 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import sanm_kernels as sk
+from sanm_kernels import backends
 
 #: λ, λ_u, ρ, ν, T of successive calls, 0 and 1 among them.
 SCHEDULE = ((0.3, 25.0, 1.0, 0.5, 0.5), (1.0, 0.0, 0.25, 0.0, 1.0), (0.75, 3.0, 0.0, 2.0, 0.1))
@@ -119,6 +120,7 @@ def test_memory_is_what_is_read():
     for backend in CPU_BACKENDS:
         if backend in ("reference", "cpu"):
             continue
+        assert backends.load(backend) is None
         op = getattr(torch.ops.sanm_kernels.mixup_views, backend)
         lam = torch.tensor([0.25], dtype=torch.float64)
         with on_device(backend):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, overload
 
-import numpy
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -351,11 +350,10 @@ def _size(size: Sequence[int]) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise ValueError(f"size: expected (H, W), got {size!r}") from None
     for side in (height, width):
-        if isinstance(side, bool) or not isinstance(side, (int, numpy.integer, torch.SymInt)):
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
             raise TypeError(f"size: expected two integers, got {size!r}")
         if not 1 <= side < 2**31:
             raise ValueError(f"size: expected two integers ≥ 1 and < 2³¹, got {size!r}")
-    height, width = (int(x) if isinstance(x, numpy.integer) else x for x in (height, width))
     return height, width
 
 
@@ -465,8 +463,8 @@ def _seed(generator: torch.Generator | int | Tensor | None, device: torch.device
             )
         validate.same_device(generator, "generator", device, "features")
         return generator
-    if isinstance(generator, (int, numpy.integer)) and not isinstance(generator, bool):
-        generator = int(generator)
+    generator = validate.plain(generator)
+    if isinstance(generator, int) and not isinstance(generator, bool):
         if not 0 <= generator < 2**63:
             raise ValueError(f"generator: expected a seed in [0, 2⁶³), got {generator}")
         return torch.full((), generator, dtype=torch.int64, device=device)  # a fill, not a copy

@@ -129,7 +129,8 @@ def scheduled(
 
 def whole(x: Any, name: str, low: int = -(2**63), high: int = 2**63) -> int:
     """`x` as an int in [low, high)."""
-    if isinstance(x, bool) or not isinstance(x, (int, numpy.integer, torch.SymInt)):
+    x = plain(x)
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
     if not low <= x < high:
         expected = f"in [{low}, {high})" if high < 2**63 else f"of 64 bits, at least {low}"
@@ -138,12 +139,13 @@ def whole(x: Any, name: str, low: int = -(2**63), high: int = 2**63) -> int:
 
 
 def count(x: Any, name: str, most: int) -> int:
-    """`x` as an int in [0, most]."""
-    if isinstance(x, bool) or not isinstance(x, (int, numpy.integer, torch.SymInt)):
+    """`x` as an int in [0, most], symbolic where torch.compile traces one."""
+    x = plain(x)
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
     if not 0 <= x <= most:
         raise ValueError(f"{name}: expected a number in [0, {most}], got {x}")
-    return int(x) if isinstance(x, numpy.integer) else x  # type: ignore[return-value]
+    return x  # type: ignore[return-value]
 
 
 def one_of(x: Any, name: str, allowed: tuple[str, ...]) -> str:

@@ -266,9 +266,10 @@ def plan(gpu: bool, rehearse: bool, work: Path, capability: str | None = None) -
     found = [
         p for kind in ("gpu", "triton") for p in (ROOT / "tests/ops").glob(f"test_{kind}_*.py")
     ]
-    kernels = ["tests/test_triton_tune.py", *sorted(str(path.relative_to(ROOT)) for path in found)]
-    # Compiling ahead of time needs no GPU and takes minutes; interpreted, the rest does too.
-    kernels = [k for k in kernels if not k.endswith("compiles.py")] if gpu else kernels[:1]
+    # Compiling ahead of time needs no GPU; interpreted, the other kernels' tests take minutes.
+    kernels = sorted(
+        str(path.relative_to(ROOT)) for path in found if path.stem.endswith("compiles") != gpu
+    )
     by_triton = {"SANM_KERNELS_BACKEND": "triton"}
 
     def benchmarks(title: str, weight: float, *more: str) -> Step:

@@ -1,10 +1,9 @@
-"""``python -m sanm_kernels.backends.triton.aot``: compile every kernel without a GPU.
+"""``python -m benchmarks.triton_kernels``: compile every Triton kernel, without a GPU.
 
 Calls of every operator are recorded on tensors without memory (device ``meta``), and what they
 would launch is compiled for the targets asked for, the dtypes taking turns over the variants; for
-sm_90 in every dtype, and in one with each other row of the configuration table. ``--all`` compiles
-all for all. Prints registers, shared memory, spills and the widest accesses to global memory of
-each kernel, as a table or as JSON.
+sm_90 in every dtype. ``--all`` compiles every dtype for all. Prints registers, shared memory,
+spills and the widest accesses to global memory of each kernel, as a table or as JSON.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx90a": GPUTarget("hip", "gfx90a", 64),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
@@ -175,7 +175,9 @@ def calls() -> dict[str, Any]:
     One per shape bucket of the table and branch of a kernel: small and large maps, both memory
     formats, every fill, few and many classes.
     """
-    ops = {name: importlib.import_module(f"{__package__}.{name}") for name in OPERATORS}
+    ops = {
+        name: importlib.import_module(f"sanm_kernels.backends.triton.{name}") for name in OPERATORS
+    }
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
         kind = torch.channels_last if last else torch.contiguous_format
@@ -317,9 +319,9 @@ def calls() -> dict[str, Any]:
     return result
 
 
-def _launches(call: Any, dtype: torch.dtype, every_row: bool) -> list[tuple[Any, ...]]:
+def _launches(call: Any, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """What a call launches: module, kernel, signature, constants, attributes, options of each."""
-    with launch.recording(every_row) as recorded:
+    with launch.recording() as recorded:
         call(dtype)
     result = []
     for kernel, arguments, meta in recorded:
@@ -334,13 +336,10 @@ def jobs(
     targets: Sequence[str] = tuple(TARGETS), only: str = "", everything: bool = False
 ) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
     """What to compile, without repeats: a row of the report so far, and compile_one's argument."""
-    asked = {name: call for name, call in calls().items() if only in name}
     recorded = {
-        (name, every_row): list(
-            zip(*(_launches(call, dtype, every_row) for dtype in DTYPES), strict=True)
-        )
-        for name, call in asked.items()
-        for every_row in (False, True)
+        name: list(zip(*(_launches(call, dtype) for dtype in DTYPES), strict=True))
+        for name, call in calls().items()
+        if only in name
     }
     result: dict[tuple[str, str], tuple[dict[str, Any], tuple[Any, ...]]] = {}
 
@@ -350,20 +349,21 @@ def jobs(
 
     for turn, target in enumerate(targets):
         if everything or target == THOROUGH:
-            for name in asked:
-                for launches in recorded[name, everything]:
-                    for dtype, what in zip(DTYPES, launches, strict=True):
+            for name, launches in recorded.items():
+                for each in launches:
+                    for dtype, what in zip(DTYPES, each, strict=True):
                         add(target, name, dtype, what)
-        done = {what for of, what in result if of == target}
+            continue
+        done = set()
         variants: Counter[str] = Counter()
-        for name in asked:
-            for launches in recorded[name, target == THOROUGH]:
-                if repr(launches[0]) not in done:  # the same in another dtype
-                    done.add(repr(launches[0]))
-                    kernel = launches[0][1]
+        for name, launches in recorded.items():
+            for each in launches:
+                if repr(each[0]) not in done:  # the same in another dtype
+                    done.add(repr(each[0]))
+                    kernel = each[0][1]
                     i = (turn + variants[kernel]) % len(DTYPES)
                     variants[kernel] += 1
-                    add(target, name, DTYPES[i], launches[i])
+                    add(target, name, DTYPES[i], each[i])
     return list(result.values())
 
 
@@ -381,11 +381,11 @@ def report(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sanm_kernels.backends.triton.aot",
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_kernels",
                                      description=__doc__)  # fmt: skip
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="calls whose name holds this")
-    parser.add_argument("--all", action="store_true", help="every variant for every target")
+    parser.add_argument("--all", action="store_true", help="every dtype for every target")
     parser.add_argument("--processes", type=int, help="by default one a core")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -395,33 +395,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: per kernel and dtype the range over its variants, for each target."""
-    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        group = groups.setdefault((row["kernel"], row["dtype"]), {})
-        group.setdefault(row["target"], []).append(row)
+    """Markdown: what each kernel takes for each target, as the range over its variants."""
     targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
     lines = [
-        "| kernel | dtype | "
-        + " | ".join(f"{t}: variants, registers, shared, spills, widest" for t in targets)
-        + " |",
-        "| --- | --- |" + " --- |" * len(targets),
+        f"| kernel | {' | '.join(targets)} |",
+        "| --- |" + " --- |" * len(targets),
     ]
-    for (kernel, dtype), by_target in sorted(groups.items()):
+    for kernel in sorted({row["kernel"] for row in rows}):
         cells = []
-        for t in targets:
-            found = by_target.get(t, [])
+        for target in targets:
+            found = [row for row in rows if (row["kernel"], row["target"]) == (kernel, target)]
             ranges = [str(len(found))]
             for what in ("registers", "shared", "spills"):
-                values = [row[what] for row in found]
-                if values:
-                    low, high = min(values), max(values)
-                    ranges.append(f"{low}" if low == high else f"{low}–{high}")
-            if found:
-                widest = [row["widest"] for row in found]
-                ranges.append("/".join(str(min(w[kind] for w in widest)) for kind in ("ld", "st")))
+                low, high = (
+                    choose((row[what] for row in found), default=0) for choose in (min, max)
+                )
+                ranges.append(f"{low}" if low == high else f"{low}–{high}")
+            widest = [row["widest"] for row in found]
+            for kind in ("ld", "st"):
+                ranges.append(str(min((bits[kind] for bits in widest), default=0)))
             cells.append(", ".join(ranges))
-        lines.append(f"| {kernel} | {dtype} | " + " | ".join(cells) + " |")
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

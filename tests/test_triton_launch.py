@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from inputs import COMPILING
 from torch._subclasses import FakeTensorMode
 
+ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("triton", reason="triton is not installed")
 
 #: Launches what the ahead-of-time compiler's calls launch, with a driver and a compiler of one's
@@ -20,7 +22,8 @@ import json, sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from sanm_kernels.backends.triton import aot, launch
+from benchmarks import triton_kernels
+from sanm_kernels.backends.triton import launch
 
 class Driver:
     def get_current_device(self): return 0
@@ -42,7 +45,7 @@ TARGET = json.loads(sys.argv[1])
 driver.set_active(Driver())
 JITFunction._do_compile = do_compile
 with launch.recording() as recorded:
-    for call in aot.calls().values():
+    for call in triton_kernels.calls().values():
         call(torch.float32)
 for kernel, arguments, meta in recorded:
     launch.launch(kernel, (1,), *arguments, **meta)
@@ -57,6 +60,7 @@ def test_every_kernel_is_launched_with_options_that_the_target_knows(target, reg
     run = subprocess.run(
         [sys.executable, "-c", LAUNCH, json.dumps(target)],
         env=COMPILING,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from inputs import COMPILING, TRITON_DEVICE, extended
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(TRITON_DEVICE is None, reason="triton is not installed")
 
 
@@ -40,8 +42,9 @@ WRITTEN = {
 def test_every_kernel_compiles_for_every_target_without_spills_and_reads_images_widely():
     # a process of its own: this one may run Triton as an interpreter, which can't compile
     run = subprocess.run(
-        [sys.executable, "-m", "sanm_kernels.backends.triton.aot", "--json", "--processes", "2"],
+        [sys.executable, "-m", "benchmarks.triton_kernels", "--json", "--processes", "2"],
         env=COMPILING,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -50,7 +53,7 @@ def test_every_kernel_compiles_for_every_target_without_spills_and_reads_images_
     rows = json.loads(run.stdout)
     kernels = {row["kernel"] for row in rows}
     per_target = Counter(row["target"] for row in rows)
-    assert set(per_target) == {"sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"}
+    assert set(per_target) == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"}
     for target in per_target:
         own = [row for row in rows if row["target"] == target]
         assert {row["kernel"] for row in own} == kernels
@@ -84,7 +87,8 @@ def test_every_kernel_compiles_for_every_target_without_spills_and_reads_images_
 
 SCHEDULED = """
 import torch
-from sanm_kernels.backends.triton import aot, launch, load, masked_forward, masked_loss
+from benchmarks import triton_kernels
+from sanm_kernels.backends.triton import launch, load, masked_forward, masked_loss
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -93,7 +97,7 @@ def keys(n, lam, weight, gamma):
     z, t, r = meta(n, 10), meta(n, 10), meta(n)
     scalars = torch.tensor([lam, weight, 1.0, 0.0], dtype=torch.float64)
     given = (t, r, meta(n, dtype=torch.int64), None, scalars)
-    config = aot.PRESETS["paper"]._replace(ratio_gamma=gamma, ratio_low=gamma / 2)
+    config = triton_kernels.PRESETS["paper"]._replace(ratio_gamma=gamma, ratio_low=gamma / 2)
     with launch.recording() as recorded:
         *_, per_sample, normalizer, p_mean = masked_loss.forward(z, *given, n // 2, True, -1, True)
         masked_loss.backward(meta(), *[None] * 5, z, *given, normalizer, p_mean, n // 2, True, -1,
@@ -104,7 +108,7 @@ def keys(n, lam, weight, gamma):
     result = []
     for kernel, arguments, values in recorded:
         options = {k: values.pop(k) for k in ("num_warps", "num_stages") if k in values}
-        what = aot.source(kernel, arguments, values)
+        what = triton_kernels.source(kernel, arguments, values)
         result.append((kernel.__name__, what.signature, what.constants, what.attrs, options))
     return result
 
@@ -122,6 +126,7 @@ def test_a_scheduled_number_compiles_nothing_anew():
     run = subprocess.run(
         [sys.executable, "-c", SCHEDULED],
         env=COMPILING,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from sanm_kernels.backends.triton import tune
 from sanm_kernels.ops.base import library, without_autocast
 
 #: Whether kernels run on the CPU, through Triton's interpreter (TRITON_INTERPRET=1).
@@ -22,8 +22,35 @@ INTERPRETED: bool = knobs.runtime.interpret
 #: Rows that a program holds at most: what it knows of a row stands in several threads' registers.
 MOST_ROWS = 32
 
+Configuration = dict[str, int]
+
+#: Kernel → rows (largest bucket, configuration), in ascending order of the bucket. A bucket counts
+#: the elements of a row that a program works on. TILE: elements that a program holds of one operand
+#: at a time.
+CONFIGURATIONS: dict[str, list[tuple[float, Configuration]]] = {
+    # a bucket counts the elements of a sample's feature map
+    "masked_forward": [
+        (8192, {"TILE": 2048, "num_warps": 4}),
+        (math.inf, {"TILE": 4096, "num_warps": 8}),
+    ],
+    # softmax rows: a bucket counts classes
+    "rows": [
+        (64, {"TILE": 512, "num_warps": 4}),
+        (math.inf, {"TILE": 2048, "num_warps": 8}),
+    ],
+    # softmax rows with two rows of targets each and their modulation, which take many registers
+    "masked_loss": [
+        (64, {"TILE": 256, "num_warps": 4}),
+        (math.inf, {"TILE": 1024, "num_warps": 8}),
+    ],
+    # element-wise over images: a bucket counts a sample's elements
+    "pixels": [
+        (4096, {"TILE": 1024, "num_warps": 4}),
+        (math.inf, {"TILE": 4096, "num_warps": 8}),
+    ],
+}
+
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
-_every_row = False
 
 
 def options(backend: str) -> dict[str, Any]:
@@ -89,30 +116,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
     kernel[grid](*arguments, **meta, **_own_options())
 
 
-def launch_tuned(name: str, bucket: int, x: Tensor, go: Callable[[dict[str, int]], None]) -> None:
-    """Launch through `go(config)` with the configuration of kernel `name` for size `bucket`.
-
-    `name` and `bucket` as in `tune.TABLE`; `x` is a tensor on the device. `go` may be called
-    several times with several configurations, so it must write outputs only.
-    """
-    if _recorded is not None:
-        for _, config in tune.rows(name, 0):
-            if _every_row or config == tune.choose(name, bucket, x, go):
-                go(config)
-        return
-    go(tune.choose(name, bucket, x, go))
+def configuration(name: str, bucket: int) -> Configuration:
+    """The row of `CONFIGURATIONS` for kernel `name` and a call of size `bucket`."""
+    return next(config for most, config in CONFIGURATIONS[name] if bucket <= most)
 
 
 @contextlib.contextmanager
-def recording(
-    every_row: bool = False,
-) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Collect launches (kernel, arguments, meta) instead of running them.
-
-    With `every_row` those of every configuration, else of the one for the call's size.
-    """
-    global _recorded, _every_row
-    _recorded, _every_row = [], every_row
+def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Collect launches (kernel, arguments, meta) instead of running them."""
+    global _recorded
+    _recorded = []
     try:
         yield _recorded
     finally:
@@ -124,8 +137,8 @@ def power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 
 
-def row_tile(config: dict[str, int], rows: int, classes: int) -> dict[str, int]:
-    """Block sizes, by a row of `tune.TABLE`, for `rows` rows of `classes` classes."""
+def row_tile(config: Configuration, rows: int, classes: int) -> dict[str, int]:
+    """Block sizes, by a row of `CONFIGURATIONS`, for `rows` rows of `classes` classes."""
     block = min(power_of_2(classes), config["TILE"])
     return {
         "ROWS": max(min(config["TILE"] // block, power_of_2(rows), MOST_ROWS), 1),

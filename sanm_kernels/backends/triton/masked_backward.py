@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sanm_kernels.backends.triton import numeric, painting, tiles
 from sanm_kernels.backends.triton.launch import (
+    configuration,
     implements,
     launch,
-    launch_tuned,
     power_of_2,
     triton_dtype,
     wide,
@@ -68,15 +68,13 @@ def modulate_backward(grad: Tensor, targets: Tensor, ratio: Tensor, clamp: bool)
     sets, batch, classes = grad.shape
     result = targets.new_empty(targets.shape)
 
-    def go(config: dict[str, int]) -> None:
-        launch(
-            modulate_backward_kernel, (batch,), grad, targets, ratio.contiguous(), result, batch,
-            classes, sets, *grad.stride(), *targets.stride(), CLAMP=clamp,
-            CLASSES=min(power_of_2(classes), config["TILE"]),
-            ACC=triton_dtype(accumulate_dtype(targets)), num_warps=config["num_warps"],
-        )  # fmt: skip
-
-    launch_tuned("rows", classes, grad, go)
+    config = configuration("rows", classes)
+    launch(
+        modulate_backward_kernel, (batch,), grad, targets, ratio.contiguous(), result, batch,
+        classes, sets, *grad.stride(), *targets.stride(), CLAMP=clamp,
+        CLASSES=min(power_of_2(classes), config["TILE"]),
+        ACC=triton_dtype(accumulate_dtype(targets)), num_warps=config["num_warps"],
+    )  # fmt: skip
     return result
 
 
@@ -161,21 +159,19 @@ def masked_views_backward(grad: Tensor, boxes: Tensor, mean_fill: bool) -> Tenso
     acc = accumulate_dtype(grad)
     means = grad.new_empty(batch, channels, dtype=acc) if mean_fill else None
 
-    def go(config: dict[str, int]) -> None:
-        walk = tiles.walk(config["TILE"], last, grad, out)
-        meta = {"VIEWS": views, "ACC": triton_dtype(acc), "WIDE": wide(out[:1]),
-                "num_warps": config["num_warps"], **walk.tile}  # fmt: skip
-        stride = grad.stride(0) // walk.vector
-        if means is not None:
-            launch(hidden_means_kernel, (batch, channels), grad, boxes, means, batch, height, width,
-                   *walk.sizes[1:], stride, **meta)  # fmt: skip
-        parts = tiles.parts(height, walk)
-        launch(
-            views_backward_kernel, (batch, parts.programs), grad, boxes, means, out, batch, height,
-            *walk.sizes, parts.rows, stride, CHANNELS_LAST=last, **meta,
-        )  # fmt: skip
-
-    launch_tuned("pixels", channels * height * width, grad, go)
+    config = configuration("pixels", channels * height * width)
+    walk = tiles.walk(config["TILE"], last, grad, out)
+    meta = {"VIEWS": views, "ACC": triton_dtype(acc), "WIDE": wide(out[:1]),
+            "num_warps": config["num_warps"], **walk.tile}  # fmt: skip
+    stride = grad.stride(0) // walk.vector
+    if means is not None:
+        launch(hidden_means_kernel, (batch, channels), grad, boxes, means, batch, height, width,
+               *walk.sizes[1:], stride, **meta)  # fmt: skip
+    parts = tiles.parts(height, walk)
+    launch(
+        views_backward_kernel, (batch, parts.programs), grad, boxes, means, out, batch, height,
+        *walk.sizes, parts.rows, stride, CHANNELS_LAST=last, **meta,
+    )  # fmt: skip
     return out if out is result else result.copy_(out)
 
 
@@ -256,15 +252,13 @@ def classifier_backward(
     d = torch.empty_like(logits)
     acc = triton_dtype(logits.dtype)
 
-    def residual(config: dict[str, int]) -> None:
-        launch(
-            logits_backward_kernel, (batch,), grad_logits, grad_loss, logits, targets, d, batch,
-            classes, *(0, 0) if grad_logits is None else grad_logits.stride(), *targets.stride(),
-            CLASSES=min(power_of_2(classes), config["TILE"]), ACC=acc,
-            num_warps=config["num_warps"],
-        )  # fmt: skip
-
-    launch_tuned("rows", classes, logits, residual)
+    config = configuration("rows", classes)
+    launch(
+        logits_backward_kernel, (batch,), grad_logits, grad_loss, logits, targets, d, batch,
+        classes, *(0, 0) if grad_logits is None else grad_logits.stride(), *targets.stride(),
+        CLASSES=min(power_of_2(classes), config["TILE"]), ACC=acc,
+        num_warps=config["num_warps"],
+    )  # fmt: skip
     dz = d @ weight.to(d.dtype)
     spec = Spec(tuple(features.shape), features.dtype, is_channels_last(features))
     df = spec.empty(features.device)
@@ -273,17 +267,15 @@ def classifier_backward(
     first, second = (visible, dz) if spec.channels_last else (dz, visible)
     outer_rows, length = (h * w, channels) if spec.channels_last else (channels, h * w)
 
-    def outer(config: dict[str, int]) -> None:
-        v = tiles.vector(df)
-        group = tiles.group(length, v)
-        columns = min(power_of_2(group * length), 1024, config["TILE"])
-        groups = -(-outer_rows // group)
-        rows = max(min(config["TILE"] // columns, power_of_2(groups)), 1)
-        launch(
-            features_backward_kernel, (batch, -(-groups // rows)), first, second, df, outer_rows,
-            length, group, group * length // v, channels * h * w // v, VECTOR=v, ROWS=rows,
-            COLUMNS=columns, WIDE=wide(df[:1]), num_warps=config["num_warps"],
-        )  # fmt: skip
-
-    launch_tuned("pixels", channels * h * w, features, outer)
+    config = configuration("pixels", channels * h * w)
+    v = tiles.vector(df)
+    group = tiles.group(length, v)
+    columns = min(power_of_2(group * length), 1024, config["TILE"])
+    groups = -(-outer_rows // group)
+    rows = max(min(config["TILE"] // columns, power_of_2(groups)), 1)
+    launch(
+        features_backward_kernel, (batch, -(-groups // rows)), first, second, df, outer_rows,
+        length, group, group * length // v, channels * h * w // v, VECTOR=v, ROWS=rows,
+        COLUMNS=columns, WIDE=wide(df[:1]), num_warps=config["num_warps"],
+    )  # fmt: skip
     return df, (d.T @ pooled).to(weight.dtype), d.sum(0)

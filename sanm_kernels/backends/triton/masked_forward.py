@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sanm_kernels.backends.triton import activation, numeric, painting, tiles
 from sanm_kernels.backends.triton.launch import (
+    configuration,
     implements,
     launch,
-    launch_tuned,
     power_of_2,
     triton_dtype,
     wide,
@@ -313,59 +313,57 @@ def _samples(
     clean_prob = given.get("clean_prob")
     segments = power_of_2(h + 1)
 
-    def go(config: dict[str, int]) -> None:
-        source, slices = features, 0
-        tile, warps = config["TILE"], config["num_warps"]
-        columns = min(power_of_2(length), 64 if map_last else 1024, tile)
-        rows = power_of_2(cells if map_last else -(-channels // group))
-        tile_map = {
-            "CHANNELS_FIRST": not map_last,
-            "GROUP": group,
-            "VECTOR": v,
-            "MAP_ROWS": max(min(rows, tile // columns), 1),
-            "MAP_COLUMNS": columns,
-            "ACC": triton_dtype(acc),
-            "WIDE": wide(features[:1], None if images is None else images[:1]),
-            "num_warps": warps,
-        }
-        if parts > 1:
-            unit = v if map_last else group
-            each = -(-channels // (parts * unit)) * unit
-            slices = -(-channels // each)
-            source = torch.empty(batch, slices, room, dtype=acc, device=device)
-            launch(energy_kernel, (batch, slices), features, source, cells, channels, each,
-                   each * (1 if map_last else cells) // v, room, features.stride(0) // v,
-                   length // v, channels * cells // v, **tile_map)  # fmt: skip
-        walk = tiles.Walk(0, 0, 0, 1, {"VECTOR": 1, "ROWS": 1, "COLUMNS": 1})
-        if images is not None:  # two views take the registers of two
-            walk = tiles.walk(tile * 2 // images.element_size(), channels_last, images)
-        noise = min(walk.tile["COLUMNS"], 32)
-        launch(
-            masked_forward_kernel, (batch, parts), source, workspace, targets, clean_prob,
-            draws, given.get("seed"), sample_index, images, fills, stats, positions,
-            out.get("ratio"), out.get("boxes"), all_boxes, out.get("new_targets"),
-            out.get("views"), batch, channels, h, w, height, width, classes, slices,
-            height.bit_length(), 0 if draws is None else draws.shape[1], fill_stride,
-            -(-height // parts), room, features.stride(0) // v, length // v, channels * cells // v,
-            0 if images is None else images.stride(0) // walk.vector, *walk.sizes,
-            *(0, 0) if targets is None else (targets.stride(0), targets.stride(-1)),
-            0 if clean_prob is None else clean_prob.stride(0),
-            0 if sample_index is None else sample_index.stride(0),
-            settings.ratio_low, settings.ratio_high, settings.ratio_gamma, settings.aspect_low,
-            settings.aspect_high, settings.area_scale,
-            VIEWS=settings.views, SHARED=settings.shared, CENTERED=settings.centered,
-            QUANTIZE=settings.quantize, CLAMP=settings.clamp,
-            FILL=settings.fill if images is not None else CONSTANT, SPLIT_MAP=parts > 1,
-            SOFT=soft, CHANNELS_LAST=channels_last, TARGET_ACC=triton_dtype(target_acc),
-            CELLS=min(power_of_2(cells), 1024), SEGMENTS=segments,
-            LOCATE_COLUMNS=max(min(power_of_2(width), 128 * warps // segments), 1),
-            CLASSES=min(power_of_2(classes), 1024), NOISE_ROWS=64 * warps // noise,
-            NOISE_COLUMNS=noise, MEANS=max(tile // 2, power_of_2(walk.step * walk.vector)),
-            ROWS=walk.tile["ROWS"], COLUMNS=walk.tile["COLUMNS"], IMAGE_VECTOR=walk.vector,
-            **tile_map,
-        )  # fmt: skip
-
-    launch_tuned("masked_forward", channels * cells, features, go)
+    config = configuration("masked_forward", channels * cells)
+    source, slices = features, 0
+    tile, warps = config["TILE"], config["num_warps"]
+    columns = min(power_of_2(length), 64 if map_last else 1024, tile)
+    rows = power_of_2(cells if map_last else -(-channels // group))
+    tile_map = {
+        "CHANNELS_FIRST": not map_last,
+        "GROUP": group,
+        "VECTOR": v,
+        "MAP_ROWS": max(min(rows, tile // columns), 1),
+        "MAP_COLUMNS": columns,
+        "ACC": triton_dtype(acc),
+        "WIDE": wide(features[:1], None if images is None else images[:1]),
+        "num_warps": warps,
+    }
+    if parts > 1:
+        unit = v if map_last else group
+        each = -(-channels // (parts * unit)) * unit
+        slices = -(-channels // each)
+        source = torch.empty(batch, slices, room, dtype=acc, device=device)
+        launch(energy_kernel, (batch, slices), features, source, cells, channels, each,
+               each * (1 if map_last else cells) // v, room, features.stride(0) // v,
+               length // v, channels * cells // v, **tile_map)  # fmt: skip
+    walk = tiles.Walk(0, 0, 0, 1, {"VECTOR": 1, "ROWS": 1, "COLUMNS": 1})
+    if images is not None:  # two views take the registers of two
+        walk = tiles.walk(tile * 2 // images.element_size(), channels_last, images)
+    noise = min(walk.tile["COLUMNS"], 32)
+    launch(
+        masked_forward_kernel, (batch, parts), source, workspace, targets, clean_prob,
+        draws, given.get("seed"), sample_index, images, fills, stats, positions,
+        out.get("ratio"), out.get("boxes"), all_boxes, out.get("new_targets"),
+        out.get("views"), batch, channels, h, w, height, width, classes, slices,
+        height.bit_length(), 0 if draws is None else draws.shape[1], fill_stride,
+        -(-height // parts), room, features.stride(0) // v, length // v, channels * cells // v,
+        0 if images is None else images.stride(0) // walk.vector, *walk.sizes,
+        *(0, 0) if targets is None else (targets.stride(0), targets.stride(-1)),
+        0 if clean_prob is None else clean_prob.stride(0),
+        0 if sample_index is None else sample_index.stride(0),
+        settings.ratio_low, settings.ratio_high, settings.ratio_gamma, settings.aspect_low,
+        settings.aspect_high, settings.area_scale,
+        VIEWS=settings.views, SHARED=settings.shared, CENTERED=settings.centered,
+        QUANTIZE=settings.quantize, CLAMP=settings.clamp,
+        FILL=settings.fill if images is not None else CONSTANT, SPLIT_MAP=parts > 1,
+        SOFT=soft, CHANNELS_LAST=channels_last, TARGET_ACC=triton_dtype(target_acc),
+        CELLS=min(power_of_2(cells), 1024), SEGMENTS=segments,
+        LOCATE_COLUMNS=max(min(power_of_2(width), 128 * warps // segments), 1),
+        CLASSES=min(power_of_2(classes), 1024), NOISE_ROWS=64 * warps // noise,
+        NOISE_COLUMNS=noise, MEANS=max(tile // 2, power_of_2(walk.step * walk.vector)),
+        ROWS=walk.tile["ROWS"], COLUMNS=walk.tile["COLUMNS"], IMAGE_VECTOR=walk.vector,
+        **tile_map,
+    )  # fmt: skip
 
 
 _NOTHING = Settings(3, True, True, False, True, CONSTANT, [0.0], 1.0, 0.0, 0.0, 0.0, 1.0, 1.0)
@@ -410,16 +408,14 @@ def _classify(
     length = channels if last else h * w
     v = tiles.vector(source, rows=length)
 
-    def go(config: dict[str, int]) -> None:
-        launch(
-            pool_kernel, (batch,), source, out["boxes"], out["pooled"], out["visible"], channels, h,
-            w, height, width, source.stride(0) // v, length // v, CHANNELS_FIRST=not last, VECTOR=v,
-            CELLS=cells,
-            CHANNELS=max(min(power_of_2(channels), config["TILE"] // cells), 1),
-            ACC=triton_dtype(acc), WIDE=wide(source[:1]), num_warps=config["num_warps"],
-        )  # fmt: skip
-
-    launch_tuned("masked_forward", channels * h * w, features, go)
+    config = configuration("masked_forward", channels * h * w)
+    launch(
+        pool_kernel, (batch,), source, out["boxes"], out["pooled"], out["visible"], channels, h,
+        w, height, width, source.stride(0) // v, length // v, CHANNELS_FIRST=not last, VECTOR=v,
+        CELLS=cells,
+        CHANNELS=max(min(power_of_2(channels), config["TILE"] // cells), 1),
+        ACC=triton_dtype(acc), WIDE=wide(source[:1]), num_warps=config["num_warps"],
+    )  # fmt: skip
     weight, bias = given["weight"].to(acc), given["bias"]
     if bias is None:
         torch.mm(out["pooled"], weight.T, out=out["logits"])

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from sanm_kernels.backends.triton import numeric, target_rows
 from sanm_kernels.backends.triton.launch import (
+    configuration,
     implements,
     launch,
-    launch_tuned,
     row_tile,
     run_time,
     triton_dtype,
@@ -336,25 +336,23 @@ def forward(
     arrived = logits.new_empty((), dtype=torch.int32)
     acc = triton_dtype(p_mean.dtype)
 
-    def go(config: dict[str, int]) -> None:
-        tile = row_tile(config, n, K)
-        programs, each = _rows_each(n, tile["ROWS"], FORWARD_PROGRAMS)
-        # with no row one program still runs, to write zeros; its column sums are not read
-        columns = torch.empty(programs, K, dtype=p_mean.dtype, device=logits.device)
-        sums = torch.empty(5, max(programs, 1), dtype=torch.float64, device=logits.device)
-        launch(
-            masked_loss_kernel, (max(programs, 1),), logits, targets, _dense(ratio),
-            _dense(permutation), per_sample, normalizer, columns, sums, arrived, n, K, M,
-            num_labeled, ignore_index, each, *_strides(logits, targets), numbers, values[0],
-            SOFT=soft, CLAMP=clamp, ACC=acc, **tile,
-        )  # fmt: skip
-        launch(
-            masked_loss_finish_kernel, (blocks,), columns, sums, _dense(prior), penalties, arrived,
-            tuple(results), p_mean, numbers, n, K, programs, *values[1:], MEAN=mean,
-            PARTS=FINISH_PARTS, CLASSES=FINISH_CLASSES, ACC=acc, num_warps=4,
-        )  # fmt: skip
-
-    launch_tuned("masked_loss", K, logits, go)
+    config = configuration("masked_loss", K)
+    tile = row_tile(config, n, K)
+    programs, each = _rows_each(n, tile["ROWS"], FORWARD_PROGRAMS)
+    # with no row one program still runs, to write zeros; its column sums are not read
+    columns = torch.empty(programs, K, dtype=p_mean.dtype, device=logits.device)
+    sums = torch.empty(5, max(programs, 1), dtype=torch.float64, device=logits.device)
+    launch(
+        masked_loss_kernel, (max(programs, 1),), logits, targets, _dense(ratio),
+        _dense(permutation), per_sample, normalizer, columns, sums, arrived, n, K, M,
+        num_labeled, ignore_index, each, *_strides(logits, targets), numbers, values[0],
+        SOFT=soft, CLAMP=clamp, ACC=acc, **tile,
+    )  # fmt: skip
+    launch(
+        masked_loss_finish_kernel, (blocks,), columns, sums, _dense(prior), penalties, arrived,
+        tuple(results), p_mean, numbers, n, K, programs, *values[1:], MEAN=mean,
+        PARTS=FINISH_PARTS, CLASSES=FINISH_CLASSES, ACC=acc, num_warps=4,
+    )  # fmt: skip
     return outputs
 
 
@@ -369,17 +367,15 @@ def backward(*arguments: Any) -> Tensor:
     M = targets.shape[:-1].numel() if soft else len(targets)
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
 
-    def go(config: dict[str, int]) -> None:
-        tile = row_tile(config, n, K)
-        programs, each = _rows_each(n, tile["ROWS"], BACKWARD_PROGRAMS)
-        launch(
-            masked_loss_backward_kernel, (programs,), *grads, grad_per_sample, logits, targets,
-            _dense(ratio), _dense(permutation), _dense(prior), normalizer.contiguous(),
-            p_mean.contiguous(), result, n, K, M, num_labeled, ignore_index, each,
-            0 if grad_per_sample is None else grad_per_sample.stride(0),
-            *_strides(logits, targets), numbers, *values, MEAN=mean, SOFT=soft, CLAMP=clamp,
-            COUNT=1024, ACC=triton_dtype(p_mean.dtype), **tile,
-        )  # fmt: skip
-
-    launch_tuned("masked_loss", K, logits, go)
+    config = configuration("masked_loss", K)
+    tile = row_tile(config, n, K)
+    programs, each = _rows_each(n, tile["ROWS"], BACKWARD_PROGRAMS)
+    launch(
+        masked_loss_backward_kernel, (programs,), *grads, grad_per_sample, logits, targets,
+        _dense(ratio), _dense(permutation), _dense(prior), normalizer.contiguous(),
+        p_mean.contiguous(), result, n, K, M, num_labeled, ignore_index, each,
+        0 if grad_per_sample is None else grad_per_sample.stride(0),
+        *_strides(logits, targets), numbers, *values, MEAN=mean, SOFT=soft, CLAMP=clamp,
+        COUNT=1024, ACC=triton_dtype(p_mean.dtype), **tile,
+    )  # fmt: skip
     return result

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sanm_kernels.backends.triton import numeric
 from sanm_kernels.backends.triton.launch import (
+    configuration,
     implements,
     launch,
-    launch_tuned,
     power_of_2,
     run_time,
     triton_dtype,
@@ -119,15 +119,13 @@ def forward(views: list[Tensor], lam: Tensor, permutation: Tensor, rows: int) ->
     starts = _starts([s for s in sizes if s])
     numbers, values = run_time(lam)
 
-    def go(config: dict[str, int]) -> None:
-        block = min(config["TILE"], power_of_2(size))
-        launch(
-            mixup_views_kernel, (rows, -(-size // block)), tuple(filled), starts, permutation, out,
-            size, sum(sizes), permutation.stride(0), numbers, *values, BLOCK=block,
-            ACC=triton_dtype(acc), num_warps=config["num_warps"],
-        )  # fmt: skip
-
-    launch_tuned("pixels", size, out, go)
+    config = configuration("pixels", size)
+    block = min(config["TILE"], power_of_2(size))
+    launch(
+        mixup_views_kernel, (rows, -(-size // block)), tuple(filled), starts, permutation, out,
+        size, sum(sizes), permutation.stride(0), numbers, *values, BLOCK=block,
+        ACC=triton_dtype(acc), num_warps=config["num_warps"],
+    )  # fmt: skip
     return out
 
 
@@ -152,13 +150,11 @@ def backward(grad: Tensor, lam: Tensor, permutation: Tensor, sizes: list[int]) -
     acc = torch.float64 if grad.dtype == torch.float64 else torch.float32
     numbers, values = run_time(lam)
 
-    def go(config: dict[str, int]) -> None:
-        block = min(config["TILE"], power_of_2(size))
-        launch(
-            mixup_views_backward_kernel, (total, -(-size // block)), dense, source, filled, starts,
-            size, rows, numbers, *values, BLOCK=block, ACC=triton_dtype(acc),
-            num_warps=config["num_warps"],
-        )  # fmt: skip
-
-    launch_tuned("pixels", size, grad, go)
+    config = configuration("pixels", size)
+    block = min(config["TILE"], power_of_2(size))
+    launch(
+        mixup_views_backward_kernel, (total, -(-size // block)), dense, source, filled, starts,
+        size, rows, numbers, *values, BLOCK=block, ACC=triton_dtype(acc),
+        num_warps=config["num_warps"],
+    )  # fmt: skip
     return result

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sanm_kernels.backends.triton import numeric, tiles
 from sanm_kernels.backends.triton.launch import (
+    configuration,
     implements,
     launch,
-    launch_tuned,
     triton_dtype,
     wide,
 )
@@ -164,22 +164,20 @@ def forward(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> Ten
     last = is_channels_last(reconstruction)
     rebuilt, originals = tiles.dense(reconstruction, last), tiles.dense(images, last)
 
-    def go(config: dict[str, int]) -> None:
-        walk = tiles.walk(config["TILE"] * 2 // rebuilt.element_size(), last, rebuilt, originals)
-        parts, each = tiles.parts(height, walk)
-        partial = reconstruction.new_empty(samples, parts, dtype=acc)
-        launch(
-            squares_kernel, (samples, parts), rebuilt, originals, boxes, partial, batch, height,
-            *walk.sizes, each, rebuilt.stride(0) // walk.vector, originals.stride(0) // walk.vector,
-            ACC=triton_dtype(acc), WIDE=wide(rebuilt[:1]), num_warps=config["num_warps"],
-            **walk.tile,
-        )  # fmt: skip
-        launch(
-            finish_kernel, (1,), partial, boxes, loss, samples // batch, batch, channels, height,
-            width, batch * parts, BLOCK=256, ACC=triton_dtype(acc), num_warps=4,
-        )  # fmt: skip
-
-    launch_tuned("pixels", images[:1].numel(), reconstruction, go)
+    config = configuration("pixels", images[:1].numel())
+    walk = tiles.walk(config["TILE"] * 2 // rebuilt.element_size(), last, rebuilt, originals)
+    parts, each = tiles.parts(height, walk)
+    partial = reconstruction.new_empty(samples, parts, dtype=acc)
+    launch(
+        squares_kernel, (samples, parts), rebuilt, originals, boxes, partial, batch, height,
+        *walk.sizes, each, rebuilt.stride(0) // walk.vector, originals.stride(0) // walk.vector,
+        ACC=triton_dtype(acc), WIDE=wide(rebuilt[:1]), num_warps=config["num_warps"],
+        **walk.tile,
+    )  # fmt: skip
+    launch(
+        finish_kernel, (1,), partial, boxes, loss, samples // batch, batch, channels, height,
+        width, batch * parts, BLOCK=256, ACC=triton_dtype(acc), num_warps=4,
+    )  # fmt: skip
     return loss
 
 
@@ -196,16 +194,14 @@ def backward(grad: Tensor, reconstruction: Tensor, images: Tensor, boxes: Tensor
         boxes = boxes.contiguous()
     rebuilt, originals = tiles.dense(reconstruction, last), tiles.dense(images, last)
 
-    def go(config: dict[str, int]) -> None:
-        walk = tiles.walk(config["TILE"] * 2 // rebuilt.element_size(), last, rebuilt, originals)
-        parts, each = tiles.parts(height, walk)
-        launch(
-            reconstruction_backward_kernel, (reconstruction.shape[0], parts), grad, rebuilt,
-            originals, boxes, result, batch, channels, height, width, *walk.sizes, each,
-            rebuilt.stride(0) // walk.vector, originals.stride(0) // walk.vector,
-            ACC=triton_dtype(grad.dtype), WIDE=wide(rebuilt[:1]), num_warps=config["num_warps"],
-            **walk.tile,
-        )  # fmt: skip
-
-    launch_tuned("pixels", images[:1].numel(), reconstruction, go)
+    config = configuration("pixels", images[:1].numel())
+    walk = tiles.walk(config["TILE"] * 2 // rebuilt.element_size(), last, rebuilt, originals)
+    parts, each = tiles.parts(height, walk)
+    launch(
+        reconstruction_backward_kernel, (reconstruction.shape[0], parts), grad, rebuilt,
+        originals, boxes, result, batch, channels, height, width, *walk.sizes, each,
+        rebuilt.stride(0) // walk.vector, originals.stride(0) // walk.vector,
+        ACC=triton_dtype(grad.dtype), WIDE=wide(rebuilt[:1]), num_warps=config["num_warps"],
+        **walk.tile,
+    )  # fmt: skip
     return result

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sanm_kernels.backends.triton import numeric
 from sanm_kernels.backends.triton.launch import (
+    configuration,
     implements,
     launch,
-    launch_tuned,
     row_tile,
     run_time,
     triton_dtype,
@@ -118,16 +118,14 @@ def forward(
         labels = clean_prob = None
     numbers, values = run_time(exponent)
 
-    def go(config: dict[str, int]) -> None:
-        tile = row_tile(config, batch, classes)
-        launch(
-            refine_targets_kernel, (-(-batch // tile["ROWS"]),), tuple(logits),
-            tuple(s for z in logits for s in z.stride()), labels, clean_prob, statistics, result,
-            numbers, batch, classes,
-            *((0, 0) if labels is None else (labels.stride(0), labels.stride(-1))),
-            0 if clean_prob is None else clean_prob.stride(0), *values,
-            SOFT=labels is not None and labels.is_floating_point(), ACC=triton_dtype(acc), **tile,
-        )  # fmt: skip
-
-    launch_tuned("rows", classes, logits[0], go)
+    config = configuration("rows", classes)
+    tile = row_tile(config, batch, classes)
+    launch(
+        refine_targets_kernel, (-(-batch // tile["ROWS"]),), tuple(logits),
+        tuple(s for z in logits for s in z.stride()), labels, clean_prob, statistics, result,
+        numbers, batch, classes,
+        *((0, 0) if labels is None else (labels.stride(0), labels.stride(-1))),
+        0 if clean_prob is None else clean_prob.stride(0), *values,
+        SOFT=labels is not None and labels.is_floating_point(), ACC=triton_dtype(acc), **tile,
+    )  # fmt: skip
     return result

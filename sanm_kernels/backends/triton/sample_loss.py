@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sanm_kernels.backends.triton import numeric
 from sanm_kernels.backends.triton.launch import (
+    configuration,
     implements,
     launch,
-    launch_tuned,
     row_tile,
     triton_dtype,
 )
@@ -77,14 +77,12 @@ def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     loss = logits.new_empty(batch, dtype=acc)
     normalizer = logits.new_empty((batch, 2), dtype=acc)
 
-    def go(config: dict[str, int]) -> None:
-        tile = row_tile(config, batch, classes)
-        launch(
-            sample_loss_kernel, (-(-batch // tile["ROWS"]),), logits, labels, loss, normalizer,
-            batch, classes, *logits.stride(), labels.stride(0), ACC=triton_dtype(acc), **tile,
-        )  # fmt: skip
-
-    launch_tuned("rows", classes, logits, go)
+    config = configuration("rows", classes)
+    tile = row_tile(config, batch, classes)
+    launch(
+        sample_loss_kernel, (-(-batch // tile["ROWS"]),), logits, labels, loss, normalizer,
+        batch, classes, *logits.stride(), labels.stride(0), ACC=triton_dtype(acc), **tile,
+    )  # fmt: skip
     return loss, normalizer
 
 
@@ -94,14 +92,12 @@ def backward(grad: Tensor, logits: Tensor, labels: Tensor, normalizer: Tensor) -
     batch, classes = logits.shape
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
 
-    def go(config: dict[str, int]) -> None:
-        tile = row_tile(config, batch, classes)
-        grid = (-(-batch // tile["ROWS"]), -(-classes // tile["CLASSES"]))
-        launch(
-            sample_loss_backward_kernel, grid, grad, logits, labels, normalizer.contiguous(),
-            result, batch, classes, grad.stride(0), *logits.stride(), labels.stride(0),
-            ACC=triton_dtype(normalizer.dtype), **tile,
-        )  # fmt: skip
-
-    launch_tuned("rows", classes, logits, go)
+    config = configuration("rows", classes)
+    tile = row_tile(config, batch, classes)
+    grid = (-(-batch // tile["ROWS"]), -(-classes // tile["CLASSES"]))
+    launch(
+        sample_loss_backward_kernel, grid, grad, logits, labels, normalizer.contiguous(),
+        result, batch, classes, grad.stride(0), *logits.stride(), labels.stride(0),
+        ACC=triton_dtype(normalizer.dtype), **tile,
+    )  # fmt: skip
     return result

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import distributed
-from .files import replacing
+from .files import first_line, replacing
 
 NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(OSError):
@@ -27,8 +28,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:  # torch's writer raises either
         kept = "; the last good one is kept" if path.exists() else ""
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be written: {reason}{kept}") from None
+        raise CheckpointError(f"{path} cannot be written: {first_line(error)}{kept}") from None
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -41,13 +41,25 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, and reads past wrong ones
+            if (damaged := archive.testzip()) is not None:
+                raise OSError(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken file raises depends on where it breaks
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of format {FORMAT}")
     return state
+
+
+def check_data(state: dict[str, Any], data: dict[str, Any]) -> None:
+    """Label quality belongs to samples by their position: the data must be those of the run."""
+    changed = [name for name, value in state["data"].items() if data[name] != value]
+    if changed:
+        what = f"{state['data']['samples']} samples then, {data['samples']} now"
+        if "samples" not in changed:
+            what = f"other {' and '.join(changed)}, or in another order"
+        raise CheckpointError(f"the training set is not the one that the run began with: {what}")
 
 
 def check_ranks(state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import platform
 import sys
@@ -21,19 +22,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .config import ConfigError
     from .extra import MissingPackage
 
+    for stream in (sys.stdout, sys.stderr):  # in ASCII or Latin-1 too
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
-        return int(options.command(options))
-    except (ConfigError, FileExistsError, OSError) as error:
-        print(f"sanm: error: {error}", file=sys.stderr)
+        status = int(options.command(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # what reads the output has ended, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ConfigError, OSError) as error:
+        _complain(f"error: {error}")
         return 2
     except MissingPackage as error:
-        print(f"sanm: error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return 1
     except FloatingPointError as error:
         hint = "try a smaller --lr, with --resume from the last checkpoint if there is one"
-        print(f"sanm: error: training failed: {error}; {hint}", file=sys.stderr)
+        _complain(f"error: training failed: {error}; {hint}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -54,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         if out is not None:
             default = Path(out) if out else None
             shown = f"folder for the results (default: {out})" if out else "folder of the run"
-            added.add_argument("--out", type=Path, default=default, required=not out, help=shown)
+            added.add_argument("--out", type=_path, default=default, required=not out, help=shown)
         return added
 
     train = command(_train, "train", "train one recipe on one data set", "")
@@ -76,10 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         (_eval, "eval", "test accuracy of a run, by class"),
     ):
         added = command(function, name, help)
-        added.add_argument("run", type=Path, help="folder of a run")
+        added.add_argument("run", type=_path, help="folder of a run")
         added.add_argument("--device", default="cpu", help="torch device (%(default)s)")
         if function is _inspect:
-            added.add_argument("--out", type=Path, help="folder (default: RUN/inspect)")
+            added.add_argument("--out", type=_path, help="folder (default: RUN/inspect)")
 
     table = command(_compare, "compare", "table of recipes on kinds of noise", "sanm-compare")
     table.add_argument("--recipes", nargs="+", help="default: all")
@@ -222,8 +231,21 @@ def _seeds(options: argparse.Namespace) -> range:
     return range(options.seeds)
 
 
+def _path(text: str) -> Path:
+    """A path of the command line; an empty one, of an unset variable, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return Path(text)
+
+
 def _show_warning(message: Any, *where: Any, **more: Any) -> None:
-    print(f"sanm: warning: {message}", file=sys.stderr)
+    _complain(f"warning: {message}")
+
+
+def _complain(text: str) -> None:
+    """On one line of the terminal, to which names of files can't send control characters."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print(f"sanm: {shown}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import math
+import reprlib
 import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -53,6 +54,9 @@ class TrainConfig:
     data_root: str = setting("", "folder (or manifest) with the data set (not for digits)")
     test_root: str = setting("", "manifest: that of the test images")
     image_size: int = setting(0, "side of the images networks see; 0: the data set's own", low=0)
+    max_unreadable: float = setting(
+        0.05, "share of unreadable images, of a sample, above which no run starts", low=0, high=1
+    )
     workers: int = setting(2, "processes that read image files; 0: the training process", low=0)
     augmentation: str = setting("", "augmentation; empty: the data set's own")
     model: str = setting("", "network; empty: the data set's own")
@@ -232,11 +236,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         import yaml
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # PyYAML's constructors raise what their own mistakes lead to
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"config: {path} cannot be read as YAML: {reason}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"config: {path} must hold settings as 'name: value', got {found!r:.60}")
+        got = reprlib.repr(found)  # short also where aliases make it grow
+        raise ConfigError(f"config: {path} must hold settings as 'name: value', got {got}")
     return found
 
 
@@ -249,9 +254,9 @@ def _typed(name: str, value: Any, source: str) -> Any:
     """`value` as the type of the setting `name`; whole numbers serve as floats."""
     types = _types()
     if name not in types:
-        near = difflib.get_close_matches(str(name), types, 1, 0.4)
+        near = difflib.get_close_matches(reprlib.repr(name), types, 1, 0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{source}: there is no setting {name!r}{hint}")
+        raise ConfigError(f"{source}: there is no setting {reprlib.repr(name)}{hint}")
     allowed = typing.get_args(types[name]) or (types[name],)
     if value is None and type(None) in allowed:
         return None
@@ -261,7 +266,9 @@ def _typed(name: str, value: Any, source: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{source}: {name} must be of type {kind.__name__}, got {value!r}")
+        raise ConfigError(
+            f"{source}: {name} must be of type {kind.__name__}, got {reprlib.repr(value)}"
+        )
     return value
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .images import Images, TensorImages
+from .images import Images, TensorImages, digest
 from .noise import add_noise
 
 
@@ -54,6 +54,17 @@ class Dataset:
         """Share of the labels whose truth is known that differ from it; NaN if none is."""
         known = self.true_labels >= 0
         return (self.labels != self.true_labels)[known].double().mean().item()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this training set from another: the number of samples, and digests of the
+        images (paths, or pixels held in memory), the given labels and the classes' names."""
+        names = "\0".join(self.classes or ())
+        return {
+            "samples": len(self),
+            "images": self.images.digest(),
+            "labels": digest([self.labels.cpu().numpy()]),
+            "classes": digest([f"{self.num_classes} {names}".encode()]),
+        }
 
     def with_noise(
         self, kind: str, rate: float, *, seed: int = 0, include_true: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import os
 import tempfile
@@ -11,16 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial"
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` if the block succeeds.
 
     What was written is on the disk before the old file goes, so that a crash leaves one of both.
-    What a killed process leaves of the temporary file, the next one overwrites.
+    `remove_partial` removes what a killed process leaves of the temporary file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{PARTIAL}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -52,6 +55,54 @@ def prepare_folder(path: str | Path) -> Path:
         reason = error.strerror or str(error)
         raise OSError(f"out must be a writable folder, got {path}: {reason}") from None
     return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep the folder to this process, as far as others ask too; the lock ends with the process.
+
+    Raises:
+        FileExistsError: another process has it.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"out: another run is using {folder}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(opened)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove temporary files that killed processes left in the folder, which is `locked`."""
+    for path in folder.glob(f".*{PARTIAL}*"):
+        path.unlink(missing_ok=True)
+
+
+def reserve(path: Path) -> None:
+    """Have the disk set aside all bytes of a sparse file that is mapped to memory: writing there to
+    a full disk ends the process.
+
+    Raises:
+        OSError: there is no room; it names the file.
+    """
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What is wrong, on one line; not torch's advice on loading files that run code."""
+    text = str(error)
+    if "weights_only" in text:
+        return "it names what is not a tensor, a number or a container of these"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _short(value: Any) -> Any:

@@ -13,12 +13,13 @@ from torch import Tensor
 import sanm_kernels as sk
 
 from .extra import extra
-from .files import prepare_folder, replacing, write_csv
+from .files import prepare_folder, replacing, reserve, write_csv
 from .report import print_rows, share, write_report
 from .train import CONFIG, Result, load_run
 
 with extra():
     import pyarrow as pa
+    import pyarrow.compute as pc
     import yaml
     from pyarrow import csv, parquet
     from rich.console import Console
@@ -50,10 +51,11 @@ def inspect(run: str | Path, out: str | Path | None = None, device: str = "cpu")
     shape = (len(result.data), result.data.num_classes)
     with replacing(folder / "pred_probs.npy") as temporary:
         predictions = np.lib.format.open_memmap(temporary, "w+", np.dtype("float32"), shape)
+        reserve(temporary)
         table = sample_table(result, predictions)
         predictions.flush()
     with replacing(folder / "samples.csv") as temporary:
-        csv.write_csv(table, temporary)
+        csv.write_csv(_inert(table), temporary)
     with replacing(folder / "samples.parquet") as temporary:
         parquet.write_table(table, temporary)
     settings = dataclasses.asdict(result.config)
@@ -110,6 +112,20 @@ def sample_table(result: Result, predictions: Array) -> pa.Table:
 
 
 @torch.no_grad()
+def _inert(table: Any) -> Any:
+    """An Arrow table in which no text is one that a spreadsheet would run: an apostrophe in front
+    makes it text."""
+    for i, field in enumerate(table.schema):
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            column = table[i]
+            quoted = pc.binary_join_element_wise(
+                pa.scalar("'", field.type), column, pa.scalar("", field.type)
+            )
+            runs = pc.match_substring_regex(column, r"^[=+\-@\t\r]")
+            table = table.set_column(i, field, pc.if_else(runs, quoted, column))
+    return table
+
+
 def _predict(result: Result, predictions: Array) -> dict[str, Tensor]:
     """The columns (N,) that come from the networks' outputs."""
     data, recipe = result.data, result.recipe

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ConfigError
+from .files import first_line
 from .models import classifier
 
 SHOWN = 5  # keys a message lists of each kind; a wrong network differs in hundreds
@@ -43,8 +44,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken file raises depends on where it breaks
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"pretrained: {path} cannot be loaded safely: {reason}") from None
+        raise ConfigError(f"pretrained: {path} cannot be loaded: {first_line(error)}") from None
     for name in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]

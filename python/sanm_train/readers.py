@@ -7,11 +7,13 @@ format and the same at every call; position i of every field belongs to the same
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from .config import ConfigError, check_choice
 from .extra import extra
+from .files import first_line
 
 CIFAR10_FILES = tuple(
     f"cifar-10-batches-py/{name}"
@@ -30,10 +33,6 @@ ANIMALS = (
     "cat", "lynx", "wolf", "coyote", "cheetah",
     "jaguar", "chimpanzee", "orangutan", "hamster", "guinea pig",
 )  # fmt: skip
-
-
-# What pickles call to make an array, wherever this NumPy keeps it.
-RECONSTRUCT = np.empty(0).__reduce__()[0]
 
 
 class DataError(ConfigError):
@@ -82,18 +81,20 @@ def read_cifar_n(path: str | Path) -> dict[str, Tensor]:
     return: "clean_label" equals their labels. CIFAR-10: "aggre_label", "worse_label",
     "random_label1" to 3; CIFAR-100: "noisy_label", and both coarse sets.
     """
-    # Arrays of NumPy 1 name its old module; those of NumPy 2 the new one.
     known: list[Any] = [
-        *((RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-        *(np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "bhilqBHILQ"}),
+        (stand_in, ".".join(name))
+        for name, stand_in in array_parts().items()
+        if name[0] != "_codecs"
     ]
+    known += [part for part, _ in known if isinstance(part, type)]
     try:
         with torch.serialization.safe_globals(known):
             found = torch.load(path, map_location="cpu", weights_only=True)
+        found = {k: _array(v) for k, v in found.items()} if isinstance(found, Mapping) else found
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # what a broken file raises depends on where it breaks
-        raise DataError(f"{path} cannot be loaded safely: {_first_line(error)}") from None
+        raise DataError(f"{path} cannot be loaded: {first_line(error)}") from None
     if not isinstance(found, Mapping) or "clean_label" not in found:
         raise DataError(f"{path} must hold a dictionary of labels with clean_label")
     size = len(found["clean_label"])
@@ -161,13 +162,13 @@ def read_animal10n(root: str | Path, split: str = "training") -> Records:
 def read_folder(root: str | Path) -> Records:
     """Any folder with one sub-folder per class, in the order of their names, images below them.
 
-    Hidden folders do not count. A class without an image is an error: it is a slip more often than
-    a wish, and the network would have an output that never occurs.
+    Hidden files and folders, and macOS's `__MACOSX`, do not count, at any depth. A class without an
+    image is an error: the network would have an output that never occurs.
     """
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
+    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not _hidden(e.name))
     if not classes:
         raise DataError(f"{root} holds no sub-folder; one is needed for each class")
     found = [list(_images(root / name)) for name in classes]
@@ -188,8 +189,9 @@ def read_manifest(
     Args:
         root: what the paths are relative to; default: the manifest's folder.
         classes: the names that labels may have, in the order of their indices; default: labels are
-            class indices if all are whole numbers, otherwise names, whose classes are in the order
-            of their names.
+            class indices if all are whole numbers (also written as 3.0), otherwise names, whose
+            classes are in the order of their names. A missing value (nan, NA, N/A, null, none)
+            among whole numbers is an error.
 
     Other columns are ignored. Whether the images exist is not checked. items is an Arrow array.
     """
@@ -198,8 +200,15 @@ def read_manifest(
     path = Path(path)
     table = _table(path)
     paths, given = _below(path.parent if root is None else root, table["path"]), table["label"]
-    if classes is None and pc.all(pc.match_substring_regex(given, "^-?[0-9]+$")).as_py():
-        return Records(paths, _integers(given, None, f"{path}: label"), {})
+    if classes is None:
+        numbers = pc.match_substring_regex(given, r"^-?[0-9]+(\.0*)?$")
+        absent = pc.match_substring_regex(given, r"(?i)^(nan|na|n/a|<na>|null|none)$")
+        if pc.all(numbers).as_py():
+            whole = pc.replace_substring_regex(given, r"\.0*$", "")
+            return Records(paths, _integers(whole, None, f"{path}: label"), {})
+        if pc.all(pc.or_(numbers, absent)).as_py():
+            row = pc.index(absent, True).as_py()
+            raise DataError(f"{path}: row {row + 1} has no label, got {given[row].as_py()!r}")
     encoded = given.dictionary_encode()
     found = encoded.dictionary.to_pylist()
     names = sorted(found) if classes is None else list(classes)
@@ -211,37 +220,96 @@ def read_manifest(
     return Records(paths, order[torch.tensor(encoded.indices.to_numpy())], {"classes": names})
 
 
+def array_parts() -> dict[tuple[str, str], Any]:
+    """What pickled arrays call, by module and name, replaced by what can only make plain arrays.
+
+    NumPy's own functions crash on made-up arguments. These keep shape, dtype and bytes for `_array`
+    to check. They are made anew for each file, which can change what it gets.
+    """
+
+    class DType:
+        def __init__(self, kind: Any, *_: Any) -> None:
+            self.kind, self.order = kind, "="
+
+        def __setstate__(self, state: Any) -> None:
+            self.order = state[1]
+
+    class Array(_Array):
+        def __init__(self, *_: Any) -> None:
+            self.shape, self.dtype, self.fortran, self.data = (), None, False, b""
+
+        def __setstate__(self, state: Any) -> None:
+            _, self.shape, self.dtype, self.fortran, self.data = state
+
+    class NDArray:  # named by what makes an array, and never called
+        def __new__(cls, *_: Any) -> NDArray:
+            raise pickle.UnpicklingError("it calls numpy.ndarray, which is not allowed")
+
+    return {
+        # NumPy 1 and NumPy 2
+        ("numpy.core.multiarray", "_reconstruct"): Array,
+        ("numpy._core.multiarray", "_reconstruct"): Array,
+        ("numpy", "ndarray"): NDArray,
+        ("numpy", "dtype"): DType,
+        # How Python 3 writes bytes in the archives' protocol.
+        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+    }
+
+
+class _Array:
+    """Shape, dtype and bytes of an array, as a file has them."""
+
+    shape: Any
+    dtype: Any
+    fortran: Any
+    data: Any
+
+
+def _array(value: Any) -> Any:
+    """An array of whole or floating-point numbers from its parts; other values as they are."""
+    if not isinstance(value, _Array):
+        return value
+    kind, shape, data = value.dtype.kind, value.shape, value.data
+    if not (isinstance(kind, str) and re.fullmatch("[biuf][1248]", kind)):
+        raise ValueError(f"an array of numbers was expected, got one of dtype {kind!r:.40}")
+    dtype = np.dtype(kind).newbyteorder(">" if value.dtype.order == ">" else "<")
+    if isinstance(data, str):  # Python 2's bytes
+        data = data.encode("latin1")
+    sizes = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+    if not (sizes and isinstance(data, bytes) and math.prod(shape) * dtype.itemsize == len(data)):
+        raise ValueError(f"an array of shape {shape!r:.40} has not as many bytes as it takes")
+    array = np.frombuffer(data, dtype).reshape(shape, order="F" if value.fortran else "C")
+    return array.astype(dtype.newbyteorder("="))
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Loads pickles of arrays and builtin containers; any other name in the file is refused.
 
     A pickle can name any function to be called while it is loaded; the archives' need only these.
     """
 
-    NAMES: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        # How Python 3 writes bytes in the archives' protocol.
-        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
-    }
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, encoding="latin1")
+        self.parts = array_parts()
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.NAMES:
+        if (module, name) not in self.parts:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed")
-        return self.NAMES[module, name]
+        return self.parts[module, name]
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
     """A pickled dictionary with its keys as strings, as Python 2 or 3 wrote it."""
     try:
         with path.open("rb") as file:
-            found = _ArraysOnly(file, encoding="latin1").load()
+            found = _ArraysOnly(file).load()
+        if isinstance(found, dict):
+            found = {key: _array(value) for key, value in found.items()}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # what a broken pickle raises depends on where it breaks
         raise DataError(
-            f"{path} cannot be read as a pickle of arrays: {_first_line(error)}"
+            f"{path} cannot be read as a pickle of arrays: {first_line(error)}"
         ) from None
     if not isinstance(found, dict):
         raise DataError(f"{path} must hold a dictionary, got {type(found).__name__}")
@@ -288,8 +356,14 @@ def _images(folder: Path) -> Iterator[str]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     for where, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (os.path.join(where, n) for n in sorted(names) if n.lower().endswith(IMAGES))
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        for name in sorted(names):
+            if name.lower().endswith(IMAGES) and not _hidden(name):
+                yield os.path.join(where, name)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _integers(column: Any, num_classes: int | None, what: str) -> Tensor:
@@ -297,7 +371,7 @@ def _integers(column: Any, num_classes: int | None, what: str) -> Tensor:
     try:
         values = column.cast("int64").to_numpy()
     except ValueError as error:
-        raise DataError(f"{what} must be whole numbers: {_first_line(error)}") from None
+        raise DataError(f"{what} must be whole numbers: {first_line(error)}") from None
     return _labels(values, len(column), num_classes, what)
 
 
@@ -350,7 +424,3 @@ def _table(
     except pa.ArrowException as error:  # the last part of its message says what is wrong
         raise DataError(f"{path} cannot be read: {str(error).split('Invalid: ')[-1]}") from None
     return result
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,10 +21,15 @@ from .data import Dataset, generator
 from .datasets import DATASETS
 from .engine import Engine, seed_everything
 from .extra import extra
-from .files import prepare_folder, write_csv
+from .files import locked, prepare_folder, remove_partial, write_csv
+from .images import unreadable
+from .readers import DataError
 from .recipes import RECIPES, Recipe
 
 METRICS, CONFIG = "metrics.csv", "config.yaml"
+LEFT = (checkpoint.NAME, METRICS, CONFIG, "tensorboard", "inspect")  # by a run in its folder
+PER_RANK = {"device", "threads", "workers"}  # settings in which ranks may differ
+LOOKED_AT = 256  # images that are read before a run starts, of each process
 ANYTIME = {"workers", "threads", "device", "checkpoint_steps", "tensorboard", "lr"}
 RESOLVED = {"model", "augmentation", "image_size"}  # by the data set, where they are not given
 
@@ -44,6 +51,10 @@ class Result:
     interrupted: bool = False
     quality: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     losses: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        return self.data.fingerprint()
 
     @property
     def last_accuracy(self) -> float:
@@ -102,15 +113,24 @@ def train(
     Ctrl-C ends the run early: the result has `interrupted` set and the epochs finished so far.
 
     Raises:
-        ConfigError, OSError: the data set, the folder or the checkpoint cannot be used.
+        ConfigError, OSError: the data set, the folder or the checkpoint cannot be used; another run
+            is using the folder; the ranks' settings or data differ; the training set is not the one
+            that the run to be resumed began with.
         FloatingPointError: a loss is not finite; the last checkpoint stays.
     """
-    with distributed.processes(config.device) as device, _threads(config.threads):
-        folder = None if out is None else prepare_folder(out)
+    with (
+        distributed.processes(config.device) as device,
+        _threads(config.threads),
+        nullcontext() if out is None else _folder(out) as folder,
+    ):
         saved = checkpoint.load(folder) if folder is not None and resume else None
         if saved is not None:
             _check_resumed(config, saved)
         result = build(dataclasses.replace(config, device=str(device)))
+        _check_ranks(config, result.fingerprint)
+        if saved is not None:
+            checkpoint.check_data(saved, result.fingerprint)
+        _check_images(config, result.recipe.data)
         engine = Engine(result.config, result.recipe, device)
         # Networks start alike, what is drawn per sample does not.
         seed_everything(config.seed + 1_000_003 * distributed.rank())
@@ -120,8 +140,7 @@ def train(
         first = folder if distributed.rank() == 0 else None
         if first is not None:
             if saved is None:
-                for name in (checkpoint.NAME, METRICS):  # another run's
-                    (first / name).unlink(missing_ok=True)
+                _remove_run(first)
             dataclasses.replace(result.config, device=config.device).write(first / CONFIG)
         try:
             shown = progress and distributed.rank() == 0
@@ -187,7 +206,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Result:
     """A run as its last checkpoint in `folder` has it, on one process.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it cannot be read.
+        CheckpointError: there is no checkpoint, it cannot be read, or its training set has changed.
         ConfigError: its data set is not where it was.
     """
     folder = Path(folder)
@@ -197,6 +216,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Result:
     here = {"device": device, "pretrained": "", "sync_batchnorm": False}
     config = TrainConfig.read(**{**saved["config"], **here})
     result = build(config)
+    checkpoint.check_data(saved, result.fingerprint)
     recipe = result.recipe
     for network, state in zip(recipe.networks, saved["networks"], strict=True):
         network.load_state_dict(state)
@@ -213,7 +233,12 @@ def _run(engine: Engine, result: Result, first: Path | None, bar: Any, saves: bo
     config, history = result.config, result.history
 
     def save() -> None:
-        state = {"config": dataclasses.asdict(config), "history": history, **engine.state_dict()}
+        state = {
+            "config": dataclasses.asdict(config),
+            "data": result.fingerprint,
+            "history": history,
+            **engine.state_dict(),
+        }
         if first is not None:
             checkpoint.save(first, state)
 
@@ -300,6 +325,50 @@ def _check_resumed(config: TrainConfig, saved: dict[str, Any]) -> None:
             raise ConfigError(
                 f"resume: {name} was {before.get(name)!r} when the run began and is {value!r} now"
             )
+
+
+def _check_ranks(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
+    """Raise, on every rank, if two were started with other settings or read other data."""
+    own = {name: v for name, v in dataclasses.asdict(config).items() if name not in PER_RANK}
+    first, *others = distributed.gather((own, fingerprint))
+    for rank, other in enumerate(others, 1):
+        for before, here in zip(first, other, strict=True):
+            odd = [name for name in before if before[name] != here[name]]
+            if odd:
+                raise ConfigError(
+                    f"all ranks must have the same settings and data, but {odd[0]} is "
+                    f"{before[odd[0]]!r} on rank 0 and {here[odd[0]]!r} on rank {rank}"
+                )
+
+
+def _check_images(config: TrainConfig, data: Dataset) -> None:
+    """Raise, on every rank, if too many of a sample of the images cannot be read."""
+    for what, images in (("training", data.images), ("test", data.test_images)):
+        found = distributed.gather(unreadable(images, LOOKED_AT))
+        looked_at = sum(number for number, _ in found)
+        faults = [fault for _, own in found for fault in own]
+        if len(faults) > config.max_unreadable * looked_at:
+            named = "; ".join(f"{path}: {reason}" for path, reason in faults[:3])
+            raise DataError(
+                f"{len(faults)} of {looked_at} {what} images looked at cannot be read "
+                f"(max_unreadable is {config.max_unreadable:g} of them): {named}"
+            )
+
+
+@contextmanager
+def _folder(out: str | Path) -> Iterator[Path]:
+    """The folder of a run, kept to this one."""
+    folder = prepare_folder(out)
+    with locked(folder) if distributed.rank() == 0 else nullcontext():
+        yield folder
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what an earlier run has left in the folder, and nothing else."""
+    remove_partial(folder)
+    for name in LEFT:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -124,6 +124,23 @@ def metrics_of(folder) -> list[dict[str, str]]:
         return [{**row, "seconds": ""} for row in csv.DictReader(file)]
 
 
+RANK = """
+import os, sys
+from sanm_train.cli import main
+sys.exit(main([*sys.argv[1:], "--lr", ("0.02", "0.1")[int(os.environ["RANK"])]]))
+"""
+
+
+@extended
+def test_ranks_with_different_settings_do_not_start(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    done = torchrun(2, str(script), "train", "--out", str(tmp_path / "out"), "--limit", "130")
+    assert done.returncode != 0
+    assert "lr is 0.02 on rank 0 and 0.1 on rank 1" in done.stderr
+    assert not (tmp_path / "out" / METRICS).exists()
+
+
 @extended
 def test_an_error_on_all_ranks_ends_all(tmp_path):
     command = ["-m", "sanm_train", "train", "--out", str(tmp_path), "--quiet", "--limit", "130"]

@@ -6,6 +6,7 @@
 // and given to the next result that it fits. What is kept is bounded; the oldest goes first.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -121,23 +122,29 @@ inline size_t element_bytes(ScalarType type) {
   }
 }
 
-// A dense tensor on memory of the pool; none if it is too small for that, or cannot be had.
-inline OptTensor pooled_tensor(const int64_t* size, int64_t dim, ScalarType type,
-                               bool channels_last) {
-  size_t bytes = element_bytes(type);
+// A dense tensor, not filled: on memory of the pool, unless it is too small for that. Straight from
+// the allocator: torch::stable::empty goes through the dispatcher, longer than a small kernel takes.
+inline Tensor new_tensor(const int64_t* size, int64_t dim, ScalarType type_, bool channels_last) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  size_t bytes = element_bytes(type_);
   for (int64_t d = 0; d < dim; ++d) bytes *= static_cast<size_t>(size[d]);
   bytes = (bytes + Pool::kPage - 1) / Pool::kPage * Pool::kPage;
+  std::vector<int64_t> stride(dim, 1);
+  for (int64_t d = dim - 1; d > 0; --d)
+    stride[d - 1] = stride[d] * std::max<int64_t>(size[d], 1);
+  if (channels_last) stride = {stride[0], 1, size[3] * size[1], size[1]};
+  const int32_t type = to<int32_t>(from(type_)), cpu = aoti_torch_device_type_cpu();
+  AtenTensorHandle handle;
   Pool& pool = Pool::instance();
   void* const data = torch_from_blob && pool.keeps(bytes) ? pool.take(bytes) : nullptr;
-  if (!data) return std::nullopt;
-  std::vector<int64_t> stride(dim, 1);
-  for (int64_t d = dim - 1; d > 0; --d) stride[d - 1] = stride[d] * size[d];
-  if (channels_last) stride = {stride[0], 1, size[3] * size[1], size[1]};
-  using torch::stable::detail::from, torch::stable::detail::to;
-  AtenTensorHandle handle;
+  if (!data) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, size, stride.data(), type, cpu, 0, &handle));
+    return Tensor(handle);
+  }
   const AOTITorchError error = torch_from_blob(
-      data, dim, size, stride.data(), 0, to<int32_t>(from(type)), aoti_torch_device_type_cpu(), -1,
-      &handle, aoti_torch_layout_strided(), nullptr, 0,
+      data, dim, size, stride.data(), 0, type, cpu, -1, &handle, aoti_torch_layout_strided(),
+      nullptr, 0,
       [](void* block, void* context) {
         Pool::instance().give(block, reinterpret_cast<size_t>(context));
       },
@@ -147,21 +154,13 @@ inline OptTensor pooled_tensor(const int64_t* size, int64_t dim, ScalarType type
   return Tensor(handle);
 }
 
-// A dense tensor, not filled.
 inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType type) {
-  const int64_t dim = static_cast<int64_t>(size.size());
-  if (OptTensor pooled = pooled_tensor(size.begin(), dim, type, false)) return *pooled;
-  return torch::stable::empty({size.begin(), size.size()}, type);
+  return new_tensor(size.begin(), static_cast<int64_t>(size.size()), type, false);
 }
 
-// The same in a memory format that kernels read in place.
+// In a memory format that kernels read in place.
 inline Tensor new_image(const std::vector<int64_t>& size, ScalarType type, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  const int64_t dim = static_cast<int64_t>(size.size());
-  if (OptTensor pooled = pooled_tensor(size.data(), dim, type, channels_last)) return *pooled;
-  return torch::stable::empty(
-      size, type, std::nullopt, std::nullopt, std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return new_tensor(size.data(), static_cast<int64_t>(size.size()), type, channels_last);
 }
 
 }  // namespace sanm

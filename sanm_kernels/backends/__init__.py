@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -130,9 +130,17 @@ def preferred(op: str, device: torch.device | str) -> str:
     return "reference"
 
 
+class Chosen(NamedTuple):
+    """An operator on the backend that serves it, and what else a call of it needs to know."""
+
+    overload: Any
+    check: Callable[..., None] | None  #: of values, where the kernels cannot report wrong ones
+    differentiable: Callable[..., Any] | None
+    transformable: Callable[..., Any] | None
+
+
 @functools.cache
-def _choose(op: str, device: torch.device, forced: str | None) -> Any:
-    """The overload."""
+def _choose(op: str, device: torch.device, forced: str | None) -> Chosen:
     backend = forced or preferred(op, device)
     if forced is not None:
         reason = serves(forced, op, device)
@@ -140,7 +148,12 @@ def _choose(op: str, device: torch.device, forced: str | None) -> Any:
             raise RuntimeError(f"backend {forced!r} cannot run {op}: {reason}")
     elif backend == "reference":
         _warn(device)
-    return getattr(getattr(torch.ops.sanm_kernels, op), backend)
+    return Chosen(
+        getattr(getattr(torch.ops.sanm_kernels, op), backend),
+        value_checks.get(op) if backend in SILENT else None,
+        functions.get((op, backend)),
+        transformable.get((op, backend)),
+    )
 
 
 @functools.cache
@@ -195,7 +208,7 @@ def constant(function: F) -> F:
 
 @constant
 def _choose_constant(op: str, device: torch.device, forced: str | None) -> str:
-    return str(_choose(op, device, forced)._overloadname)
+    return str(_choose(op, device, forced).overload._overloadname)
 
 
 def forced(backend: str | None) -> str | None:
@@ -216,7 +229,7 @@ def select(op: str, device: torch.device, backend: str | None) -> Any:
         RuntimeError: the forced backend cannot run the operator; the message says why.
     """
     if not torch.compiler.is_compiling():
-        return _choose(op, device, forced(backend))
+        return _choose(op, device, forced(backend)).overload
     chosen = _choose_constant(op, device, forced(backend))
     return getattr(getattr(torch.ops.sanm_kernels, op), chosen)
 
@@ -228,23 +241,21 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
     over: where nothing is to be differentiated, as it would itself do after a longer look, and
     otherwise for a function of the same formulas, but for traced calls.
     """
-    overload = select(op, device, backend)
     if torch.compiler.is_compiling():
-        return overload(*arguments)
-    if overload._overloadname in SILENT and op in value_checks:
-        value_checks[op](*arguments)
-    key = (op, overload._overloadname)
+        return select(op, device, backend)(*arguments)
+    chosen = _choose(op, device, forced(backend))
+    if chosen.check is not None:
+        chosen.check(*arguments)
     if torch._C._are_functorch_transforms_active():
-        return transformable.get(key, overload)(*arguments)
-    if forward_ad._current_level >= 0 and key in transformable:
+        return (chosen.transformable or chosen.overload)(*arguments)
+    if forward_ad._current_level >= 0 and chosen.transformable is not None:
         for x in tree_leaves(arguments):
             if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise_forward_mode(op)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        function = functions.get(key)
-        return overload(*arguments) if function is None else function.apply(*arguments)
+        return (chosen.differentiable or chosen.overload)(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return overload(*arguments)
+        return chosen.overload(*arguments)
 
 
 @contextlib.contextmanager

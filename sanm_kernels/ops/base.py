@@ -10,7 +10,7 @@ choice (`sanm_kernels.backends`), made once, above the dispatcher: a compiled gr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +24,7 @@ operators: dict[str, str] = {}  # name → schema, in order of definition
 value_checks: dict[str, Callable[..., None]] = {}  # name → what `define` was given as `check`
 #: (name, backend) → the differentiable operator for calls that are not traced, outside of
 #: torch.func's transforms and inside of them.
-functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+functions: dict[tuple[str, str], Callable[..., Any]] = {}
 transformable: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -77,8 +77,7 @@ def define(
                 qualified, formula, setup_context=setup_context, lib=library
             )
             has_list = schema.startswith("(Tensor[]")
-            if not has_list:
-                functions[name, backend] = differentiable(ops, name, setup_context, formula)
+            functions[name, backend] = differentiable(ops, name, setup_context, formula, has_list)
             transformable[name, backend] = transformed(ops, name, setup_context, formula, has_list)
     library.impl(f"{name}.reference", without_autocast(reference), "CompositeExplicitAutograd")
 
@@ -128,27 +127,48 @@ def differentiable_once(name: str, formula: Callable[..., Any]) -> Callable[...,
 
 
 def differentiable(
-    ops: Overloads, name: str, setup_context: Callable[..., None], formula: Callable[..., Any]
-) -> type[torch.autograd.Function]:
+    ops: Overloads,
+    name: str,
+    setup_context: Callable[..., None],
+    formula: Callable[..., Any],
+    has_list: bool,
+) -> Callable[..., Any]:
     """What torch.library makes of the two formulas, without its layers in Python.
 
-    They take as long as a small kernel. Tensors in lists are not differentiated.
+    They take as long as a small kernel. Autograd gets the arguments to differentiate one by one,
+    and all in one piece, which it does not look into. `has_list`: the first is a list of tensors.
     """
 
     class Operator(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, arguments: tuple[Any, ...], places: list[int], *_: Tensor) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                output = getattr(ops, name)(*args)
-            setup_context(ctx, args, output)
+                output = getattr(ops, name)(*arguments)
+            ctx.places = places
+            setup_context(ctx, arguments, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:  # compiled autograd takes only a function
-            return formula(ctx, *grads)
+            gradients = formula(ctx, *grads)
+            flat = (*gradients[0], *gradients[1:]) if has_list else gradients
+            return None, None, *[flat[place] for place in ctx.places]
 
     Operator.__name__ = Operator.__qualname__ = name
-    return Operator
+    apply: Callable[..., Any] = Operator.apply
+
+    def call(*arguments: Any) -> Any:
+        flat = (*arguments[0], *arguments[1:]) if has_list else arguments
+        places = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.requires_grad]
+        return apply(arguments, places, *[flat[place] for place in places])
+
+    return call
+
+
+def places(ctx: Any) -> Sequence[int]:
+    """Which arguments of an operator without a list are to be differentiated, for its context."""
+    found: Sequence[int] | None = getattr(ctx, "places", None)
+    return found or [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
 
 
 def transformed(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sanm_kernels.ops.base import Overloads, define
+from sanm_kernels.ops.base import Overloads, define, places
 from sanm_kernels.reference import masked_forward as reference
 from sanm_kernels.reference.masked_forward import MEAN, Settings, is_channels_last
 from sanm_kernels.reference.precision import accumulate_dtype
@@ -132,10 +132,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.settings = s = Settings(*inputs[len(INPUTS) :])
     stats, positions, ratio, boxes, new_targets, views, logits, loss, pooled, visible = output
     constants = [stats, positions, ratio, boxes, pooled, visible]
-    needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=False))
-    if not needs["targets"]:
+    needs = [INPUTS[place] for place in places(ctx)]
+    if "targets" not in needs:
         constants.append(new_targets)
-    if not needs["images"]:
+    if "images" not in needs:
         constants.append(views)
     if given["weight"] is None:
         constants += [logits, loss]

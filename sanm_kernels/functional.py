@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sanm_kernels import validate
+from sanm_kernels import results, validate
 from sanm_kernels.backends import call
-from sanm_kernels.config import FILLS, VIEWS, MaskConfig
-from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, specs
-from sanm_kernels.reference.masked_forward import Settings
+from sanm_kernels.config import FILLS, MaskConfig
+from sanm_kernels.reference.masked_forward import is_channels_last
 from sanm_kernels.results import ActivationStats, MaskedForward, Options
 
 _PAPER = MaskConfig.paper()
-_NO_VIEWS: dict[str, Tensor | None] = {
-    f"{part}_{kind}": None for part in ("ratio", "box", "targets", "images") for kind in VIEWS
-}
 
 
 @validate.public
@@ -45,15 +41,14 @@ def activation_stats(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or values.
     """
-    validate.floating(features, "features", 4, shape="(B, C, h, w)")
-    _non_empty(features, "features")
+    _check_features(features)
     height, width = _size(size)
     config = _config(config)
     stats, positions = call(
         "activation_stats",
         features.device,
         backend,
-        features.detach(),
+        validate.detached(features),
         height,
         width,
         config.quantize,
@@ -159,21 +154,93 @@ def masked_forward(
         TypeError, ValueError: an argument has the wrong type, shape, device or values.
         RuntimeError: a forced backend cannot run, or `out` was given where a gradient is needed.
     """
-    validate.floating(features, "features", 4, shape="(B, C, h, w)")
-    _non_empty(features, "features")
     config = _config(config)
-    device, batch = features.device, features.shape[0]
+    weight = bias = None
+    if classifier is not None:
+        if not isinstance(classifier, tuple | list) or len(classifier) != 2:
+            raise TypeError(
+                f"classifier: expected a pair (weight, bias), got {type(classifier).__name__}"
+            )
+        weight, bias = classifier
+        validate.is_tensor(weight, "classifier")
+    if out is not None and not isinstance(out, MaskedForward):
+        raise TypeError(f"out: expected a MaskedForward, got {type(out).__name__}")
+    height, width, num_classes, expected = _check(
+        features,
+        targets,
+        clean_prob,
+        images,
+        weight,
+        bias,
+        size,
+        config,
+        num_classes,
+        draws,
+        sample_index,
+        out is not None,
+    )
+    device = features.device
+    if classifier is None:
+        features = validate.detached(features)  # boxes and statistics are constants
+    clean_prob = validate.detached(validate.quality(clean_prob))
+    seed: Tensor | None = None
+    if draws is None or (config.fill == "pixel" and images is not None):
+        seed = _seed(generator, device)
 
+    arguments = (
+        features,
+        targets if targets.dim() == 2 else validate.int64(targets),
+        clean_prob if clean_prob.dtype is torch.float32 else clean_prob.to(torch.float32),
+        None if draws is None else validate.detached(draws),
+        seed,
+        None if sample_index is None else validate.int64(sample_index),
+        images,
+        weight,
+        bias,
+        height,
+        width,
+        num_classes,
+        *_settings(config, _fill_values(config)),
+    )
+    if out is not None and expected is not None:
+        channels_last = images is not None and is_channels_last(images)
+        results.check_out(out, config, arguments, expected[channels_last])
+        call("masked_forward_out", device, backend, *arguments, *out.buffers)
+        if not torch.compiler.is_compiling():
+            # below autograd nobody counts: a graph that saved what was overwritten must not run
+            torch.autograd.graph.increment_version(out.buffers)
+        return out
+    outputs = call("masked_forward", device, backend, *arguments)
+    return results.unpack(config, outputs, images is not None, weight is not None)
+
+
+@validate.by_kinds(MaskConfig)
+def _check(
+    features: Tensor,
+    targets: Tensor,
+    clean_prob: Tensor,
+    images: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    size: Sequence[int] | None,
+    config: MaskConfig,
+    num_classes: int | None,
+    draws: Tensor | None,
+    sample_index: Tensor | None,
+    has_out: bool,
+) -> tuple[int, int, int, tuple[results.Expected, results.Expected] | None]:
+    """The arguments of masked_forward fit each other → height, width, K.
+
+    And, where there is one, what `out` has to be: for images in either memory format.
+    """
+    _check_features(features)
+    device, batch = features.device, features.shape[0]
     clean_prob = validate.quality(clean_prob)
     validate.length(clean_prob, "clean_prob", batch, "the batch of features")
     validate.same_device(clean_prob, "clean_prob", device, "features")
-
-    weight = bias = None
-    if classifier is not None:
-        weight, bias = _classifier(classifier, features, config)
-    else:
-        features = features.detach()  # boxes and statistics are constants
-    targets, num_classes = _targets(targets, num_classes, weight, batch, device)
+    if weight is not None:
+        _check_classifier(weight, bias, features, config)
+    num_classes = _check_targets(targets, num_classes, weight, batch, device)
 
     channels = 0
     if images is not None:
@@ -191,122 +258,22 @@ def masked_forward(
     else:
         height, width = _size(size)
 
-    fill_value = _fill_value(config, channels)
+    values = len(_fill_values(config))
+    if channels and config.fill == "constant" and values not in (1, channels):
+        raise ValueError(
+            f"config: expected fill_value of 1 or {channels} numbers for images of "
+            f"{channels} channels, got {values}"
+        )
     if sample_index is not None:
-        sample_index = validate.integer(sample_index, "sample_index")
+        validate.integer(sample_index, "sample_index")
         validate.length(sample_index, "sample_index", batch, "the batch of features")
         validate.same_device(sample_index, "sample_index", device, "features")
-    seed: Tensor | None = None
     if draws is not None:
-        draws = _draws(draws, batch, config, channels, device)
-    if draws is None or (config.fill == "pixel" and images is not None):
-        seed = _seed(generator, device)
-
-    arguments = (
-        features,
-        targets,
-        clean_prob.detach().to(torch.float32),
-        draws,
-        seed,
-        sample_index,
-        images,
-        weight,
-        bias,
-        height,
-        width,
-        num_classes,
-        *_settings(config, fill_value),
-    )
-    if out is not None:
-        _check_out(out, config, arguments)
-        call("masked_forward_out", device, backend, *arguments, *out.buffers)
-        if not torch.compiler.is_compiling():
-            # below autograd nobody counts: a graph that saved what was overwritten must not run
-            torch.autograd.graph.increment_version(out.buffers)
-        return out
-    outputs = call("masked_forward", device, backend, *arguments)
-    return _unpack(config, outputs, images is not None, weight is not None)
-
-
-def _unpack(
-    config: MaskConfig, outputs: tuple[Tensor, ...], has_images: bool, has_classifier: bool
-) -> MaskedForward:
-    """The operator's stacked outputs as named slices (views: no copy)."""
-    stats, positions, ratio, boxes, targets, masked, logits, loss = outputs[:8]
-    count = len(config.views)
-    if not has_images or masked.shape[0] == 0:
-        images: Sequence[Tensor] = (masked,) * count
-    elif torch.compiler.is_compiling():  # chunk() would fix the number of samples
-        images = masked.unflatten(0, (count, -1)).unbind(0)
-    else:
-        images = masked.chunk(count)
-    ratios, modulated = ratio.unbind(0), targets.unbind(0)
-    if config.shared_draws:
-        ratios, modulated = ratios * count, modulated * count
-    views: dict[str, Tensor] = {}
-    for k, (kind, box) in enumerate(zip(config.views, boxes.unbind(0), strict=True)):
-        views[f"ratio_{kind}"] = ratios[k]
-        views[f"box_{kind}"] = box
-        views[f"targets_{kind}"] = modulated[k]
-        if has_images:
-            views[f"images_{kind}"] = images[k]
-    return MaskedForward(
-        stats=ActivationStats(*stats.unbind(0), *positions.unbind(0)),
-        images_masked=masked if has_images else None,
-        logits=logits if has_classifier else None,
-        loss=loss if has_classifier else None,
-        buffers=outputs,
-        **{**_NO_VIEWS, **views},
-    )
-
-
-def _check_out(out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...]) -> None:
-    """`out` fits the call, and writing to it spoils neither a gradient nor an argument."""
-    if not isinstance(out, MaskedForward):
-        raise TypeError(f"out: expected a MaskedForward, got {type(out).__name__}")
-    given = dict(zip(INPUTS, arguments, strict=False))
-    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
-    if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if x.requires_grad:
-                raise RuntimeError(
-                    f"out: cannot be given where {name} requires grad; call under "
-                    "torch.no_grad() or leave out away"
-                )
-    had = tuple(kind for kind in VIEWS if getattr(out, f"box_{kind}") is not None)
-    if had != config.views:
-        raise ValueError(f"out: expected a result with the views {config.views}, got {had}")
-    expected = specs(
-        given["features"],
-        given["targets"],
-        given["images"],
-        given["weight"],
-        given["num_classes"],
-        Settings(*arguments[len(INPUTS) :]),
-    )
-    for name, spec, buffer in zip(OUTPUTS, expected, out.buffers, strict=True):
-        dense = (
-            buffer.is_contiguous(memory_format=torch.channels_last)
-            if spec.channels_last
-            else buffer.is_contiguous()
-        )
-        if (
-            buffer.shape != spec.shape
-            or buffer.dtype != spec.dtype
-            or not dense
-            or buffer.device != given["features"].device
-        ):
-            raise ValueError(
-                f"out: expected {name} of shape {list(spec.shape)} and {spec.dtype}"
-                f"{' in channels_last' if spec.channels_last else ''}, got {list(buffer.shape)} "
-                f"and {buffer.dtype} with strides {buffer.stride()} on {buffer.device}"
-            )
-        if torch.compiler.is_compiling() or buffer.numel() == 0:
-            continue
-        memory = buffer.untyped_storage().data_ptr()
-        for argument, x in tensors.items():
-            if x.untyped_storage().data_ptr() == memory:
-                raise ValueError(f"out: shares its {name} with the argument {argument}")
+        _check_draws(draws, batch, config, channels, device)
+    expected = None
+    if has_out:
+        expected = results.expect(features, targets, images, weight, num_classes, config)
+    return height, width, num_classes, expected
 
 
 def _config(config: MaskConfig | None) -> MaskConfig:
@@ -337,6 +304,12 @@ def _settings(config: MaskConfig, fill_value: list[float]) -> tuple[object, ...]
     )
 
 
+@validate.by_kinds()
+def _check_features(features: Tensor) -> None:
+    validate.floating(features, "features", 4, shape="(B, C, h, w)")
+    _non_empty(features, "features")
+
+
 def _non_empty(x: Tensor, name: str) -> None:
     if 0 in x.shape[1:]:
         raise ValueError(
@@ -357,20 +330,20 @@ def _size(size: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _targets(
+def _check_targets(
     targets: Tensor,
     num_classes: int | None,
     weight: Tensor | None,
     batch: int,
     device: torch.device,
-) -> tuple[Tensor, int]:
-    """Targets as (B, K) floats or (B,) int64, and K."""
+) -> int:
+    """Targets are (B, K) floats or (B,) integers → K."""
     validate.is_tensor(targets, "targets")
     validate.same_device(targets, "targets", device, "features")
     if num_classes is not None:
         num_classes = validate.whole(num_classes, "num_classes", 2, 2**31)
     if targets.dim() == 1:
-        targets = validate.integer(targets, "targets")
+        validate.integer(targets, "targets")
         if num_classes is None and weight is not None:
             num_classes = weight.shape[0]
         if num_classes is None:
@@ -395,22 +368,17 @@ def _targets(
             f"classifier: expected a weight of {classes} rows, as targets have "
             f"classes, got shape {list(weight.shape)}"
         )
-    return targets, classes
+    return classes
 
 
-def _classifier(
-    classifier: tuple[Tensor, Tensor | None], features: Tensor, config: MaskConfig
-) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(classifier, tuple | list) or len(classifier) != 2:
-        raise TypeError(
-            f"classifier: expected a pair (weight, bias), got {type(classifier).__name__}"
-        )
+def _check_classifier(
+    weight: Tensor, bias: Tensor | None, features: Tensor, config: MaskConfig
+) -> None:
     if "max" not in config.views:
         raise ValueError(
             "classifier: expected a config whose views include 'max', whose box "
             f"hides the features, got {config.views}"
         )
-    weight, bias = classifier
     validate.floating(weight, "classifier", 2, shape="(K, C) for its weight")
     validate.same_device(weight, "classifier", features.device, "features")
     if weight.shape[1] != features.shape[1]:
@@ -422,23 +390,17 @@ def _classifier(
         validate.floating(bias, "classifier", 1, shape="(K,) for its bias")
         validate.same_device(bias, "classifier", features.device, "features")
         validate.length(bias, "classifier", weight.shape[0], "the bias, one per row of the weight")
-    return weight, bias
 
 
-def _fill_value(config: MaskConfig, channels: int) -> list[float]:
+def _fill_values(config: MaskConfig) -> list[float]:
+    """One number, or one per channel."""
     value = config.fill_value
-    values = list(value) if isinstance(value, tuple) else [float(value)]
-    if channels and config.fill == "constant" and len(values) not in (1, channels):
-        raise ValueError(
-            f"config: expected fill_value of 1 or {channels} numbers for images of "
-            f"{channels} channels, got {len(values)}"
-        )
-    return values
+    return list(value) if isinstance(value, tuple) else [float(value)]
 
 
-def _draws(
+def _check_draws(
     draws: Tensor, batch: int, config: MaskConfig, channels: int, device: torch.device
-) -> Tensor:
+) -> None:
     validate.floating(draws, "draws", 2, shape="(B, D)")
     validate.same_device(draws, "draws", device, "features")
     validate.length(draws, "draws", batch, "the batch of features")
@@ -450,7 +412,6 @@ def _draws(
             f"draws: expected {expected} columns (config.num_draws({channels})), "
             f"got {draws.shape[1]}"
         )
-    return draws.detach()
 
 
 def _seed(generator: torch.Generator | int | Tensor | None, device: torch.device) -> Tensor:

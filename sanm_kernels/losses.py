@@ -40,52 +40,12 @@ class MaskedLoss(NamedTuple):
     per_sample: Tensor
 
 
-def _scalars(device: torch.device, *values: float | Tensor) -> Tensor:
-    """Run-time numbers as a float64 tensor: as float arguments they'd be compiled in as constants.
-
-    Python numbers stay on the CPU: kernels get them as arguments of the launch. Where one is a
-    tensor on `device`, and in a trace, all are there: kernels read them when they run, and so do
-    those of a CUDA graph each time it is replayed.
-    """
-    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    if torch.compiler.is_compiling():
-        one = torch.ones((), **options)
-        parts = [x if isinstance(x, Tensor) else one * x for x in values]
-        if any(x.device.type != "cpu" for x in parts):
-            parts = [x.to(device, non_blocking=True) for x in parts]
-        return torch.stack([x.to(torch.float64) for x in parts]).to(device, non_blocking=True)
-    if any(isinstance(x, Tensor) for x in values):
-        options["device"] = device
-        return torch.stack(
-            [x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, **options)
-             for x in values]
-        )  # fmt: skip
-    return torch.tensor(values, **options)
-
-
-def _tensors(x: object, name: str, what: str) -> list[Tensor]:
-    """A tensor or a non-empty sequence of tensors, as a list."""
-    if isinstance(x, Tensor):
-        return [x]
-    if not isinstance(x, Sequence) or isinstance(x, str):
-        raise TypeError(f"{name}: expected {what}, got {type(x).__name__}")
-    if not x:
-        raise ValueError(f"{name}: expected at least one tensor, got none")
-    return [validate.is_tensor(item, f"{name}[{i}]") for i, item in enumerate(x)]
-
-
-def _detached(x: Tensor) -> Tensor:
-    """`x` without its gradient; detaching takes time even where there is none."""
-    return x.detach() if x.requires_grad else x
-
-
-def _permutation(x: Tensor, name: str, rows: int, device: torch.device, other: str) -> Tensor:
-    """Integers (≥ rows,) on `device`, as int64."""
+def _check_permutation(x: Any, name: str, rows: int, device: torch.device, other: str) -> None:
+    """Integers (≥ rows,) on `device`."""
     x = validate.integer(x, name, shape="(at least one entry per row,)")
     validate.same_device(x, name, device, other)
     if x.shape[0] < rows:
         raise ValueError(f"{name}: expected at least {rows} entries, got {x.shape[0]}")
-    return x
 
 
 @validate.public
@@ -103,14 +63,20 @@ def sample_loss(logits: Tensor, labels: Tensor, *, backend: str | None = None) -
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or values.
     """
+    _check_sample_loss(logits, labels)
+    labels = validate.int64(labels)
+    loss: Tensor = call("sample_loss", logits.device, backend, logits, labels)[0]
+    return loss
+
+
+@validate.by_kinds()
+def _check_sample_loss(logits: Tensor, labels: Tensor) -> None:
     validate.floating(logits, "logits", 2, shape="(B, K)")
-    labels = validate.integer(labels, "labels")
+    validate.integer(labels, "labels")
     validate.same_device(labels, "labels", logits.device, "logits")
     validate.length(labels, "labels", logits.shape[0], "the rows of logits")
     if logits.shape[1] == 0:
         raise ValueError(f"logits: expected at least one class, got shape {list(logits.shape)}")
-    loss: Tensor = call("sample_loss", logits.device, backend, logits, labels)[0]
-    return loss
 
 
 @validate.public
@@ -178,62 +144,29 @@ def masked_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or values.
     """
-    validate.floating(logits, "logits", 2, shape="(n, K)")
-    n, K = logits.shape
-    if K < 2:
-        raise ValueError(f"logits: expected at least two classes, got shape {list(logits.shape)}")
-    given = validate.is_tensor(targets, "targets").shape
-    validate.same_device(targets, "targets", logits.device, "logits")
-    if targets.is_floating_point():
-        validate.floating(targets, "targets")
-        if not 2 <= targets.dim() <= 4 or targets.shape[-1] != K:
-            raise ValueError(
-                f"targets: expected shape (…, {K}) with 1 to 3 leading dimensions, "
-                f"or integers, got {list(targets.shape)}"
-            )
-        leading = targets.shape[:-1]
-    else:
-        leading = targets.shape
-        targets = validate.integer(targets, "targets", targets.dim())
-        if targets.dim() > 1 and leading[-1] == K and targets.numel() >= n * K > 0:
-            raise ValueError(
-                "targets: expected class indices, or floats for rows of classes, got integers of "
-                f"shape {list(leading)}: one-hot rows are passed as floats"
-            )
-        targets = targets.reshape(-1)
-    available = leading.numel()
-    if available < n or (mix is None and available != n):
-        raise ValueError(
-            f"targets: expected {'at least ' if mix else ''}{n} rows (one per row of "
-            f"logits), got {available} in shape {list(given)}"
-        )
-    if ratio is not None:
-        validate.floating(ratio, "ratio")
-        validate.same_device(ratio, "ratio", logits.device, "logits")
-        if ratio.shape not in ((available,), leading):
-            raise ValueError(
-                f"ratio: expected shape {[available]}, one per target row, got {list(ratio.shape)}"
-            )
-        ratio = ratio.reshape(-1).to(accumulate_dtype(logits))
     lam: float | Tensor = 1.0
     permutation = None
     if mix is not None:
         if not isinstance(mix, (tuple, list)) or len(mix) != 2:
             raise TypeError(f"mix: expected a pair (lam, permutation), got {type(mix).__name__}")
-        lam = validate.scheduled(mix[0], "mix lam", logits.device, 0, 1)
-        permutation = _permutation(mix[1], "mix permutation", n, logits.device, "logits")
-    num_labeled = n if num_labeled is None else validate.count(num_labeled, "num_labeled", n)
-    if prior is not None:
-        validate.floating(prior, "prior", 1, shape="(K,)")
-        validate.same_device(prior, "prior", logits.device, "logits")
-        validate.length(prior, "prior", K, "the classes")
-        prior = prior.to(accumulate_dtype(logits))
-    unlabeled_weight = validate.scheduled(unlabeled_weight, "unlabeled_weight", logits.device)
-    prior_weight = validate.scheduled(prior_weight, "prior_weight", logits.device)
-    confidence_weight = validate.scheduled(confidence_weight, "confidence_weight", logits.device)
-    clamp = validate.one_of(drop, "drop", DROPS) == "clamped"
-    ignore_index = validate.whole(ignore_index, "ignore_index")
-    validate.one_of(reduction, "reduction", ("mean", "sum", "none"))
+        lam, permutation = mix
+    num_labeled, clamp, ignore_index = _check_masked_loss(
+        logits,
+        targets,
+        ratio,
+        mix is not None,
+        permutation,
+        num_labeled,
+        prior,
+        drop,
+        ignore_index,
+        reduction,
+    )
+    device = logits.device
+    lam = validate.scheduled(lam, "mix lam", device, 0, 1)
+    unlabeled_weight = validate.scheduled(unlabeled_weight, "unlabeled_weight", device)
+    prior_weight = validate.scheduled(prior_weight, "prior_weight", device)
+    confidence_weight = validate.scheduled(confidence_weight, "confidence_weight", device)
     if reduction == "none" and not all(
         isinstance(x, (int, float)) and x == 0 for x in (prior_weight, confidence_weight)
     ):
@@ -241,10 +174,18 @@ def masked_loss(
             "reduction: 'none' needs prior_weight = confidence_weight = 0, "
             f"got {prior_weight} and {confidence_weight}"
         )
-    scalars = _scalars(logits.device, lam, unlabeled_weight, prior_weight, confidence_weight)
-    total, *parts = call(
+    if not targets.is_floating_point():
+        targets = validate.int64(targets if targets.dim() == 1 else targets.reshape(-1))
+    if permutation is not None:
+        permutation = validate.int64(permutation)
+    if ratio is not None:
+        ratio = ratio.reshape(-1).to(accumulate_dtype(logits))
+    if prior is not None:
+        prior = prior.to(accumulate_dtype(logits))
+    scalars = validate.scalars(logits, lam, unlabeled_weight, prior_weight, confidence_weight)
+    outputs = call(
         "masked_loss",
-        logits.device,
+        device,
         backend,
         logits,
         targets,
@@ -256,11 +197,75 @@ def masked_loss(
         clamp,
         ignore_index,
         reduction != "sum",
-    )[:6]
-    if reduction == "none":
-        labeled_rows = torch.arange(n, device=logits.device) < num_labeled
-        total = torch.where(labeled_rows, parts[-1], scalars[1] * parts[-1])
-    return MaskedLoss(total, *parts)
+    )
+    if reduction != "none":
+        return MaskedLoss(*outputs[:6])
+    per_sample = outputs[5]
+    labeled_rows = torch.arange(logits.shape[0], device=device) < num_labeled
+    total = torch.where(labeled_rows, per_sample, scalars[1] * per_sample)
+    return MaskedLoss(total, *outputs[1:6])
+
+
+@validate.by_kinds()
+def _check_masked_loss(
+    logits: Tensor,
+    targets: Tensor,
+    ratio: Tensor | None,
+    mixed: bool,
+    permutation: Tensor | None,
+    num_labeled: int | None,
+    prior: Tensor | None,
+    drop: str,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[int, bool, int]:
+    """The number of labelled rows, whether labels lose at most what they have, `ignore_index`."""
+    validate.floating(logits, "logits", 2, shape="(n, K)")
+    n, K = logits.shape
+    if K < 2:
+        raise ValueError(f"logits: expected at least two classes, got shape {list(logits.shape)}")
+    given = validate.is_tensor(targets, "targets").shape
+    validate.same_device(targets, "targets", logits.device, "logits")
+    if targets.is_floating_point():
+        validate.floating(targets, "targets")
+        if not 2 <= targets.dim() <= 4 or given[-1] != K:
+            raise ValueError(
+                f"targets: expected shape (…, {K}) with 1 to 3 leading dimensions, "
+                f"or integers, got {list(given)}"
+            )
+        leading = given[:-1]
+    else:
+        leading = given
+        validate.integer(targets, "targets", targets.dim())
+        if targets.dim() > 1 and leading[-1] == K and targets.numel() >= n * K > 0:
+            raise ValueError(
+                "targets: expected class indices, or floats for rows of classes, got integers of "
+                f"shape {list(leading)}: one-hot rows are passed as floats"
+            )
+    available = leading.numel()
+    if available < n or (not mixed and available != n):
+        raise ValueError(
+            f"targets: expected {'at least ' if mixed else ''}{n} rows (one per row of "
+            f"logits), got {available} in shape {list(given)}"
+        )
+    if ratio is not None:
+        validate.floating(ratio, "ratio")
+        validate.same_device(ratio, "ratio", logits.device, "logits")
+        if ratio.shape not in ((available,), leading):
+            raise ValueError(
+                f"ratio: expected shape {[available]}, one per target row, got {list(ratio.shape)}"
+            )
+    if mixed:
+        _check_permutation(permutation, "mix permutation", n, logits.device, "logits")
+    rows = n if num_labeled is None else validate.count(num_labeled, "num_labeled", n)
+    if prior is not None:
+        validate.floating(prior, "prior", 1, shape="(K,)")
+        validate.same_device(prior, "prior", logits.device, "logits")
+        validate.length(prior, "prior", K, "the classes")
+    clamp = validate.one_of(drop, "drop", DROPS) == "clamped"
+    ignore_index = validate.whole(ignore_index, "ignore_index")
+    validate.one_of(reduction, "reduction", ("mean", "sum", "none"))
+    return rows, clamp, ignore_index
 
 
 @validate.public
@@ -308,7 +313,9 @@ def reconstruction_loss(
         if not isinstance(boxes, Tensor):
             parts = [
                 validate.integer(b, "boxes", 2, shape="(B, 4)")
-                for b in _tensors(boxes, "boxes", "a tensor (V, B, 4) or a sequence of them")
+                for b in validate.tensors(
+                    boxes, "boxes", "a tensor (V, B, 4) or a sequence of them"
+                )
             ]
             if any(b.shape != parts[0].shape or b.device != parts[0].device for b in parts):
                 raise ValueError(
@@ -354,7 +361,19 @@ def mixup_views(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or values.
     """
-    views = _tensors(views, "views", "a sequence of tensors")
+    views = validate.tensors(views, "views", "a sequence of tensors")
+    rows = _check_mixup_views(views, permutation, rows)
+    device = views[0].device
+    share = validate.scalars(views[0], validate.scheduled(lam, "lam", device, 0, 1))
+    mixed: Tensor = call(
+        "mixup_views", device, backend, views, share, validate.int64(permutation), rows
+    )
+    return mixed
+
+
+@validate.by_kinds()
+def _check_mixup_views(views: list[Tensor], permutation: Tensor, rows: int | None) -> int:
+    """How many rows are wanted."""
     first = validate.floating(views[0], "views[0]")
     if first.dim() == 0:
         raise ValueError("views[0]: expected shape (b, …), got []")
@@ -369,11 +388,8 @@ def mixup_views(
         validate.same_device(view, f"views[{i}]", first.device, "views[0]")
     total = sum(view.shape[0] for view in views)
     rows = total if rows is None else validate.count(rows, "rows", total)
-    lam = validate.scheduled(lam, "lam", first.device, 0, 1)
-    permutation = _permutation(permutation, "permutation", rows, first.device, "views")
-    share = _scalars(first.device, lam)
-    mixed: Tensor = call("mixup_views", first.device, backend, views, share, permutation, rows)
-    return mixed
+    _check_permutation(permutation, "permutation", rows, first.device, "views")
+    return rows
 
 
 @validate.public
@@ -405,7 +421,32 @@ def refine_targets(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or values.
     """
-    rows = _tensors(logits, "logits", "a tensor or a sequence of tensors")
+    rows = validate.tensors(logits, "logits", "a tensor or a sequence of tensors")
+    _check_refine_targets(rows, labels, clean_prob)
+    device = rows[0].device
+    if labels is not None and clean_prob is not None:
+        soft = labels.is_floating_point()
+        labels = validate.detached(labels) if soft else validate.int64(labels)
+        clean_prob = validate.detached(validate.quality(clean_prob))
+    temperature = validate.scheduled(temperature, "temperature", device, 0)
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        raise ValueError("temperature: expected a number > 0, got 0")
+    refined: Tensor = call(
+        "refine_targets",
+        device,
+        backend,
+        [validate.detached(z) for z in rows],
+        labels,
+        clean_prob,
+        validate.scalars(rows[0], 1 / temperature),
+    )
+    return refined
+
+
+@validate.by_kinds()
+def _check_refine_targets(
+    rows: list[Tensor], labels: Tensor | None, clean_prob: Tensor | None
+) -> None:
     first = validate.floating(rows[0], "logits", 2, shape="(B, K)")
     for i, z in enumerate(rows[1:], 1):
         if z.dtype != first.dtype:
@@ -433,22 +474,8 @@ def refine_targets(
                     f"got {list(labels.shape)}"
                 )
         else:
-            labels = validate.integer(labels, "labels")
+            validate.integer(labels, "labels")
             validate.length(labels, "labels", B, "the rows of logits")
         clean_prob = validate.quality(clean_prob)
         validate.same_device(clean_prob, "clean_prob", first.device, "logits")
         validate.length(clean_prob, "clean_prob", B, "the rows of logits")
-        labels, clean_prob = _detached(labels), _detached(clean_prob)
-    temperature = validate.scheduled(temperature, "temperature", first.device, 0)
-    if not isinstance(temperature, Tensor) and temperature == 0:
-        raise ValueError("temperature: expected a number > 0, got 0")
-    refined: Tensor = call(
-        "refine_targets",
-        first.device,
-        backend,
-        [_detached(z) for z in rows],
-        labels,
-        clean_prob,
-        _scalars(first.device, 1 / temperature),
-    )
-    return refined

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple, TypeVar  # torch's own dependency; generic, with defaults
 
-from sanm_kernels.config import MaskConfig
+from sanm_kernels.config import VIEWS, MaskConfig
+from sanm_kernels.ops.masked_forward import OUTPUTS, TENSORS, Spec, specs
 
 #: Tensor where `images=` was given, None where not; either for a plain `MaskedForward`.
 Images = TypeVar("Images", covariant=True, default=Tensor | None)
@@ -85,3 +86,117 @@ class Options(TypedDict, total=False):
     sample_index: Tensor | None
     out: MaskedForward | None
     backend: str | None
+
+
+def unpack(
+    config: MaskConfig, outputs: tuple[Tensor, ...], has_images: bool, has_classifier: bool
+) -> MaskedForward:
+    """The operator's stacked outputs as named slices (views: no copy)."""
+    stats, positions, ratio, boxes, targets, masked, logits, loss = outputs[:8]
+    count = len(config.views)
+    images: Sequence[Tensor | None]
+    if not has_images:
+        images = (None,) * count
+    elif masked.shape[0] == 0:
+        images = (masked,) * count
+    elif torch.compiler.is_compiling():  # chunk() would fix the number of samples
+        images = masked.unflatten(0, (count, -1)).unbind(0)
+    else:
+        images = masked.chunk(count)
+    ratios, modulated = ratio.unbind(0), targets.unbind(0)
+    if config.shared_draws:
+        ratios, modulated = ratios * count, modulated * count
+    parts: list[Any] = []  # of both VIEWS, one after the other
+    for part in (ratios, boxes.unbind(0), modulated, images):
+        if count == len(VIEWS):
+            parts += part
+        else:
+            parts += [part[0] if kind in config.views else None for kind in VIEWS]
+    return MaskedForward._make(
+        (
+            ActivationStats._make((*stats.unbind(0), *positions.unbind(0))),
+            *parts,
+            masked if has_images else None,
+            logits if has_classifier else None,
+            loss if has_classifier else None,
+            outputs,
+        )
+    )
+
+
+class Expected(NamedTuple):
+    """What the buffers of `out` have to look like: as OUTPUTS, and as `_looks` sees them."""
+
+    outputs: tuple[Spec, ...]
+    looks: list[tuple[Any, ...]]
+
+
+def expect(
+    features: Tensor,
+    targets: Tensor,
+    images: Tensor | None,
+    weight: Tensor | None,
+    num_classes: int,
+    config: MaskConfig,
+) -> tuple[Expected, Expected]:
+    """Where images are contiguous, and where they are channels_last."""
+
+    def expected(channels_last: bool) -> Expected:
+        views, sets = len(config.views), config.draw_sets
+        outputs = specs(features, targets, images, weight, num_classes, views, sets, channels_last)
+        if torch.compiler.is_compiling():
+            return Expected(outputs, [])
+        looks = _looks([spec.empty(torch.device("meta")) for spec in outputs])
+        return Expected(outputs, [(*look[:-1], features.device) for look in looks])
+
+    return expected(False), expected(True)
+
+
+def _looks(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+
+
+def check_out(
+    out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...], expected: Expected
+) -> None:
+    """`out` fits the call, and writing to it spoils neither a gradient nor an argument."""
+    tensors = [(name, x) for name, x in zip(TENSORS, arguments, strict=False) if x is not None]
+    if torch.is_grad_enabled():
+        for name, x in tensors:
+            if x.requires_grad:
+                raise RuntimeError(
+                    f"out: cannot be given where {name} requires grad; call under "
+                    "torch.no_grad() or leave out away"
+                )
+    had = ("max",) * (out.box_max is not None) + ("min",) * (out.box_min is not None)
+    if had != config.views:
+        raise ValueError(f"out: expected a result with the views {config.views}, got {had}")
+    if torch.compiler.is_compiling():
+        _compare(out.buffers, expected.outputs, arguments[0].device)
+        return
+    if _looks(out.buffers) != expected.looks:  # be it in strides of dimensions of length 1 alone
+        _compare(out.buffers, expected.outputs, arguments[0].device)
+    memory = {
+        x.untyped_storage().data_ptr(): name
+        for name, x in zip(OUTPUTS, out.buffers, strict=True)
+        if x.numel()
+    }
+    for argument, x in tensors:
+        shared = memory.get(x.untyped_storage().data_ptr())
+        if shared is not None:
+            raise ValueError(f"out: shares its {shared} with the argument {argument}")
+
+
+def _compare(buffers: Sequence[Tensor], outputs: Sequence[Spec], device: torch.device) -> None:
+    for name, spec, buffer in zip(OUTPUTS, outputs, buffers, strict=True):
+        if (
+            buffer.shape != spec.shape
+            or buffer.dtype != spec.dtype
+            or not buffer.is_contiguous(memory_format=spec.memory_format)
+            or buffer.device != device
+        ):
+            raise ValueError(
+                f"out: expected {name} of shape {list(spec.shape)} and {spec.dtype}"
+                f"{' in channels_last' if spec.channels_last else ''}, got {list(buffer.shape)} "
+                f"and {buffer.dtype} with strides {buffer.stride()} on {buffer.device}"
+            )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy
@@ -20,6 +21,8 @@ R = TypeVar("R")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 #: Compiled kernels can only throw RuntimeError; this mark says that a value was bad.
 VALUE_MARK = "[sanm_kernels:value] "
+#: How many kinds of calls a check remembers.
+MOST_KINDS = 256
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
@@ -38,12 +41,70 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def by_kinds(*constants: type) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """For a check that sees no values or strides of tensors: it is run once for calls alike.
+
+    Later ones get what it returned for the first, at the price of a look into a dictionary. Alike
+    are calls whose tensors have the same shapes, dtypes, devices and layouts, and whose other
+    arguments are equal numbers, strings or None, sequences of these, or equal instances of
+    `constants`, which never change. With any other argument the check is run each time.
+    """
+    plain_types = (int, float, str, *constants)
+
+    def kind(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.shape, x.dtype, x.device, x.layout
+        if x is None:
+            return None
+        if isinstance(x, plain_types):
+            return type(x), x
+        if isinstance(x, (tuple, list)):
+            return type(x), *map(kind, x)
+        raise TypeError
+
+    def decorate(check: Callable[..., R]) -> Callable[..., R]:
+        passed: dict[Any, R] = {}
+
+        @functools.wraps(check)
+        def checked(*arguments: Any) -> R:
+            if torch.compiler.is_compiling():
+                return check(*arguments)
+            try:
+                kinds = tuple(map(kind, arguments))
+                return passed[kinds]
+            except KeyError:
+                pass
+            except TypeError:  # an argument without a kind, or with a symbolic one
+                kinds = None
+            result = check(*arguments)
+            if kinds is not None:
+                if len(passed) >= MOST_KINDS:
+                    passed.clear()
+                passed[kinds] = result
+            return result
+
+        return checked
+
+    return decorate
+
+
 def is_tensor(x: Any, name: str) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense torch.Tensor, got one of layout {x.layout}")
     return x
+
+
+def tensors(x: object, name: str, what: str) -> list[Tensor]:
+    """A tensor or a non-empty sequence of tensors, as a list."""
+    if isinstance(x, Tensor):
+        return [x]
+    if not isinstance(x, Sequence) or isinstance(x, str):
+        raise TypeError(f"{name}: expected {what}, got {type(x).__name__}")
+    if not x:
+        raise ValueError(f"{name}: expected at least one tensor, got none")
+    return [is_tensor(item, f"{name}[{i}]") for i, item in enumerate(x)]
 
 
 def floating(x: Any, name: str, dims: int | None = None, *, shape: str = "") -> Tensor:
@@ -71,7 +132,17 @@ def integer(x: Any, name: str, dims: int = 1, *, shape: str = "(B,)") -> Tensor:
         raise TypeError(f"{name}: expected an integer dtype such as torch.int64, got {x.dtype}")
     if x.dim() != dims:
         raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
-    return x.to(torch.int64)
+    return int64(x)
+
+
+def int64(x: Tensor) -> Tensor:
+    """`x` as int64; `to` takes time even where there is nothing to do."""
+    return x if x.dtype is torch.int64 else x.to(torch.int64)
+
+
+def detached(x: Tensor) -> Tensor:
+    """`x` without its gradient; so does `detach`."""
+    return x.detach() if x.requires_grad else x
 
 
 def same_device(x: Tensor, name: str, device: torch.device, other: str) -> None:
@@ -118,6 +189,8 @@ def scheduled(
     A 0-d tensor on `device`, or any while torch.compile traces, stays a tensor, its value unchecked
     and without its gradient: reading it would synchronise, or break the graph.
     """
+    if type(x) is float and x == x and (low is None or x >= low) and (high is None or x <= high):
+        return x  # at once
     if torch.compiler.is_compiling() and isinstance(x, (numpy.ndarray, numpy.generic)):
         x = torch.as_tensor(x)  # which is how a trace sees NumPy's numbers
     if isinstance(x, Tensor) and x.dim() == 0 and x.dtype != torch.bool and not x.is_complex():
@@ -125,6 +198,31 @@ def scheduled(
         if traced or (x.device == device and device.type != "cpu"):
             return x.detach()
     return number(x, name, low, high)
+
+
+def scalars(on: Tensor, *values: float | Tensor) -> Tensor:
+    """Run-time numbers as a float64 tensor: as float arguments they'd be compiled in as constants.
+
+    Python numbers stay on the CPU: kernels get them as arguments of the launch. Where one is a
+    tensor on the device of `on`, and in a trace, all are there: kernels read them when they run,
+    and so do those of a CUDA graph each time it is replayed.
+    """
+    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    if torch.compiler.is_compiling():
+        one = torch.ones((), **options)
+        parts = [x if isinstance(x, Tensor) else one * x for x in values]
+        if any(x.device.type != "cpu" for x in parts):
+            parts = [x.to(on.device, non_blocking=True) for x in parts]
+        return torch.stack([x.to(torch.float64) for x in parts]).to(on.device, non_blocking=True)
+    if any([isinstance(x, Tensor) for x in values]):
+        options["device"] = on.device
+        return torch.stack(
+            [x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, **options)
+             for x in values]
+        )  # fmt: skip
+    if type(on) is not Tensor:  # such as FakeTensor, which knows results of operators only
+        return torch.tensor(values, **options)
+    return torch.frombuffer(array("d", values), dtype=torch.float64)  # three times as fast
 
 
 def whole(x: Any, name: str, low: int = -(2**63), high: int = 2**63) -> int:

@@ -292,6 +292,56 @@ def test_wrong_call(name, backend):
         assert unchanged(value, before[key]), key
 
 
+@pytest.mark.parametrize("name", ["num_labeled", "rows", "num_classes", "size", "ignore_index"])
+def test_what_equals_a_right_argument_is_still_wrong(name):
+    """Checks are remembered by the arguments' kinds, and True == 1 == 1.0."""
+    a = good()
+    right, call = {
+        "num_labeled": (1, lambda x: sk.masked_loss(a["logits"], a["labels"], num_labeled=x)),
+        "rows": (1, lambda x: sk.mixup_views([a["images"]], 0.5, a["permutation"], rows=x)),
+        "num_classes": (5, lambda x: forward(a, targets=a["labels"], num_classes=x)),
+        "size": ((1, 8), lambda x: forward(a, images=None, size=x)),
+        "ignore_index": (1, lambda x: sk.masked_loss(a["logits"], a["labels"], ignore_index=x)),
+    }[name]
+    call(right)
+    wrong = [(True, 8), [1.0, 8]] if name == "size" else [bool(right), float(right)]
+    for x in wrong:
+        for _ in range(2):
+            with pytest.raises(TypeError, match=f"{name}: expected"):
+                call(x)
+    call(right)
+
+
+def test_a_size_that_changes_is_read_again():
+    class Size(list):
+        pass
+
+    a, size = good(), Size([8, 8])
+    assert forward(a, images=None, size=size).box_max.amax() <= 8
+    size[:] = [0, 8]
+    with pytest.raises(ValueError, match="size: expected two integers ≥ 1"):
+        forward(a, images=None, size=size)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(sk.validate, "MOST_KINDS", 3)
+    calls = []
+
+    @sk.validate.by_kinds()
+    def check(x, y):
+        calls.append((x.shape, y))
+        return len(calls)
+
+    for _ in range(2):
+        assert [check(torch.zeros(n), "a") for n in (1, 2, 3)] == [1, 2, 3]
+    assert check(torch.zeros(4), "a") == 4  # forgets the others
+    assert check(torch.zeros(4), "a") == 4
+    assert check(torch.zeros(1), "a") == 5
+    assert check(torch.zeros(1), "b") == 6
+    assert check(torch.zeros(1, dtype=torch.float64), "b") == 7
+    assert check(torch.zeros(1), {}) == 8 and check(torch.zeros(1), {}) == 9  # it may change
+
+
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [

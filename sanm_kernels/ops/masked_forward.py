@@ -20,7 +20,7 @@ from sanm_kernels.reference import masked_forward as reference
 from sanm_kernels.reference.masked_forward import MEAN, Settings, is_channels_last
 from sanm_kernels.reference.precision import accumulate_dtype
 
-INPUTS = (
+TENSORS = (
     "features",
     "targets",
     "clean_prob",
@@ -30,10 +30,8 @@ INPUTS = (
     "images",
     "weight",
     "bias",
-    "height",
-    "width",
-    "num_classes",
 )
+INPUTS = (*TENSORS, "height", "width", "num_classes")  # and then the fields of Settings
 OUTPUTS = (
     "stats",
     "positions",
@@ -62,9 +60,14 @@ class Spec(NamedTuple):
     dtype: torch.dtype
     channels_last: bool = False
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def empty(self, device: torch.device) -> Tensor:
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=memory_format)
+        return torch.empty(
+            self.shape, dtype=self.dtype, device=device, memory_format=self.memory_format
+        )
 
 
 def specs(
@@ -73,16 +76,17 @@ def specs(
     images: Tensor | None,
     weight: Tensor | None,
     num_classes: int,
-    settings: Settings,
+    views: int,
+    sets: int,
+    channels_last: bool,
 ) -> tuple[Spec, ...]:
-    """What each of OUTPUTS looks like."""
+    """What each of OUTPUTS looks like, of V views and S draw sets; `channels_last`: the images."""
     batch, channels, h, w = features.shape
     acc = accumulate_dtype(features)
-    sets, views = settings.draw_sets, settings.view_count
     soft = targets.dtype if targets.is_floating_point() else torch.float32
     masked = Spec((0,), features.dtype)
     if images is not None:
-        masked = Spec((views * batch, *images.shape[1:]), images.dtype, is_channels_last(images))
+        masked = Spec((views * batch, *images.shape[1:]), images.dtype, channels_last)
     one_pass = weight is not None
     return (
         Spec((5, batch), acc),
@@ -101,16 +105,22 @@ def specs(
 def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
     """OUTPUTS, not filled, of a call of masked_forward with these arguments."""
     given = dict(zip(INPUTS, arguments, strict=False))
-    features, settings = given["features"], Settings(*arguments[len(INPUTS) :])
+    features, images, settings = (
+        given["features"],
+        given["images"],
+        Settings(*arguments[len(INPUTS) :]),
+    )
     return tuple(
         spec.empty(features.device)
         for spec in specs(
             features,
             given["targets"],
-            given["images"],
+            images,
             given["weight"],
             given["num_classes"],
-            settings,
+            settings.view_count,
+            settings.draw_sets,
+            images is not None and is_channels_last(images),
         )
     )
 

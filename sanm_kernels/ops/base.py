@@ -10,7 +10,7 @@ choice (`sanm_kernels.backends`), made once, above the dispatcher: a compiled gr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -49,6 +49,7 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    wrt: tuple[int, ...] = (0,),
     check: Callable[..., None] | None = None,
 ) -> None:
     """Define operator `name` with `schema` ("(Tensor a, …) -> Tensor") on every backend.
@@ -59,6 +60,8 @@ def define(
         setup_context, backward: as for `torch.library.register_autograd`, but `backward` is called
             as ``backward(ops, ctx, *grads)`` where ``ops.other_name`` is an operator of the backend
             that ran forward. An operator without `backward` refuses to be differentiated.
+        wrt: the places of the arguments that it can be differentiated in, a list of tensors or
+            tensors.
         check: takes the schema's arguments and raises ValueError where their values are wrong and
             are to be checked; called for backends whose kernels cannot report it.
     """
@@ -77,7 +80,9 @@ def define(
                 qualified, formula, setup_context=setup_context, lib=library
             )
             has_list = schema.startswith("(Tensor[]")
-            functions[name, backend] = differentiable(ops, name, setup_context, formula, has_list)
+            functions[name, backend] = differentiable(
+                ops, name, setup_context, backward, formula, wrt, has_list
+            )
             transformable[name, backend] = transformed(ops, name, setup_context, formula, has_list)
     library.impl(f"{name}.reference", without_autocast(reference), "CompositeExplicitAutograd")
 
@@ -130,45 +135,51 @@ def differentiable(
     ops: Overloads,
     name: str,
     setup_context: Callable[..., None],
+    backward: Callable[..., Any],
     formula: Callable[..., Any],
+    wrt: tuple[int, ...],
     has_list: bool,
 ) -> Callable[..., Any]:
-    """What torch.library makes of the two formulas, without its layers in Python.
+    """What torch.library makes of the formulas, without its layers in Python.
 
-    They take as long as a small kernel. Autograd gets the arguments to differentiate one by one,
-    and all in one piece, which it does not look into. `has_list`: the first is a list of tensors.
+    They take as long as a small kernel. All arguments are one to autograd, which it does not look
+    into; those at `wrt` come after it. `formula` is `backward` for gradients that are to be
+    differentiated.
     """
 
     class Operator(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, arguments: tuple[Any, ...], places: list[int], *_: Tensor) -> Any:
+        def forward(ctx: Any, arguments: tuple[Any, ...], *_: Tensor | None) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 output = getattr(ops, name)(*arguments)
-            ctx.places = places
+            ctx.wrt = wrt
             setup_context(ctx, arguments, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:  # compiled autograd takes only a function
-            gradients = formula(ctx, *grads)
-            flat = (*gradients[0], *gradients[1:]) if has_list else gradients
-            return None, None, *[flat[place] for place in ctx.places]
+            if torch.is_grad_enabled():
+                gradients = formula(ctx, *grads)
+            else:
+                gradients = backward(ops, ctx, *grads)
+            if has_list:
+                return None, *gradients[0]
+            return None, *[gradients[place] for place in wrt]
 
     Operator.__name__ = Operator.__qualname__ = name
     apply: Callable[..., Any] = Operator.apply
-
-    def call(*arguments: Any) -> Any:
-        flat = (*arguments[0], *arguments[1:]) if has_list else arguments
-        places = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.requires_grad]
-        return apply(arguments, places, *[flat[place] for place in places])
-
-    return call
+    if has_list:
+        return lambda *arguments: apply(arguments, *arguments[0])
+    if wrt == (0,):
+        return lambda *arguments: apply(arguments, arguments[0])
+    return lambda *arguments: apply(arguments, *[arguments[place] for place in wrt])
 
 
-def places(ctx: Any) -> Sequence[int]:
-    """Which arguments of an operator without a list are to be differentiated, for its context."""
-    found: Sequence[int] | None = getattr(ctx, "places", None)
-    return found or [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+def needed(ctx: Any) -> list[int]:
+    """The places of the arguments to be differentiated, of an operator without a list."""
+    wrt = getattr(ctx, "wrt", None)
+    flags = ctx.needs_input_grad if wrt is None else ctx.needs_input_grad[1:]
+    return [place for place, flag in zip(wrt or range(len(flags)), flags, strict=True) if flag]
 
 
 def transformed(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sanm_kernels.ops.base import Overloads, define, places
+from sanm_kernels.ops.base import Overloads, define, needed
 from sanm_kernels.reference import masked_forward as reference
 from sanm_kernels.reference.masked_forward import MEAN, Settings, is_channels_last
 from sanm_kernels.reference.precision import accumulate_dtype
@@ -142,7 +142,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.settings = s = Settings(*inputs[len(INPUTS) :])
     stats, positions, ratio, boxes, new_targets, views, logits, loss, pooled, visible = output
     constants = [stats, positions, ratio, boxes, pooled, visible]
-    needs = [INPUTS[place] for place in places(ctx)]
+    needs = [INPUTS[place] for place in needed(ctx)]
     if "targets" not in needs:
         constants.append(new_targets)
     if "images" not in needs:
@@ -211,6 +211,7 @@ define(
     fake=empty_outputs,
     setup_context=_setup_context,
     backward=_backward,
+    wrt=tuple(map(INPUTS.index, ("features", "targets", "images", "weight", "bias"))),
     check=_check,
 )
 define(

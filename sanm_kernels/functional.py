@@ -182,7 +182,7 @@ def masked_forward(
     device = features.device
     if classifier is None:
         features = validate.detached(features)  # boxes and statistics are constants
-    clean_prob = validate.detached(validate.quality(clean_prob))
+    clean_prob = validate.detached(validate.row(clean_prob))
     seed: Tensor | None = None
     if draws is None or (config.fill == "pixel" and images is not None):
         seed = _seed(generator, device)

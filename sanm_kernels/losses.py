@@ -427,7 +427,7 @@ def refine_targets(
     if labels is not None and clean_prob is not None:
         soft = labels.is_floating_point()
         labels = validate.detached(labels) if soft else validate.int64(labels)
-        clean_prob = validate.detached(validate.quality(clean_prob))
+        clean_prob = validate.detached(validate.row(clean_prob))
     temperature = validate.scheduled(temperature, "temperature", device, 0)
     if not isinstance(temperature, Tensor) and temperature == 0:
         raise ValueError("temperature: expected a number > 0, got 0")

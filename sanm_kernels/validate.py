@@ -119,8 +119,13 @@ def quality(x: Any, name: str = "clean_prob") -> Tensor:
     """`x` is a floating-point tensor (B,) or, as scripts have it, (B, 1); returned as (B,)."""
     x = floating(x, name)
     if x.dim() == 2 and x.shape[1] == 1:
-        return x.select(1, 0)
+        return row(x)
     return floating(x, name, 1, shape="(B,) or (B, 1)")
+
+
+def row(x: Tensor) -> Tensor:
+    """(B,), or (B, 1) as (B,)."""
+    return x if x.dim() == 1 else x.select(1, 0)
 
 
 def integer(x: Any, name: str, dims: int = 1, *, shape: str = "(B,)") -> Tensor:

@@ -54,6 +54,30 @@ def test_first_derivatives_are_the_same_with_a_graph_of_their_own():
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_first_used_in_inference_mode(backend):
+    """Tensors of numbers are kept, and one of inference mode could not be saved for backward."""
+    logits, labels = torch.randn(4, 5, requires_grad=True), torch.randint(0, 5, (4,))
+    numbers = {"prior_weight": 0.123456789, "backend": backend}
+    with torch.inference_mode():
+        expected = sk.masked_loss(logits, labels, **numbers).total
+    total = sk.masked_loss(logits, labels, **numbers).total
+    total.backward()
+    assert torch.equal(total, expected) and logits.grad is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_view_given_twice_gets_both_gradients(backend):
+    x, other = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    permutation = torch.tensor([4, 3, 5, 0, 2, 1])
+    mixed = sk.mixup_views([x, other, x], 0.25, permutation, backend=backend)
+    mixed.backward(torch.arange(18.0).reshape(6, 3))
+    stack = torch.cat([x, other, x])
+    plain = 0.25 * stack + 0.75 * stack[permutation]
+    (expected,) = torch.autograd.grad(plain, x, torch.arange(18.0).reshape(6, 3))
+    torch.testing.assert_close(x.grad, expected)
+
+
 def differentiable(name, backend):
     """A scalar function of an operation's differentiable inputs, and those, in float64."""
     operation = OPERATIONS[name]

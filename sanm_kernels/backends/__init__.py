@@ -239,7 +239,8 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
 
     torch.library's autograd layer, which is Python and takes longer than a small kernel, is passed
     over: where nothing is to be differentiated, as it would itself do after a longer look, and
-    otherwise for a function of the same formulas, but for traced calls.
+    otherwise for a function of the same formulas, but for traced calls. An operator without such
+    formulas is not asked to be differentiated: its public function detaches or refuses.
     """
     if torch.compiler.is_compiling():
         return select(op, device, backend)(*arguments)
@@ -252,8 +253,8 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
         for x in tree_leaves(arguments):
             if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise_forward_mode(op)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        return (chosen.differentiable or chosen.overload)(*arguments)
+    if chosen.differentiable is not None and torch.is_grad_enabled():
+        return chosen.differentiable(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return chosen.overload(*arguments)
 

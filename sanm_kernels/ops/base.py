@@ -142,16 +142,17 @@ def differentiable(
 ) -> Callable[..., Any]:
     """What torch.library makes of the formulas, without its layers in Python.
 
-    They take as long as a small kernel. All arguments are one to autograd, which it does not look
-    into; those at `wrt` come after it. `formula` is `backward` for gradients that are to be
+    They take as long as a small kernel. To autograd all arguments are one, which it does not look
+    into, and those at `wrt` come after it. `formula` is `backward` for gradients that are to be
     differentiated.
     """
+    overload = getattr(ops, name)
 
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, arguments: tuple[Any, ...], *_: Tensor | None) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                output = getattr(ops, name)(*arguments)
+                output = overload(*arguments)
             ctx.wrt = wrt
             setup_context(ctx, arguments, output)
             return output
@@ -168,11 +169,16 @@ def differentiable(
 
     Operator.__name__ = Operator.__qualname__ = name
     apply: Callable[..., Any] = Operator.apply
-    if has_list:
-        return lambda *arguments: apply(arguments, *arguments[0])
-    if wrt == (0,):
-        return lambda *arguments: apply(arguments, arguments[0])
-    return lambda *arguments: apply(arguments, *[arguments[place] for place in wrt])
+
+    def call(*arguments: Any) -> Any:
+        leaves = arguments[0] if has_list else [arguments[place] for place in wrt]
+        for x in leaves:
+            if x is not None and x.requires_grad:
+                return apply(arguments, *leaves)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*arguments)
+
+    return call
 
 
 def needed(ctx: Any) -> list[int]:

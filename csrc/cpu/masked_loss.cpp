@@ -132,12 +132,12 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
     std::vector<A> columns(blocks * Kp);
     std::vector<Sums> sums(blocks);
     torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
-      const int64_t group = rows_at_once(K);
+      const int64_t stop = std::min(n, end * kBlockRows);
+      const int64_t group = std::min(rows_at_once(K), stop - begin * kBlockRows);
       const Rows<A> e(group, Kp), converted(2, K);
       alignas(64) A top[kMaxRows], sum[kMaxRows], scale[kMaxRows], log_sum[kMaxRows],
           moment[kMaxRows];
       std::fill_n(sum, kMaxRows, A(1));
-      const int64_t stop = std::min(n, end * kBlockRows);
       for (int64_t first = begin * kBlockRows; first < stop; first += group) {
         const int64_t count = std::min(stop - first, group);
         const T* x = z + first * K;
@@ -258,10 +258,10 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
     T* d = out<T>(result);
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
     torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
-      const int64_t group = rows_at_once(K);
+      const int64_t stop = std::min(n, end * kBlockRows);
+      const int64_t group = std::min(rows_at_once(K), stop - begin * kBlockRows);
       const Rows<A> p(group, padded(K)), q(group, padded(K)), converted(2, K);
       A shift[kMaxRows];
-      const int64_t stop = std::min(n, end * kBlockRows);
       for (int64_t first = begin * kBlockRows; first < stop; first += group) {
         const int64_t count = std::min(stop - first, group);
         for (int64_t j = 0; j < count; ++j) {

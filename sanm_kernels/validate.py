@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from array import array
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -217,27 +217,22 @@ def scalars(on: Tensor, *values: float | Tensor) -> Tensor:
         if any(x.device.type != "cpu" for x in parts):
             parts = [x.to(on.device, non_blocking=True) for x in parts]
         return torch.stack([x.to(torch.float64) for x in parts]).to(on.device, non_blocking=True)
-    if any([isinstance(x, Tensor) for x in values]):
-        options["device"] = on.device
-        return torch.stack(
-            [x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, **options)
-             for x in values]
-        )  # fmt: skip
-    if type(on) is not Tensor:  # such as FakeTensor, which knows results of operators only
-        return torch.tensor(values, **options)
-    bits = array("d", values).tobytes()  # type: ignore[type-var]
-    if torch.is_inference_mode_enabled():  # its tensors are of no use outside it
-        return _float64(bits)
-    return _same_float64(bits)
+    for x in values:
+        if isinstance(x, Tensor):
+            options["device"] = on.device
+            return torch.stack(
+                [x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, **options)
+                 for x in values]
+            )  # fmt: skip
+    if type(on) is not Tensor or torch.is_inference_mode_enabled():
+        return torch.tensor(values, **options)  # one for FakeTensorMode, one for inference alone
+    return _float64(struct.pack(f"{len(values)}d", *values))
 
 
+@functools.lru_cache(maxsize=MOST_KINDS)
 def _float64(bits: bytes) -> Tensor:
-    """A tensor of so many float64, in a third of the time that torch.tensor takes."""
+    """A tensor of so many numbers, for all calls, as nobody writes to it: making one takes long."""
     return torch.frombuffer(bytearray(bits), dtype=torch.float64)
-
-
-#: The same tensor for the same bits: nobody writes to it.
-_same_float64 = functools.lru_cache(maxsize=MOST_KINDS)(_float64)
 
 
 def whole(x: Any, name: str, low: int = -(2**63), high: int = 2**63) -> int:

@@ -33,7 +33,7 @@ from forms import (
 )
 from torch import Tensor
 
-from sanm_kernels import compat, trials
+from sanm_kernels import compat, dropin, trials
 
 
 def script(name: str = "their_script", **names: Any) -> types.ModuleType:
@@ -108,7 +108,7 @@ def test_objects_and_other_modules_compute_with_ours_too(monkeypatch):
     other = script("their_utils", mask=erase, nothing=1)
     monkeypatch.setitem(sys.modules, other.__name__, other)
     given, calls = criterion_inputs(0), []
-    monkeypatch.setattr(compat, "masked_loss", counted(compat.masked_loss, calls))
+    monkeypatch.setattr(dropin, "select", counted(dropin.select, calls))
     with compat.patch(module, verbose=False) as done:
         assert other.mask is module.attention_erase_map is not erase
         assert "also in their_utils" in done.findings["attention_erase_map"].reason
@@ -295,3 +295,34 @@ def test_patch_refuses_what_is_no_script():
         compat.patch("train")
     with pytest.raises(ValueError, match="module: expected one with some of"):
         compat.patch(script())
+
+
+def test_losses_that_are_collected():
+    """Without a gradient, of whatever object; all else is cross-entropy's own."""
+    collect, labels = torch.nn.CrossEntropyLoss(reduction="none"), torch.arange(8) % 5
+    others = [
+        torch.nn.CrossEntropyLoss(),
+        torch.nn.CrossEntropyLoss(torch.ones(5), reduction="none"),
+    ]
+    module = script(CE=collect, same=collect, CEloss=others[0], weighted=others[1])
+    logits = 9 * torch.randn(8, 5)
+    expected = collect(logits, labels)
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dropin, "call", counted(dropin.call, calls))
+        with compat.patch(module, verbose=False) as done:
+            assert set(done.findings) == {"CE", "same"} and set(done.replaced) == {"CE"}
+            assert done.findings["same"].reason == "it is this package's already"
+            assert module.CE is collect and isinstance(collect, torch.nn.CrossEntropyLoss)
+            calls.clear()
+            torch.testing.assert_close(collect(logits, labels), expected)
+            assert len(calls) == 1
+            trained = logits.clone().requires_grad_()
+            collect(trained, labels).sum().backward()
+            collect(logits.double(), labels)
+            collect(logits[:, :, None], labels[:, None])
+            assert len(calls) == 1 and trained.grad is not None
+            assert collect(logits, torch.tensor([-100] * 8)).tolist() == [0.0] * 8
+            with pytest.raises(IndexError):
+                collect(logits, labels + 9)
+    assert type(collect) is torch.nn.CrossEntropyLoss and done.replaced == {}

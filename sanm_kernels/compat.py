@@ -23,6 +23,7 @@ from torch import Tensor
 from sanm_kernels import dropin, mixture, trials
 from sanm_kernels.dropin import (
     CIFAR,
+    FEW_CLASSES,
     NegEntropy,
     SampleLoss,
     SemiLoss,
@@ -92,8 +93,12 @@ class Patch:
 
 
 def _losses(x: Tensor, targets_x: Tensor, u: Tensor, targets_u: Tensor) -> tuple[Tensor, Tensor]:
-    """L_x and L_u as scripts have them: a mean of nothing is NaN."""
-    if x.shape[0] and u.shape[0]:
+    """L_x and L_u as scripts have them: a mean of nothing is NaN.
+
+    Where many classes would have to be copied together first, torch is as fast.
+    """
+    whole = x._base is not None and x._base is u._base
+    if x.shape[0] and u.shape[0] and (whole or x.shape[-1] <= FEW_CLASSES):
         return both_losses(x, targets_x, u, targets_u)
     labeled = -(x.log_softmax(1) * targets_x).sum(1).mean()
     return labeled, (u.softmax(1) - targets_u).square().mean()
@@ -245,6 +250,8 @@ def _collects(value: Any) -> bool:
 
 def _try_collection(name: str, original: Any, classes: int) -> tuple[Any, Finding]:
     """The class that serves in place of the object's own, and what came of the comparison."""
+    if classes > FEW_CLASSES:
+        return SampleLoss, Finding(name, KEPT, f"it is as fast for more than {FEW_CLASSES} classes")
     tried = copy.copy(original)
     tried.__class__ = SampleLoss
     inputs = functools.partial(trials.collection_inputs, K=classes)

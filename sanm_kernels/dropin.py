@@ -20,6 +20,8 @@ from sanm_kernels.losses import masked_loss
 from sanm_kernels.ops.base import BACKENDS, Overloads, differentiable_once
 from sanm_kernels.results import MaskedForward
 
+#: Up to these a row is so short that torch's own functions are slow.
+FEW_CLASSES = 32
 CIFAR = MaskConfig.official_cifar()
 CLOTHING1M = MaskConfig.official_clothing1m()
 
@@ -122,6 +124,25 @@ def attention_erase_map_clothing1m(
     return result.ratio_max, result.ratio_min, result.images_max, result.images_min
 
 
+#: λ = 1, and weights of 0 in the total, which is not used.
+_SCALARS = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+_BACKENDS = {name: Overloads(name) for name in BACKENDS}
+
+
+def _gradients(
+    ctx: Any, labeled: Tensor | None, unlabeled: Tensor | None, confidence: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    ops, n_x, whole = ctx.given
+    logits, targets, normalizer, p_mean = ctx.saved_tensors
+    gradient = ops.masked_loss_backward(
+        None, labeled, unlabeled, None, confidence, None, logits, targets, None, None, None,
+        _SCALARS, normalizer, p_mean, n_x, True, -100, True,
+    )  # fmt: skip
+    if whole:
+        return gradient, None, None, None
+    return gradient[:n_x], gradient[n_x:], None, None
+
+
 class _Losses(torch.autograd.Function):
     """`masked_loss` of plain rows with no more around it than criteria need: L_x, L_u and N ().
 
@@ -144,29 +165,7 @@ class _Losses(torch.autograd.Function):
         ctx.given = _BACKENDS[operator._overloadname], n_x, second is None
         return labeled, unlabeled, confidence
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _gradients(ctx, *grads)
-
-
-def _formula(
-    ctx: Any, labeled: Tensor | None, unlabeled: Tensor | None, confidence: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    ops, n_x, whole = ctx.given
-    logits, targets, normalizer, p_mean = ctx.saved_tensors
-    gradient = ops.masked_loss_backward(
-        None, labeled, unlabeled, None, confidence, None, logits, targets, None, None, None,
-        _SCALARS, normalizer, p_mean, n_x, True, -100, True,
-    )  # fmt: skip
-    if whole:
-        return gradient, None, None, None
-    return gradient[:n_x], gradient[n_x:], None, None
-
-
-#: λ = 1, and weights of 0 in the total, which is not used.
-_SCALARS = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-_BACKENDS = {name: Overloads(name) for name in BACKENDS}
-_gradients = differentiable_once("masked_loss", _formula)
+    backward = staticmethod(differentiable_once("masked_loss", _gradients))
 
 
 def _plain(x: Tensor) -> bool:
@@ -278,11 +277,15 @@ class NegEntropy:
 class SampleLoss(torch.nn.CrossEntropyLoss):
     """``CrossEntropyLoss(reduction="none")`` that collects losses by `sample_loss`.
 
-    Of float32 logits (B, K) on the CPU without a gradient, where that was found to be faster.
+    Of float32 logits (B, K) of few classes, on the CPU and without a gradient: there it is faster.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        rows = input.dim() == 2 and target.shape == input.shape[:1] and input.shape[1] > 0
+        rows = (
+            input.dim() == 2
+            and target.shape == input.shape[:1]
+            and 0 < input.shape[1] <= FEW_CLASSES
+        )
         plain = rows and input.dtype == torch.float32 and target.dtype == torch.int64
         here = plain and input.device.type == "cpu" == target.device.type
         if here and not (input.requires_grad and torch.is_grad_enabled()):

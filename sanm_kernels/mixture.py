@@ -5,6 +5,7 @@ It is made from the class that the script has imported: scikit-learn is not impo
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 import warnings
@@ -15,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from sanm_kernels.backends import call
-from sanm_kernels.reference.fit_label_quality import Mixture, log_densities, seed_centres
-from sanm_kernels.reference.ranks import Ranks
+from sanm_kernels.reference.fit_label_quality import potentials
 
 #: Of the method, beside max_iter, tol and reg_covar. With any other scikit-learn's own code serves.
 SETTINGS = {
@@ -32,16 +32,22 @@ SETTINGS = {
 }
 
 
-def _column(X: Any) -> NDArray[Any] | None:
-    """One number per sample as (N, 1) float32 or float64, all finite; None if it is not that.
+def _column(X: Any) -> tuple[np.dtype[Any], NDArray[np.float64]] | None:
+    """One finite number per sample, (N, 1) float32 or float64: that type, and a copy (N,).
 
-    Of tensors, as the scripts have them, scikit-learn does not see the type: float64 for all.
+    None if it is not that. Of tensors, as the scripts have them, scikit-learn does not see the
+    type: it takes them for float64.
     """
+    given = X
     if isinstance(X, torch.Tensor) and X.device.type == "cpu" and not X.requires_grad:
-        X = X.double().numpy() if X.dtype in (torch.float32, torch.float64) else None
-    if type(X) is not np.ndarray or X.dtype not in (np.float32, np.float64) or X.ndim != 2:
+        given = X.numpy() if X.dtype in (torch.float32, torch.float64) else None
+    if type(given) is not np.ndarray or given.dtype not in (np.float32, np.float64):
         return None
-    return X if X.shape[1] == 1 and len(X) > 1 and np.isfinite(X).all() else None
+    if given.ndim != 2 or given.shape[1] != 1 or len(given) < 2:
+        return None
+    x = given[:, 0].astype(np.float64)
+    kind = given.dtype if given is X else x.dtype
+    return (kind, x) if np.isfinite(x).all() else None
 
 
 def _generator(random_state: Any) -> Any:
@@ -68,6 +74,26 @@ def _settings(model: Any) -> tuple[int, float, float] | None:
     return (max_iter, tol, reg_covar) if tol >= 0 and reg_covar >= 0 else None
 
 
+def _rising(x: NDArray[np.float64], uniforms: list[float]) -> bool:
+    """Whether k-means++ starts with the smaller centre, as `seed_centres` of the reference does it.
+
+    Then its clusters rise, and so do the components. Often both candidates for the second centre
+    are on one side of the first, and it does not matter which of them is taken.
+    """
+    first = x[min(int(uniforms[0] * len(x)), len(x) - 1)]
+    squares = x - first
+    squares *= squares
+    np.cumsum(squares, out=squares)
+    places = np.searchsorted(squares, squares[-1] * np.array(uniforms[1:]))
+    candidates = x[np.minimum(places, len(x) - 1)]
+    above = candidates > first
+    if above[0] != above[1]:
+        tensors = (torch.from_numpy(v) for v in (x, np.array([first]), candidates))
+        one, other = potentials(*tensors).tolist()
+        return bool(above[int(other < one)])
+    return bool(above[0])
+
+
 def served(original: Any) -> Any:
     """A subclass of scikit-learn's `original` that fits and predicts by this package.
 
@@ -85,29 +111,29 @@ def served(original: Any) -> Any:
 
         def fit(self, X: Any, y: Any = None) -> Any:
             self.__dict__.pop("_start", None)
-            x, settings, generator = _column(X), _settings(self), _generator(self.random_state)
-            if x is None or settings is None or generator is None:
+            column, settings = _column(X), _settings(self)
+            generator = _generator(self.random_state)
+            if column is None or settings is None or generator is None:
                 return super().fit(X, y)
             state = generator.get_state()
             uniforms = generator.random_sample(3).tolist()
-            losses = torch.from_numpy(x[:, 0].astype(np.float64))
+            kind, x = column
+            losses = torch.from_numpy(x)
             _, *fitted, n_iter, converged, degenerate = call(
                 "fit_label_quality", losses.device, None, losses, None, uniforms, *settings, False
             )
             if degenerate:
                 generator.set_state(state)
                 return super().fit(X, y)
-            first, second = seed_centres(losses, uniforms, Ranks(len(losses)))
-            kind = np.dtype(np.float64) if x.dtype == np.float64 else single
-            means, variances, weights = (
-                (v.flip(0) if first > second else v).numpy().astype(kind) for v in fitted
-            )
+            fitted = fitted if _rising(x, uniforms) else [v.flip(0) for v in fitted]
+            found = single if kind == np.float32 else kind
+            means, variances, weights = (v.numpy().astype(found) for v in fitted)
             for name in left_behind & set(self.__dict__):
                 delattr(self, name)
             self.means_, self.covariances_ = means[:, None], variances[:, None, None]
             self.weights_, self.n_features_in_ = weights, 1
             self.converged_, self.n_iter_ = bool(converged), int(n_iter)
-            self._start = x.copy(), state, Mixture(*fitted), bool(first > second)
+            self._start = kind, x, state, [v.tolist() for v in fitted]
             if not converged:
                 category = sys.modules["sklearn.exceptions"].ConvergenceWarning
                 warnings.warn(
@@ -119,18 +145,24 @@ def served(original: Any) -> Any:
 
         def _odds(self, X: Any) -> torch.Tensor | None:
             """log p(first)/p(second) (N,) float64 under our fit, if it is one and `X` like its."""
-            start, x = self.__dict__.get("_start"), _column(X)
-            if start is None or x is None or x.dtype != start[0].dtype:
+            start, column = self.__dict__.get("_start"), _column(X)
+            if start is None or column is None or column[0] != start[0]:
                 return None
-            log_p = log_densities(torch.from_numpy(x[:, 0].astype(np.float64)), start[2])
-            return log_p[1] - log_p[0] if start[3] else log_p[0] - log_p[1]
+            (m, n), (v, w), (a, b) = start[3]
+            given = torch.from_numpy(column[1])
+            odds = (given - n).square_().mul_(0.5 / w)
+            odds -= given.sub_(m).square_().mul_(0.5 / v)
+            return odds.add_(math.log(a / b) + 0.5 * math.log(w / v))
 
         def predict_proba(self, X: Any) -> Any:
             odds = self._odds(X)
             if odds is None:
                 return super().predict_proba(X)
-            both = torch.stack([odds, -odds], 1).sigmoid_()
-            return both.numpy().astype(self.means_.dtype, copy=False)
+            first = odds.sigmoid_().numpy()
+            both = np.empty((len(first), 2), self.means_.dtype)
+            both[:, 0] = first
+            np.subtract(1, first, out=both[:, 1], casting="same_kind")
+            return both
 
         def predict(self, X: Any) -> Any:
             odds = self._odds(X)
@@ -139,13 +171,13 @@ def served(original: Any) -> Any:
         def __getattr__(self, name: str) -> Any:
             if name not in left_behind or "_start" not in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            X, state = self.__dict__.pop("_start")[:2]
+            kind, x, state, _ = self.__dict__.pop("_start")
             given, self.random_state = self.random_state, np.random.RandomState()
             self.random_state.set_state(state)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    super().fit(X)
+                    super().fit(x[:, None].astype(kind))
             finally:
                 self.random_state = given
             return getattr(self, name)

@@ -222,6 +222,25 @@ def test_images_of_another_kind_are_the_script_s_own():
         assert len(calls) == 4
 
 
+@pytest.mark.parametrize("K", [5, 100])
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_call_for_both_halves(K, apart, monkeypatch):
+    """Also where they are not of one tensor, unless torch itself is as fast."""
+    calls: list[int] = []
+    z, t = torch.randn(9, K, requires_grad=True), torch.softmax(torch.randn(9, K), 1)
+    module = script(SemiLoss=DivideMix)
+    halves = (z[:4] * 1, t[:4], z[4:] * 1, t[4:]) if apart else (z[:4], t[:4], z[4:], t[4:])
+    expected = [*DivideMix()(*halves, *RAMP)]
+    expected.append(torch.autograd.grad(expected[0] + expected[1], z, retain_graph=True)[0])
+    monkeypatch.setattr(dropin, "select", counted(dropin.select, calls))
+    with compat.patch(module, verbose=False):
+        calls.clear()
+        got = [*DivideMix()(*halves, *RAMP)]
+        got.append(torch.autograd.grad(got[0] + got[1], z)[0])
+    assert len(calls) == (0 if apart and K == 100 else 1)
+    torch.testing.assert_close(got, expected)
+
+
 def test_a_half_without_rows_is_the_script_s_own():
     x, t, u, tu = criterion_inputs(0)
     module = script(SemiLoss=DivideMix, NegEntropy=Entropy)
@@ -326,3 +345,6 @@ def test_losses_that_are_collected():
             with pytest.raises(IndexError):
                 collect(logits, labels + 9)
     assert type(collect) is torch.nn.CrossEntropyLoss and done.replaced == {}
+    module.args = types.SimpleNamespace(num_class=100)
+    with compat.patch(module, verbose=False) as done:
+        assert {f.state for f in done.findings.values()} == {"kept"}

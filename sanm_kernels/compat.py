@@ -95,13 +95,14 @@ class Patch:
 def _losses(x: Tensor, targets_x: Tensor, u: Tensor, targets_u: Tensor) -> tuple[Tensor, Tensor]:
     """L_x and L_u as scripts have them: a mean of nothing is NaN.
 
-    Where many classes would have to be copied together first, torch is as fast.
+    Where many classes would have to be copied together first, torch is as fast on the CPU.
     """
     whole = x._base is not None and x._base is u._base
-    if x.shape[0] and u.shape[0] and (whole or x.shape[-1] <= FEW_CLASSES):
+    ours = whole or x.device.type != "cpu" or x.shape[-1] <= FEW_CLASSES
+    if ours and x.shape[0] and u.shape[0]:
         return both_losses(x, targets_x, u, targets_u)
-    labeled = -(x.log_softmax(1) * targets_x).sum(1).mean()
-    return labeled, (u.softmax(1) - targets_u).square().mean()
+    labeled = -torch.mean(torch.sum(torch.log_softmax(x, 1) * targets_x, 1))
+    return labeled, torch.mean((torch.softmax(u, 1) - targets_u) ** 2)
 
 
 def _semi_loss(original: Any) -> Any:

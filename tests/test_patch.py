@@ -225,7 +225,7 @@ def test_images_of_another_kind_are_the_script_s_own():
 @pytest.mark.parametrize("K", [5, 100])
 @pytest.mark.parametrize("apart", [False, True])
 def test_one_call_for_both_halves(K, apart, monkeypatch):
-    """Also where they are not of one tensor, unless torch itself is as fast."""
+    """Also where they are not of one tensor, unless torch itself is as fast on the CPU."""
     calls: list[int] = []
     z, t = torch.randn(9, K, requires_grad=True), torch.softmax(torch.randn(9, K), 1)
     module = script(SemiLoss=DivideMix)

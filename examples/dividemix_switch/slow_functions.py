@@ -72,13 +72,16 @@ class SemiLoss:
         epoch: float,
         warm_up: float,
     ) -> tuple[Tensor, Tensor, float]:
+        probs_u = torch.softmax(outputs_u, dim=1)
+        labeled = -torch.mean(torch.sum(F.log_softmax(outputs_x, dim=1) * targets_x, dim=1))
+        unlabeled = torch.mean((probs_u - targets_u) ** 2)
         ramp = float(np.clip((epoch - warm_up) / self.rampup_length, 0, 1))
-        labeled = F.cross_entropy(outputs_x, targets_x)
-        return labeled, F.mse_loss(outputs_u.softmax(1), targets_u), self.lambda_u * ramp
+        return labeled, unlabeled, self.lambda_u * ramp
 
 
 class NegEntropy:
     """Σ_k p_k log p_k, mean over the rows: small where the network is not certain."""
 
     def __call__(self, outputs: Tensor) -> Tensor:
-        return (outputs.softmax(1) * outputs.log_softmax(1)).sum(1).mean()
+        probs = torch.softmax(outputs, dim=1)
+        return torch.mean(torch.sum(probs.log() * probs, dim=1))

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import random
 import sys
 from collections.abc import Callable
 from types import ModuleType, TracebackType
@@ -21,11 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_kernels import trials, validate
-from sanm_kernels.config import MaskConfig
-from sanm_kernels.functional import masked_forward
-from sanm_kernels.losses import masked_loss
-from sanm_kernels.results import MaskedForward
+from sanm_kernels import dropin, mixture, trials
+from sanm_kernels.dropin import (
+    CIFAR,
+    FEW_CLASSES,
+    NegEntropy,
+    SampleLoss,
+    SemiLoss,
+    attention_erase_map,
+    attention_erase_map_clothing1m,
+    both_losses,
+    erase,
+)
+from sanm_kernels.rewriting import with_losses
 from sanm_kernels.trials import KEPT, NOT_VERIFIED, REPLACED, Finding
 
 __all__ = [
@@ -38,187 +45,14 @@ __all__ = [
     "patch",
 ]
 
-#: What :func:`patch` looks for.
-NAMES = ("attention_erase_map", "attention_erase_map_clothing1m", "SemiLoss", "NegEntropy")
-_CIFAR = MaskConfig.official_cifar()
-_CLOTHING1M = MaskConfig.official_clothing1m()
-
-
-def _python_draws(batch: int, count: int, device: torch.device) -> Tensor:
-    """(batch, count) float64 from Python's `random`, sample after sample."""
-    values = [[random.random() for _ in range(count)] for _ in range(batch)]
-    return torch.tensor(values, dtype=torch.float64).view(batch, count).to(device)
-
-
-@torch.no_grad()
-def erase(
-    images: Tensor, outputs: Tensor, gmmweight: Tensor, target_mask: Tensor, config: MaskConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`attention_erase_map` of any configuration with shared draws and both views."""
-    result = _masked(images, outputs, gmmweight, target_mask, config, None)
-    assert result.images_max is not None and result.images_min is not None
-    assert result.targets_max is not None
-    target_mask.copy_(result.targets_max)
-    return result.images_max, result.images_min, target_mask
-
-
-def _masked(
-    images: Tensor,
-    outputs: Tensor,
-    gmmweight: Tensor,
-    targets: Tensor,
-    config: MaskConfig,
-    num_classes: int | None,
-) -> MaskedForward:
-    validate.floating(images, "images", 4, shape="(B, Cin, H, W)")
-    gmmweight = validate.quality(gmmweight, "gmmweight")
-    draws = _python_draws(images.shape[0], config.num_draws(images.shape[1]), images.device)
-    return masked_forward(
-        outputs,
-        targets,
-        gmmweight,
-        images=images,
-        config=config,
-        num_classes=num_classes,
-        draws=draws,
-    )
-
-
-@torch.no_grad()
-def attention_erase_map(
-    images: Tensor, outputs: Tensor, gmmweight: Tensor, target_mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The released CIFAR function: masked views, and targets modulated in place.
-
-    On CPU float32 and square three-channel images of 5×5 pixels and more its results equal the
-    released function's to the last bit, and Python's `random` is left in the same state (eight
-    draws per sample). In smaller images that function hides nothing. Other channel counts, on which
-    it never returns, and other shapes, on which it swaps height and width, give what it was meant
-    to compute.
-
-    Args:
-        images: (B, Cin, H, W).
-        outputs: (B, C, h, w) last feature map.
-        gmmweight: (B,) or (B, 1) clean probability in [0, 1].
-        target_mask: (B, K) soft targets; overwritten with the modulated ones.
-
-    Returns:
-        The view with the box at the peak, the view with the box at the trough, and `target_mask`.
-
-    Raises:
-        TypeError, ValueError: as :func:`sanm_kernels.masked_forward`; nothing is changed then
-            (but for the state of `random`).
-    """
-    return erase(images, outputs, gmmweight, target_mask, _CIFAR)
-
-
-@torch.no_grad()
-def attention_erase_map_clothing1m(
-    images: Tensor, outputs: Tensor, gmmweight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the released Clothing1M function was meant to compute.
-
-    The released one puts every box on the bottom edge, returns areas in pixels as ratios, and adds
-    γ·(1 − q) to a number of pixels. This one follows `MaskConfig.official_clothing1m()`; its draws
-    come from Python's `random`, `config.num_draws(Cin)` per sample, sample after sample.
-
-    Args:
-        images: (B, Cin, H, W).
-        outputs: (B, C, h, w) last feature map.
-        gmmweight: (B,) or (B, 1) clean probability in [0, 1].
-
-    Returns:
-        ratio_max (B,), ratio_min (B,) in [0, 1], the view with the box at the peak, and the view
-        with the box at the trough.
-
-    Raises:
-        TypeError, ValueError: as :func:`sanm_kernels.masked_forward`.
-    """
-    validate.is_tensor(outputs, "outputs")
-    labels = torch.zeros(outputs.shape[0], dtype=torch.int64, device=outputs.device)
-    result = _masked(images, outputs, gmmweight, labels, _CLOTHING1M, 2)
-    assert result.ratio_max is not None and result.ratio_min is not None
-    assert result.images_max is not None and result.images_min is not None
-    return result.ratio_max, result.ratio_min, result.images_max, result.images_min
-
-
-def _both_losses(
-    x: Tensor, targets_x: Tensor, u: Tensor, targets_u: Tensor
-) -> tuple[Tensor, Tensor]:
-    """L_x and L_u, in one call where the logits are what one tensor was cut into."""
-    logits = _uncut(x, u)
-    if logits is None or (targets_x.shape, targets_u.shape) != (x.shape, u.shape):
-        unlabeled = masked_loss(u, targets_u, num_labeled=0).unlabeled
-        return masked_loss(x, targets_x).labeled, unlabeled
-    targets = _uncut(targets_x, targets_u)
-    if targets is None:
-        targets = torch.cat([targets_x, targets_u])
-    result = masked_loss(logits, targets, num_labeled=x.shape[0])
-    return result.labeled, result.unlabeled
-
-
-def _uncut(first: Tensor, second: Tensor) -> Tensor | None:
-    """The tensor whose rows are those of `first`, then those of `second`, if it is there."""
-    whole = first._base
-    if whole is None or whole is not second._base or whole.requires_grad != first.requires_grad:
-        return None
-    rows = first.shape[0]
-    same = whole.stride() == first.stride() == second.stride()
-    shape = torch.Size((rows + second.shape[0], *first.shape[1:]))
-    starts = [x.storage_offset() - whole.storage_offset() for x in (first, second)]
-    if same and whole.shape == shape and starts == [0, rows * whole.stride(0)]:
-        return whole
-    return None
-
-
-class SemiLoss:
-    """DivideMix's criterion: cross-entropy, squared error, and the ramped weight of the latter.
-
-    Args:
-        lambda_u: the weight after the ramp.
-        rampup_length: epochs over which it grows from 0.
-    """
-
-    def __init__(self, lambda_u: float = 25, rampup_length: float = 16) -> None:
-        self.lambda_u = validate.number(lambda_u, "lambda_u", 0)
-        self.rampup_length = validate.number(rampup_length, "rampup_length", 0)
-
-    def __call__(
-        self,
-        outputs_x: Tensor,
-        targets_x: Tensor,
-        outputs_u: Tensor,
-        targets_u: Tensor,
-        epoch: float,
-        warm_up: float,
-    ) -> tuple[Tensor, Tensor, float]:
-        """Losses of logits (n, K) against soft targets (n, K), labelled x and unlabelled u.
-
-        Returns:
-            L_x, L_u and λ_u·clip((epoch − warm_up)/rampup_length, 0, 1).
-
-        Raises:
-            TypeError, ValueError: as :func:`sanm_kernels.masked_loss`.
-        """
-        losses = _both_losses(outputs_x, targets_x, outputs_u, targets_u)
-        return *losses, self._weight(epoch, warm_up)
-
-    def _weight(self, epoch: float, warm_up: float) -> float:
-        done = 1.0 if self.rampup_length == 0 else (epoch - warm_up) / self.rampup_length
-        return self.lambda_u * min(max(float(done), 0.0), 1.0)
-
-
-class NegEntropy:
-    """The confidence penalty Σ_k p_k log p_k, averaged over the rows of logits (n, K)."""
-
-    def __call__(self, outputs: Tensor) -> Tensor:
-        """The penalty of `outputs`, a scalar tensor; differentiable."""
-        validate.floating(outputs, "outputs", 2, shape="(n, K)")
-        labels = torch.zeros(outputs.shape[0], dtype=torch.int64, device=outputs.device)
-        return masked_loss(outputs, labels).confidence
-
-
-# ---- patch: what a script's own functions do is found out by calling them.
+#: What :func:`patch` looks for, beside objects ``CrossEntropyLoss(reduction="none")``.
+NAMES = (
+    "attention_erase_map",
+    "attention_erase_map_clothing1m",
+    "SemiLoss",
+    "NegEntropy",
+    "GaussianMixture",
+)
 
 
 class Patch:
@@ -258,6 +92,19 @@ class Patch:
         return f"<sanm_kernels in {self.module.__name__}:{lines}>"
 
 
+def _losses(x: Tensor, targets_x: Tensor, u: Tensor, targets_u: Tensor) -> tuple[Tensor, Tensor]:
+    """L_x and L_u as scripts have them: a mean of nothing is NaN.
+
+    Where many classes would have to be copied together first, torch is as fast on the CPU.
+    """
+    whole = x._base is not None and x._base is u._base
+    ours = whole or x.device.type != "cpu" or x.shape[-1] <= FEW_CLASSES
+    if ours and x.shape[0] and u.shape[0]:
+        return both_losses(x, targets_x, u, targets_u)
+    labeled = -torch.mean(torch.sum(torch.log_softmax(x, 1) * targets_x, 1))
+    return labeled, torch.mean((torch.softmax(u, 1) - targets_u) ** 2)
+
+
 def _semi_loss(original: Any) -> Any:
     """A SemiLoss's own call with the losses from the kernels; the weight is what it says itself."""
     names = _parameters(original)[1:5]
@@ -266,9 +113,7 @@ def _semi_loss(original: Any) -> Any:
     def call(self: Any, *given: Any, **named: Any) -> Any:
         given += tuple(named.pop(name) for name in names[len(given) :] if name in named)
         own = trials.own(original, self, given[4:], named) if len(given) >= 4 else None
-        if own is None or not (len(given[0]) and len(given[2])):  # a mean of nothing is NaN
-            return original(self, *given, **named)
-        return *_both_losses(*given[:4]), *own
+        return original(self, *given, **named) if own is None else (*_losses(*given[:4]), *own)
 
     return call
 
@@ -321,9 +166,9 @@ def _try_masking(name: str, original: Any) -> tuple[Any, Finding]:
             candidates: list[tuple[Any, str]] = [(attention_erase_map_clothing1m, "")]
         else:
             names = ["view at the peak", "view at the trough", "returned targets"]
-            config = _CIFAR
+            config = CIFAR
             with contextlib.suppress(ValueError):  # areas in pixels, perhaps
-                config = _CIFAR.replace(**trials.recognised(original, column))
+                config = CIFAR.replace(**trials.recognised(original, column))
             text = f"γ = {config.ratio_gamma}, a in [{config.ratio_low}, {config.ratio_high}]"
             half, whole = (config.replace(area_scale=scale) for scale in (0.5, 1.0))
             candidates = [
@@ -333,7 +178,7 @@ def _try_masking(name: str, original: Any) -> tuple[Any, Finding]:
         for function, text in candidates:
             ours = _masking(original, function)
             inputs = functools.partial(trials.masking_inputs, column=column, soft=count == 4)
-            finding = trials.verify(name, original, ours, inputs, names, exact=True)
+            finding = trials.verify(name, original, ours, inputs, names, trials.EXACT)
             if finding.state == REPLACED:
                 return ours, dataclasses.replace(finding, reason=text)
             if best is None or best[1].state == NOT_VERIFIED != finding.state:
@@ -350,7 +195,11 @@ def _try_criterion(name: str, cls: type, module: ModuleType) -> tuple[Any, Findi
     if not inspect.isfunction(original):
         return None, Finding(name, NOT_VERIFIED, f"it has no {_method(cls)} of its own")
     semi = name == "SemiLoss"
-    ours = (_semi_loss if semi else _neg_entropy)(original)
+    rewritten = with_losses(original, _losses) if semi else None
+    if rewritten is not None:
+        ours = functools.wraps(original)(rewritten)
+    else:
+        ours = (_semi_loss if semi else _neg_entropy)(original)
     held = vars(module)
     try:
         self = next((copy.copy(x) for x in held.values() if type(x) is cls), None) or cls(
@@ -363,18 +212,58 @@ def _try_criterion(name: str, cls: type, module: ModuleType) -> tuple[Any, Findi
     except Exception as error:
         return ours, Finding(name, NOT_VERIFIED, f"no object can be made of it: {error}")
     more = list(inspect.signature(original).parameters.values())[5 if semi else 2 :]
-    classes = getattr(held.get("args"), "num_class", None)
-    classes = classes if isinstance(classes, int) and classes > 1 else 10
-    inputs = functools.partial(trials.criterion_inputs, more=more, semi=semi, K=classes)
+    inputs = functools.partial(trials.criterion_inputs, more=more, semi=semi, K=_classes(module))
     names = ["L_x", "L_u", "weight"] if semi else ["penalty"]
     theirs, tried = (functools.partial(function, self) for function in (original, ours))
-    finding = trials.verify(name, theirs, tried, inputs, names, exact=False)
-    if semi and finding.state == REPLACED:
+    finding = trials.verify(name, theirs, tried, inputs, names, trials.ROUNDING)
+    if semi and rewritten is None and finding.state == REPLACED:
         extra = next(iter(inputs("cpu")))[4:]
         if trials.own(original, self, extra, {}) is None:
             text = "what it returns beside its losses cannot be had without them"
             finding = dataclasses.replace(finding, state=KEPT, reason=text)
     return ours, finding
+
+
+def _try_mixture(name: str, cls: Any) -> tuple[Any, Finding]:
+    """A subclass of scikit-learn's class, and what came of the comparison."""
+    if not isinstance(cls, type) or not cls.__module__.startswith("sklearn."):
+        return None, Finding(name, NOT_VERIFIED, "it is not scikit-learn's")
+    try:
+        ours = mixture.served(cls)
+    except Exception as error:
+        return None, Finding(name, NOT_VERIFIED, f"{type(error).__name__}: {error}")
+    theirs, tried = (functools.partial(trials.mixture_results, x) for x in (cls, ours))
+    names = ["posterior", "component", "means_", "covariances_", "weights_", "n_iter_"]
+    return ours, trials.verify(
+        name, theirs, tried, trials.mixture_inputs, [*names, "converged_"], trials.POSTERIOR
+    )
+
+
+def _collects(value: Any) -> bool:
+    """Whether it is a plain ``CrossEntropyLoss(reduction="none")``."""
+    return (
+        type(value) is torch.nn.CrossEntropyLoss
+        and value.reduction == "none"
+        and value.weight is None
+        and (value.ignore_index, value.label_smoothing) == (-100, 0)
+    )
+
+
+def _try_collection(name: str, original: Any, classes: int) -> tuple[Any, Finding]:
+    """The class that serves in place of the object's own, and what came of the comparison."""
+    if classes > FEW_CLASSES:
+        return SampleLoss, Finding(name, KEPT, f"it is as fast for more than {FEW_CLASSES} classes")
+    tried = copy.copy(original)
+    tried.__class__ = SampleLoss
+    inputs = functools.partial(trials.collection_inputs, K=classes)
+    finding = trials.verify(name, original, tried, inputs, ["losses"], trials.ROUNDING)
+    return SampleLoss, finding
+
+
+def _classes(module: ModuleType) -> int:
+    """How many the script has, if it says so where scripts do."""
+    classes = getattr(getattr(module, "args", None), "num_class", None)
+    return classes if isinstance(classes, int) and classes > 1 else 10
 
 
 def _method(cls: type) -> str:
@@ -383,7 +272,8 @@ def _method(cls: type) -> str:
 
 def _is_ours(original: Any) -> bool:
     served = getattr(original, _method(original), None) if isinstance(original, type) else original
-    return getattr(original, "__module__", None) == __name__ or hasattr(served, "_sanm_kernels")
+    own = dropin.__name__ in (getattr(original, "__module__", None), type(original).__module__)
+    return own or hasattr(served, "_sanm_kernels") or hasattr(original, "_sanm_kernels")
 
 
 def _put(done: Patch, name: str, original: Any, ours: Any) -> list[str]:
@@ -393,6 +283,14 @@ def _put(done: Patch, name: str, original: Any, ours: Any) -> list[str]:
     other names of it, have it too.
     """
     done.replaced[name] = original
+    if ours is SampleLoss:
+        done._undo.append(functools.partial(setattr, original, "__class__", type(original)))
+        original.__class__ = ours
+        return []
+    if name == "GaussianMixture":  # scikit-learn's class is not the script's alone
+        done._undo.append(functools.partial(setattr, done.module, name, original))
+        setattr(done.module, name, ours)
+        return []
     ours._sanm_kernels = True
     if isinstance(original, type):
         method = _method(original)
@@ -416,14 +314,16 @@ def _put(done: Patch, name: str, original: Any, ours: Any) -> list[str]:
 def patch(module: ModuleType, *, force: bool = False, verbose: bool = True) -> Patch:
     """Let a script compute with this package, where that changes none of its results.
 
-    Looked at are `attention_erase_map`, `attention_erase_map_clothing1m`, `SemiLoss` and
-    `NegEntropy`, where `module` has them. Each is called on small random inputs and compared with
+    Looked at are `attention_erase_map`, `attention_erase_map_clothing1m`, `SemiLoss`, `NegEntropy`
+    and `GaussianMixture`, where `module` has them, and its objects that are
+    ``CrossEntropyLoss(reduction="none")``. Each is called on small random inputs and compared with
     ours: views, boxes, targets and the random numbers drawn to the last bit, losses and their
-    gradients to float32 rounding. What agrees is replaced. The weight that a `SemiLoss` returns
-    goes on coming from itself, whatever its arguments are; a masking function may have its own γ
-    and range of ratios. A function is replaced in all loaded modules that hold it, a class in
-    place, so that objects made before compute with ours too; what was put elsewhere before, such as
-    a functools.partial of a function, stays as it is. Random states are left as they were.
+    gradients to float32 rounding, scikit-learn's mixtures to 1e-5. What agrees is replaced. The
+    weight that a `SemiLoss` returns goes on coming from itself, whatever its arguments are; a
+    masking function may have its own γ and range of ratios. A function is replaced in all loaded
+    modules that hold it, a class and an object in place, so that objects made before compute with
+    ours too, and scikit-learn's class in `module` alone; what was put elsewhere before, such as a
+    functools.partial of a function, stays as it is. Random states are left as they were.
 
     Args:
         module: the module whose names are looked at, for instance an imported training script.
@@ -440,6 +340,7 @@ def patch(module: ModuleType, *, force: bool = False, verbose: bool = True) -> P
     if not isinstance(module, ModuleType):
         raise TypeError(f"module: expected a module, got {type(module).__name__}")
     present = {name: getattr(module, name) for name in NAMES if hasattr(module, name)}
+    present |= {name: value for name, value in vars(module).items() if _collects(value)}
     if not present:
         raise ValueError(
             f"module: expected one with some of {', '.join(NAMES)}, "
@@ -450,6 +351,10 @@ def patch(module: ModuleType, *, force: bool = False, verbose: bool = True) -> P
         ours = None
         if _is_ours(original):
             finding = Finding(name, KEPT, "it is this package's already")
+        elif name == "GaussianMixture":
+            ours, finding = _try_mixture(name, original)
+        elif _collects(original):
+            ours, finding = _try_collection(name, original, _classes(module))
         elif name in ("SemiLoss", "NegEntropy") and isinstance(original, type):
             ours, finding = _try_criterion(name, original, module)
         elif name in ("SemiLoss", "NegEntropy") or not inspect.isfunction(original):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tolerances import assert_accurate
 
 import sanm_kernels as sk
-from sanm_kernels import compat
+from sanm_kernels import compat, dropin
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
@@ -111,15 +111,14 @@ def test_semi_loss(dtype):
 
 
 @pytest.mark.parametrize("targets", ["cut", "apart"])
-@pytest.mark.parametrize("cut", ["rows", "swapped", "gap", "columns", "detached"])
+@pytest.mark.parametrize("cut", ["rows", "swapped", "gap", "columns", "detached", "copied"])
 def test_semi_loss_of_slices(cut, targets, monkeypatch):
-    """One call where the two are what one tensor was cut into; the same results anyhow."""
+    """Read where they are if the two are what one tensor was cut into; the same results anyhow."""
     logits = torch.randn(11, 6, requires_grad=True)
     t = torch.softmax(torch.randn(11, 6), 1)
-    calls = []
-    monkeypatch.setattr(
-        compat, "masked_loss", lambda *a, **k: calls.append(1) or sk.masked_loss(*a, **k)
-    )
+    whole = []
+    apply = dropin._Losses.apply
+    monkeypatch.setattr(dropin._Losses, "apply", lambda *a: whole.append(a[1] is None) or apply(*a))
 
     def split(z, t):
         if cut == "swapped":
@@ -134,14 +133,31 @@ def test_semi_loss_of_slices(cut, targets, monkeypatch):
         tx, tu = tx.clone(), tu.clone()
     if cut == "detached":
         u = u.detach()
+    if cut == "copied":
+        x, u = x * 1.0, u * 1.0
     lx, lu, _ = compat.SemiLoss()(x, tx, u, tu, 14.0, 10)
-    assert len(calls) == (1 if cut == "rows" else 2)
+    assert whole == [cut == "rows"]
     a, ta, b, tb = split(logits, t)
     one = -(F.log_softmax(a, 1) * ta).sum(1).mean()
     two = ((torch.softmax(b.detach() if cut == "detached" else b, 1) - tb) ** 2).mean()
     torch.testing.assert_close((lx, lu), (one, two))
     got, expected = (torch.autograd.grad(p + 3 * q, logits)[0] for p, q in ((lx, lu), (one, two)))
     torch.testing.assert_close(got, expected)
+
+
+def test_criteria_are_differentiated_once_and_transformed():
+    z, t = torch.randn(9, 3, requires_grad=True), torch.softmax(torch.randn(9, 3), 1)
+
+    def loss(z):
+        lx, lu, weight = compat.SemiLoss()(z[:4], t[:4], z[4:], t[4:], 14.0, 10)
+        return lx + weight * lu + compat.NegEntropy()(z)
+
+    gradient = torch.autograd.grad(loss(z), z, create_graph=True)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(z.detach()), gradient.detach())
+    with pytest.raises(RuntimeError, match="masked_loss can be differentiated once, not twice"):
+        gradient.sum().backward()
+    with pytest.raises(NotImplementedError, match="masked_loss has no forward-mode derivative"):
+        torch.func.jvp(loss, (z.detach(),), (t,))
 
 
 def test_semi_loss_of_slices_names_wrong_rows():

@@ -33,7 +33,7 @@ from forms import (
 )
 from torch import Tensor
 
-from sanm_kernels import compat, trials
+from sanm_kernels import compat, dropin, trials
 
 
 def script(name: str = "their_script", **names: Any) -> types.ModuleType:
@@ -108,7 +108,7 @@ def test_objects_and_other_modules_compute_with_ours_too(monkeypatch):
     other = script("their_utils", mask=erase, nothing=1)
     monkeypatch.setitem(sys.modules, other.__name__, other)
     given, calls = criterion_inputs(0), []
-    monkeypatch.setattr(compat, "masked_loss", counted(compat.masked_loss, calls))
+    monkeypatch.setattr(dropin, "select", counted(dropin.select, calls))
     with compat.patch(module, verbose=False) as done:
         assert other.mask is module.attention_erase_map is not erase
         assert "also in their_utils" in done.findings["attention_erase_map"].reason
@@ -222,6 +222,25 @@ def test_images_of_another_kind_are_the_script_s_own():
         assert len(calls) == 4
 
 
+@pytest.mark.parametrize("K", [5, 100])
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_call_for_both_halves(K, apart, monkeypatch):
+    """Also where they are not of one tensor, unless torch itself is as fast on the CPU."""
+    calls: list[int] = []
+    z, t = torch.randn(9, K, requires_grad=True), torch.softmax(torch.randn(9, K), 1)
+    module = script(SemiLoss=DivideMix)
+    halves = (z[:4] * 1, t[:4], z[4:] * 1, t[4:]) if apart else (z[:4], t[:4], z[4:], t[4:])
+    expected = [*DivideMix()(*halves, *RAMP)]
+    expected.append(torch.autograd.grad(expected[0] + expected[1], z, retain_graph=True)[0])
+    monkeypatch.setattr(dropin, "select", counted(dropin.select, calls))
+    with compat.patch(module, verbose=False):
+        calls.clear()
+        got = [*DivideMix()(*halves, *RAMP)]
+        got.append(torch.autograd.grad(got[0] + got[1], z)[0])
+    assert len(calls) == (0 if apart and K == 100 else 1)
+    torch.testing.assert_close(got, expected)
+
+
 def test_a_half_without_rows_is_the_script_s_own():
     x, t, u, tu = criterion_inputs(0)
     module = script(SemiLoss=DivideMix, NegEntropy=Entropy)
@@ -295,3 +314,37 @@ def test_patch_refuses_what_is_no_script():
         compat.patch("train")
     with pytest.raises(ValueError, match="module: expected one with some of"):
         compat.patch(script())
+
+
+def test_losses_that_are_collected():
+    """Without a gradient, of whatever object; all else is cross-entropy's own."""
+    collect, labels = torch.nn.CrossEntropyLoss(reduction="none"), torch.arange(8) % 5
+    others = [
+        torch.nn.CrossEntropyLoss(),
+        torch.nn.CrossEntropyLoss(torch.ones(5), reduction="none"),
+    ]
+    module = script(CE=collect, same=collect, CEloss=others[0], weighted=others[1])
+    logits = 9 * torch.randn(8, 5)
+    expected = collect(logits, labels)
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dropin, "call", counted(dropin.call, calls))
+        with compat.patch(module, verbose=False) as done:
+            assert set(done.findings) == {"CE", "same"} and set(done.replaced) == {"CE"}
+            assert done.findings["same"].reason == "it is this package's already"
+            assert module.CE is collect and isinstance(collect, torch.nn.CrossEntropyLoss)
+            calls.clear()
+            torch.testing.assert_close(collect(logits, labels), expected)
+            assert len(calls) == 1
+            trained = logits.clone().requires_grad_()
+            collect(trained, labels).sum().backward()
+            collect(logits.double(), labels)
+            collect(logits[:, :, None], labels[:, None])
+            assert len(calls) == 1 and trained.grad is not None
+            assert collect(logits, torch.tensor([-100] * 8)).tolist() == [0.0] * 8
+            with pytest.raises(IndexError):
+                collect(logits, labels + 9)
+    assert type(collect) is torch.nn.CrossEntropyLoss and done.replaced == {}
+    module.args = types.SimpleNamespace(num_class=100)
+    with compat.patch(module, verbose=False) as done:
+        assert {f.state for f in done.findings.values()} == {"kept"}

@@ -1,8 +1,8 @@
 """DivideMix with SANM's masking (no reconstruction, for brevity) on digits with wrong labels."""
 
 import argparse
-import os
 import random
+import sys
 import time
 
 import numpy as np
@@ -11,25 +11,23 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import train_test_split
+from slow_functions import NegEntropy, SemiLoss, attention_erase_map
 from torch import Tensor, nn
 
-# The switch is one line: the second import in place of the first.
-if os.environ.get("FUNCTIONS") == "slow":
-    from slow_functions import NegEntropy, SemiLoss, attention_erase_map
-else:
-    from sanm_kernels.compat import NegEntropy, SemiLoss, attention_erase_map
+from sanm_kernels import compat
 
-CLASSES, HALF, WARM_UP, TEMPERATURE, LAMBDA_U = 10, 32, 6, 0.5, 25
+CLASSES, HALF, TEMPERATURE, LAMBDA_U = 10, 32, 0.5, 25
+CE = nn.CrossEntropyLoss(reduction="none")
 MISTAKEN_FOR = torch.tensor([0, 1, 7, 8, 4, 6, 5, 1, 8, 9])  # asymmetric noise: 2→7, 3→8, 5↔6, 7→1
 
 
 class Net(nn.Module):
-    """Gives logits (B, 10) and the last feature map (B, 64, 4, 4) of images (B, 1, 8, 8)."""
+    """Gives logits (B, 10) and the last feature map (B, 64, 4, 4) of images (B, 3, 8, 8)."""
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for channels, width, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 1), (64, 64, 1)):
+        for channels, width, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 1), (64, 64, 1)):
             layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
         self.convs, self.linear = nn.Sequential(*layers), nn.Linear(64, CLASSES)
 
@@ -41,7 +39,7 @@ class Net(nn.Module):
 def noisy_digits(noise: str, rate: float) -> list[Tensor]:
     """Images and labels to train on, the share `rate` of them redrawn; the same to test on."""
     x, y = load_digits(return_X_y=True)
-    x = torch.tensor(x / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
+    x = torch.tensor(x / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
     x, test_x, y, test_y = train_test_split(x, torch.tensor(y), stratify=y, random_state=0)
     drawn = MISTAKEN_FOR[y] if noise == "asym" else (y + torch.randint(1, 10, y.shape)) % CLASSES
     return [x, torch.where(torch.rand(len(y)) < rate, drawn, y), test_x, test_y]
@@ -54,29 +52,31 @@ def shifted(x: Tensor) -> Tensor:
     return F.grid_sample(x + 1, F.affine_grid(matrix, x.shape, False), align_corners=False) - 1
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def update(optimizer: torch.optim.Optimizer, *parts: Tensor) -> None:
+    """A step along the sum of `parts`, each of which is noted."""
     optimizer.zero_grad()
-    loss.backward()
+    sum(parts).backward()
     optimizer.step()
+    losses.append([part.item() for part in parts])
 
 
 def warm_up(net: Net, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, noise: str) -> None:
     net.train()
     for index in torch.randperm(len(y)).split(HALF):
         logits, _ = net(shifted(x[index]))
-        loss = F.cross_entropy(logits, y[index])
+        parts = [F.cross_entropy(logits, y[index])]
         if noise == "asym":  # keeps the network from being certain of what it confuses
-            loss = loss + NegEntropy()(logits)
-        update(optimizer, loss)
+            parts.append(NegEntropy()(logits))
+        update(optimizer, *parts)
 
 
 @torch.no_grad()
 def clean_probability(net: Net, x: Tensor, y: Tensor) -> Tensor:
     """The posterior (N,) of the mixture's component with the smaller losses."""
-    losses = F.cross_entropy(net.eval()(x)[0], y, reduction="none").numpy()[:, None]
-    losses = (losses - losses.min()) / (losses.max() - losses.min())
-    mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(losses)
-    return torch.tensor(mixture.predict_proba(losses)[:, mixture.means_.argmin()]).float()
+    each = CE(net.eval()(x)[0], y)
+    each = ((each - each.min()) / (each.max() - each.min())).reshape(-1, 1)
+    mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4).fit(each)
+    return torch.tensor(mixture.predict_proba(each)[:, mixture.means_.argmin()]).float()
 
 
 @torch.no_grad()
@@ -118,26 +118,36 @@ def train(net: Net, other: Net, optimizer, x: Tensor, y: Tensor, w: Tensor, epoc
         labels = lam * labels + (1 - lam) * labels[partner]
         logits, _ = net(lam * inputs + (1 - lam) * inputs[partner])
         loss_x, loss_u, weight = SemiLoss(LAMBDA_U)(
-            logits[:n], labels[:n], logits[n:], labels[n:], epoch + step / len(batches), WARM_UP
+            logits[:n],
+            labels[:n],
+            logits[n:],
+            labels[n:],
+            epoch + step / len(batches),
+            args.warm_up,
         )
         prior = -(CLASSES * logits.softmax(1).mean(0)).log().mean()
-        update(optimizer, loss_x + weight * loss_u + prior)
+        update(optimizer, loss_x, weight * loss_u, prior)
     return seconds
 
 
 parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--patch", action="store_true", help="let sanm_kernels compute")
 parser.add_argument("--epochs", type=int, default=16)
+parser.add_argument("--warm-up", type=int, default=6)
+parser.add_argument("--losses", action="store_true", help="print the losses of every step")
 parser.add_argument("--noise", choices=("sym", "asym"), default="sym")
 parser.add_argument("--rate", type=float, default=0.5)
 args = parser.parse_args()
+if args.patch:  # the switch, in one line
+    compat.patch(sys.modules[__name__])
 random.seed(0)
 np.random.seed(0)
 torch.manual_seed(0)
 x, y, test_x, test_y = noisy_digits(args.noise, args.rate)
-nets, seconds = [Net(), Net()], []
+nets, seconds, losses = [Net(), Net()], [], []
 optimizers = [torch.optim.SGD(net.parameters(), 0.02, 0.9, weight_decay=5e-4) for net in nets]
 for epoch in range(args.epochs):
-    if epoch < WARM_UP:
+    if epoch < args.warm_up:
         for net, optimizer in zip(nets, optimizers, strict=True):
             warm_up(net, optimizer, x, y, args.noise)
         continue
@@ -146,5 +156,7 @@ for epoch in range(args.epochs):
         seconds += train(nets[k], nets[1 - k], optimizers[k], x, y, quality[1 - k], epoch)
 with torch.no_grad():
     hits = sum(net.eval()(test_x)[0].softmax(1) for net in nets).argmax(1) == test_y
-print(f"{attention_erase_map.__module__}: {hits.float().mean():.1%} of the test digits right")
+print(f"{hits.float().mean():.1%} of the test digits right")
 print(f"masking: {len(seconds)} calls, {1e3 * np.median(seconds):.2f} ms each")
+if args.losses:
+    print(*(" ".join(f"{part:.9g}" for part in step) for step in losses), sep="\n")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import sanm_kernels as sk
 from benchmarks.common import serving
 
-ROUNDS, CALLS = 100, 100
+ROUNDS, CALLS = 30, 500
 #: What is compared with torch's own function.
 OVER = {
     "masked_loss + backward": "F.cross_entropy + backward",

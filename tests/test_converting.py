@@ -32,7 +32,7 @@ def page() -> dict[str, Any]:
         "args": args, "criterion": criterion, "linear_rampup": linear_rampup, "device": "cpu",
         "attention_erase_map": compat.attention_erase_map,
     }  # fmt: skip
-    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S):
+    for block in re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.M | re.S):
         exec(block, names)
     return names
 

@@ -171,7 +171,7 @@ def backward(
     With c_i the weight of row i's own loss, and h_ik = dL/dp_ik of everything but cross-entropy,
         dL/dz_ik = p_ik (h_ik − Σ_j p_ij h_ij) + [i labelled] c_i (p_ik Σ_j t_ij − t_ik),
         h_ik = [i unlabelled] c_i (2/K)(p_ik − t_ik) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_ik / n.
-    Where p̄_k is given by its logarithm, the prior's part of p_ik h_ik comes from log p_ik − log p̄_k.
+    Where p̄_k is given by its logarithm, the prior's part of p_ik h_ik is from log p_ik − log p̄_k.
     """
     n, K = logits.shape
     dtype = normalizer.dtype

@@ -106,8 +106,10 @@ def forward(
     prior (K,) in A, None for uniform; scalars (4,) float64 on the CPU
     or the logits' device: λ, λ_u, ρ, ν.
     """
-    check(logits, targets, ratio, permutation, prior, ignore_index)
     n, K = logits.shape
+    checks.count(num_labeled, n, "num_labeled")
+    checks.entries(permutation, n, "mix permutation")
+    check(logits, targets, ratio, permutation, prior, ignore_index)
     dtype = accumulate_dtype(logits)
     lam, unlabeled_weight, prior_weight, confidence_weight = numbers(scalars)
 

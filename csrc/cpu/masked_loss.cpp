@@ -214,24 +214,23 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
       sum.unlabeled /= std::max<int64_t>(1, target.counting(nx, n));
     }
     sum.confidence /= std::max<int64_t>(1, n);
-    double divergence = 0;
+    A* const means = out<A>(p_mean);
     std::vector<int64_t> rare;
-    const auto diverge = [&](int64_t k, auto log_ratio) {  // of π_k to p̄_k
-      const double pi_k = pi ? pi[k] : 1.0 / K;
-      if (pi_k != 0) divergence += pi_k * log_ratio(pi_k);
-    };
+    const double all_rows = static_cast<double>(n), uniform = 1.0 / K;
+    double divergence = 0;
     for (int64_t k = 0; k < K && n > 0; ++k) {
-      const double mean_k = column[k] / n;
-      out<A>(p_mean)[k] = static_cast<A>(mean_k);
+      const double mean_k = column[k] / all_rows, pi_k = pi ? pi[k] : uniform;
+      means[k] = static_cast<A>(mean_k);
       if (mean_k < kRare<A>)
         rare.push_back(k);
-      else
-        diverge(k, [&](double pi_k) { return std::log(pi_k / mean_k); });
+      else if (pi_k != 0)
+        divergence += pi_k * std::log(pi_k / mean_k);
     }
     const std::vector<double> logs = log_means(z, norm, n, K, rare);
     for (size_t c = 0; c < rare.size(); ++c) {
-      out<A>(p_mean)[rare[c]] = static_cast<A>(logs[c]);
-      diverge(rare[c], [&](double pi_k) { return std::log(pi_k) - logs[c]; });
+      const double pi_k = pi ? pi[rare[c]] : uniform;
+      means[rare[c]] = static_cast<A>(logs[c]);
+      if (pi_k != 0) divergence += pi_k * (std::log(pi_k) - logs[c]);
     }
     *out<A>(labeled) = static_cast<A>(sum.labeled);
     *out<A>(unlabeled) = static_cast<A>(sum.unlabeled);
@@ -287,8 +286,9 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
     std::vector<A> slope(padded(K));
     std::vector<std::pair<int64_t, double>> rare;
     const A *pi = prior ? in<A>(*prior) : nullptr, *pm = in<A>(p_mean);
+    const double scale = -gp / std::max<int64_t>(1, n), uniform = 1.0 / K;
     for (int64_t k = 0; k < K && gp != 0; ++k) {
-      const double share = -gp * (pi ? pi[k] : 1.0 / K) / n;
+      const double share = scale * (pi ? pi[k] : uniform);
       if (!(pm[k] < 0))
         slope[k] = static_cast<A>(share / pm[k]);
       else if (pm[k] > kLowest<A>)

@@ -292,6 +292,6 @@ class SampleLoss(torch.nn.CrossEntropyLoss):
             try:
                 losses: Tensor = call("sample_loss", input.device, None, input, target)[0]
                 return losses
-            except RuntimeError:  # a label that counts for nothing, or is none
+            except ValueError:  # a label that counts for nothing, or is none
                 pass
         return super().forward(input, target)

@@ -36,13 +36,22 @@ inline ScalarType acc_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Raises ValueError in Python: validate.public() looks for the mark.
+// Raises ValueError in Python, which is what pybind11 makes of this exception, also in compiled graphs.
 template <typename... Args>
 [[noreturn]] inline void value_error(const Args&... args) {
   std::ostringstream message;
-  message << "[sanm_kernels:value] ";
   (message << ... << args);
-  throw std::runtime_error(message.str());
+  throw std::invalid_argument(message.str());
+}
+
+// 0 ≤ x ≤ most: what public functions check too, but where a trace does not know the numbers.
+inline void check_count(int64_t x, int64_t most, const char* name) {
+  if (x < 0 || x > most)
+    value_error(name, ": expected a number in [0, ", most, "], got ", x);
+}
+inline void check_entries(const OptTensor& permutation, int64_t rows, const char* name) {
+  if (permutation && permutation->size(0) < rows)
+    value_error(name, ": expected at least ", rows, " entries, got ", permutation->size(0));
 }
 
 // Calls body(T{}) with T the C++ type of a floating dtype.

@@ -29,7 +29,7 @@ CLOTHING1M = MaskConfig.official_clothing1m()
 def _python_draws(batch: int, count: int, device: torch.device) -> Tensor:
     """(batch, count) float64 from Python's `random`, sample after sample."""
     values = [[random.random() for _ in range(count)] for _ in range(batch)]
-    return torch.tensor(values, dtype=torch.float64).view(batch, count).to(device)
+    return torch.tensor(values, dtype=torch.float64, device="cpu").view(batch, count).to(device)
 
 
 @torch.no_grad()
@@ -292,6 +292,6 @@ class SampleLoss(torch.nn.CrossEntropyLoss):
             try:
                 losses: Tensor = call("sample_loss", input.device, None, input, target)[0]
                 return losses
-            except RuntimeError:  # a label that counts for nothing, or is none
+            except ValueError:  # a label that counts for nothing, or is none
                 pass
         return super().forward(input, target)

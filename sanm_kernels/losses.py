@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ def _check_permutation(x: Any, name: str, rows: int, device: torch.device, other
     """Integers (≥ rows,) on `device`."""
     x = validate.integer(x, name, shape="(at least one entry per row,)")
     validate.same_device(x, name, device, other)
-    if x.shape[0] < rows:
+    if validate.known(x.shape[0] < rows):
         raise ValueError(f"{name}: expected at least {rows} entries, got {x.shape[0]}")
 
 
@@ -242,7 +243,7 @@ def _check_masked_loss(
                 "targets: expected class indices, or floats for rows of classes, got integers of "
                 f"shape {list(leading)}: one-hot rows are passed as floats"
             )
-    available = leading.numel()
+    available = math.prod(leading)  # numel() would fix symbolic sizes
     if available < n or (not mixed and available != n):
         raise ValueError(
             f"targets: expected {'at least ' if mixed else ''}{n} rows (one per row of "

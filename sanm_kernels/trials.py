@@ -17,6 +17,9 @@ from torch import Tensor
 
 REPLACED, KEPT, NOT_VERIFIED = "replaced", "kept", "not verified"
 Arguments = tuple[Any, ...]
+#: Of tensors that are the same whatever torch's defaults are.
+_USUAL: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+_EXACT: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 #: How far results may be apart: relative to the largest value, and absolute.
 EXACT, ROUNDING, POSTERIOR = (0.0, 0.0), (4e-6, 5e-7), (0.0, 1e-5)
 
@@ -123,18 +126,18 @@ def observe(function: Any, arguments: Arguments, names: Sequence[str]) -> dict[s
     leaves = {i: x for i, x in enumerate(given, 1) if isinstance(x, Tensor) and x.requires_grad}
     roots = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
     if leaves and roots:
-        total = sum((i * r.sum() for i, r in enumerate(roots, 1)), torch.zeros(()))
-        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        totals = [i * r.sum() for i, r in enumerate(roots, 1)]
+        gradients = torch.autograd.grad(totals, list(leaves.values()), allow_unused=True)
         seen |= {f"gradient {i}": g for i, g in zip(leaves, gradients, strict=True)}
     seen |= {f"argument {i}": x.detach() for i, x in enumerate(given, 1) if isinstance(x, Tensor)}
-    drawn = random.random(), np.random.random(), torch.rand(()).item()
-    return seen | {"random state": torch.tensor(drawn, dtype=torch.float64)}
+    drawn = random.random(), np.random.random(), torch.rand((), device="cpu").item()
+    return seen | {"random state": torch.tensor(drawn, **_EXACT)}
 
 
 def difference(expected: Any, got: Any, apart: tuple[float, float]) -> tuple[float, bool]:
     """The largest difference, and whether they may be so far `apart`."""
     if isinstance(expected, (int, float, np.number)) and isinstance(got, (int, float, np.number)):
-        expected, got = (torch.tensor(float(x), dtype=torch.float64) for x in (expected, got))
+        expected, got = (torch.tensor(float(x), **_EXACT) for x in (expected, got))
     if not (isinstance(expected, Tensor) and isinstance(got, Tensor)):
         same = type(expected) is type(got) and bool(expected == got)
         return (0.0 if same else math.inf), same
@@ -202,17 +205,17 @@ _ENERGIES = (0, 1, 2, 3, 3, 4, 5, 5, 6, 7, 8, 10, 11, 12, 14, 15)
 
 def masking_inputs(device: str, column: bool, soft: bool) -> Iterator[Arguments]:
     """images, outputs, gmmweight (B, 1) if `column`, and target_mask if `soft`."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator("cpu").manual_seed(1)
     batch = 20
-    order = torch.stack([torch.randperm(16, generator=g) for _ in range(batch)])
-    energy = torch.tensor(_ENERGIES)[order].view(batch, 1, 4, 4)
-    maps = [(torch.arange(15).view(15, 1, 1) < energy).float()]
+    order = torch.stack([torch.randperm(16, generator=g, device="cpu") for _ in range(batch)])
+    energy = torch.tensor(_ENERGIES, device="cpu")[order].view(batch, 1, 4, 4)
+    maps = [(torch.arange(15, device="cpu").view(15, 1, 1) < energy).float()]
     if device == "cpu":  # elsewhere rounding may decide between neighbouring pixels
-        maps.append(torch.randn(batch, 64, 4, 4, generator=g).relu())
+        maps.append(torch.randn(batch, 64, 4, 4, generator=g, **_USUAL).relu())
     for features in maps:
-        images = torch.rand(batch, 3, 32, 32, generator=g)
-        quality = torch.rand(batch, 1, generator=g)
-        targets = torch.softmax(3 * torch.randn(batch, 10, generator=g), 1)
+        images = torch.rand(batch, 3, 32, 32, generator=g, **_USUAL)
+        quality = torch.rand(batch, 1, generator=g, **_USUAL)
+        targets = torch.softmax(3 * torch.randn(batch, 10, generator=g, **_USUAL), 1)
         given = images, features, quality if column else quality[:, 0], targets
         yield tuple(x.to(device) for x in given[: 3 + soft])
 
@@ -261,13 +264,13 @@ def criterion_inputs(
     device: str, more: Sequence[Parameter], semi: bool, K: int
 ) -> Iterator[Arguments]:
     """Logits and targets, twice, and `more`; or, if not `semi`, logits. Rows up to very certain."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator("cpu").manual_seed(1)
     for turn, scale in enumerate((1, 8, 60)):
         tensors: list[Tensor] = []
         for rows in (5, 7)[: 1 + semi]:
-            logits = torch.randn(rows, K, generator=g)
+            logits = torch.randn(rows, K, generator=g, **_USUAL)
             logits[:, 0] += scale
-            targets = torch.softmax(3 * torch.randn(rows, K, generator=g), 1)
+            targets = torch.softmax(3 * torch.randn(rows, K, generator=g, **_USUAL), 1)
             tensors += [logits, targets][: 1 + semi]
         extra = [
             number(p.name, turn)
@@ -302,7 +305,10 @@ def mixture_results(cls: Any, losses: Any) -> Arguments:
 
 def collection_inputs(device: str, K: int) -> Iterator[Arguments]:
     """Logits and labels of a batch, as in evaluation and as in training."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator("cpu").manual_seed(1)
     for training in (False, True):
-        logits, labels = 8 * torch.randn(64, K, generator=g), torch.arange(64) % K
+        logits, labels = (
+            8 * torch.randn(64, K, generator=g, **_USUAL),
+            torch.arange(64, device="cpu") % K,
+        )
         yield logits.to(device).requires_grad_(training), labels.to(device)

@@ -9,36 +9,23 @@ import functools
 import operator
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import numpy
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-#: Compiled kernels can only throw RuntimeError; this mark says that a value was bad.
-VALUE_MARK = "[sanm_kernels:value] "
 #: How many kinds of calls a check remembers.
 MOST_KINDS = 256
 
 
-def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn the compiled kernels' complaints about values into ValueError."""
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except RuntimeError as error:
-            _, mark, message = str(error).partition(VALUE_MARK)
-            if not mark:
-                raise
-            raise ValueError(message.splitlines()[0]) from None
-
-    return wrapper
+def public(function: F) -> F:
+    """Marks a function of the public interface, which `sanm_kernels.__all__` has to list."""
+    return function
 
 
 def by_kinds(*constants: type) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -247,13 +234,25 @@ def whole(x: Any, name: str, low: int = -(2**63), high: int = 2**63) -> int:
 
 
 def count(x: Any, name: str, most: int) -> int:
-    """`x` as an int in [0, most], symbolic where torch.compile traces one."""
+    """`x` as an int in [0, most], symbolic where torch.compile traces one; kernels check it too."""
     x = plain(x)
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
-    if not 0 <= x <= most:
+    if known(x < 0) or known(x > most):
         raise ValueError(f"{name}: expected a number in [0, {most}], got {x}")
     return x  # type: ignore[return-value]
+
+
+def known(condition: Any) -> bool:
+    """Whether `condition`, of sizes, holds; in a trace, whether it does for all that they may be.
+
+    There a comparison by itself would fix symbolic sizes to what makes it come out as it does now.
+    """
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return bool(statically_known_true(condition))
 
 
 def one_of(x: Any, name: str, allowed: tuple[str, ...]) -> str:

@@ -9,24 +9,24 @@ namespace sanm {
 // e (n) → maximum, minimum, mean, standard deviation, normalised entropy at stats[k·stride].
 template <typename A>
 inline void statistics(const A* e, int64_t n, A* stats, int64_t stride) {
-  A high = e[0], low = e[0], sum = 0;
+  A high = e[0], low = e[0];
+  double total = 0, square = 0, entropy = 0;
   bool nan = false;
   for (int64_t k = 0; k < n; ++k) {
     high = e[k] > high ? e[k] : high;
     low = e[k] < low ? e[k] : low;
-    sum += e[k];
+    total += e[k];
     nan |= e[k] != e[k];
   }
-  const A mean = sum / static_cast<A>(n);
-  A square = 0, entropy = 0;
+  const A sum = static_cast<A>(total), mean = sum / static_cast<A>(n);
   for (int64_t k = 0; k < n; ++k) {
     const A p = e[k] / sum;
     square += (e[k] - mean) * (e[k] - mean);
     if (p != 0) entropy -= p * std::log(p);
   }
-  entropy = n == 1 || sum == 0 ? A{1} : entropy / std::log(static_cast<A>(n));
+  entropy = n == 1 || sum == 0 ? 1 : entropy / std::log(static_cast<double>(n));
   const A values[5] = {nan ? sum : high, nan ? sum : low, mean,
-                       std::sqrt(square / static_cast<A>(n)), entropy};
+                       static_cast<A>(std::sqrt(square / n)), static_cast<A>(entropy)};
   for (int k = 0; k < 5; ++k) stats[k * stride] = values[k];
 }
 

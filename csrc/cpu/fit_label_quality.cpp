@@ -8,6 +8,7 @@
 //          by up to half a bin of samples, and the posterior by 5e-4). EM runs on a histogram of
 //          4096 bins, each standing at the mean of its samples: what is lost is the spread within
 //          a bin, at most h²/12 of variance, 1/49000 of the smallest variance it is used for.
+//          Where losses tie, the start is as below: a rounding could move many of them to the other side.
 //   exact  y in float64, EM on the samples: for few samples, where it costs little, and where
 //          reg is so small that a component could be as narrow as a few bins.
 //
@@ -176,10 +177,11 @@ struct Fit {
   bool converged = false;
 };
 
+// EM from `first` on
 template <typename A>
-Fit fit(const A* y, int64_t n, const Start& start, int64_t max_iter, double tol, double reg) {
+Fit fit(const A* y, int64_t n, const Mixture& first, int64_t max_iter, double tol, double reg) {
   Fit f;
-  f.mixture = lloyd(y, n, start, reg);
+  f.mixture = first;
   std::vector<float> place, mass;
   if constexpr (std::is_same_v<A, float>) std::tie(place, mass) = histogram(y, n);
   double bound = -kInfinity;
@@ -280,6 +282,25 @@ Frame enter_frame(const std::vector<const T*>& x, const std::vector<Range>& rang
   return {offset + r.low, span};
 }
 
+// Whether two of a thousand samples across y (n,) are equal, but for those at the ends of [0, 1].
+bool ties(const float* y, int64_t n) {
+  constexpr int64_t kSamples = 1024;
+  constexpr uint32_t kSlots = 4096;
+  std::vector<float> seen(kSlots);
+  for (int64_t i = 0; i < kSamples; ++i) {
+    const float v = y[i * n / kSamples];
+    if (!(v > 0 && v < 1)) continue;
+    uint32_t slot;
+    std::memcpy(&slot, &v, sizeof v);
+    for (slot = slot * 2654435769u / (UINT32_MAX / kSlots + 1);; slot = (slot + 1) % kSlots) {
+      if (seen[slot] == v) return true;
+      if (seen[slot] == 0) break;
+    }
+    seen[slot] = v;
+  }
+  return false;
+}
+
 // --- the operator --------------------------------------------------------------------------------
 
 struct Options {
@@ -304,13 +325,27 @@ void run(const std::vector<const T*>& x, const std::vector<Range>& ranges, int64
     own.resize(n);
     y = own.data();
   }
-  const Frame frame = enter_frame(x, ranges, n, o.normalize, y);
+  Frame frame = enter_frame(x, ranges, n, o.normalize, y);
   Start start{};
-  Fit f;
+  Mixture first;
+  const auto begin = [&](const auto* samples) {
+    start = seed(samples, n, o.uniforms);
+    first = lloyd(samples, n, start, o.reg_covar / frame.scale / frame.scale);
+  };
   if (frame.scale > 0) {
-    start = seed(y, n, o.uniforms);
-    f = fit(y, n, start, o.max_iter, o.tol, o.reg_covar / frame.scale / frame.scale);
+    bool exactly = false;
+    if constexpr (std::is_same_v<A, float>) exactly = ties(y, n);
+    if (exactly) {
+      std::vector<double> exact(n);
+      frame = enter_frame(x, ranges, n, o.normalize, exact.data());
+      begin(exact.data());
+      std::copy(exact.begin(), exact.end(), y);
+    } else {
+      begin(y);
+    }
   }
+  const double reg = o.reg_covar / frame.scale / frame.scale;
+  const Fit f = frame.scale > 0 ? fit(y, n, first, o.max_iter, o.tol, reg) : Fit{};
   Mixture p = f.mixture;
   if (p.mean[0] > p.mean[1])
     for (Two* two : {&p.mean, &p.variance, &p.weight}) std::swap((*two)[0], (*two)[1]);

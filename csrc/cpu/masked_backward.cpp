@@ -27,14 +27,14 @@ Tensor modulate_backward(const Tensor& grad_, const Tensor& targets_, const Tens
         std::fill(sum.begin(), sum.end(), A{0});
         for (int64_t s = 0; s < S; ++s) {
           const T* row = g + (s * B + i) * K;
-          A total = 0;
-          for (int64_t k = 0; k < K; ++k) {
-            sum[k] += static_cast<A>(row[k]);
-            total += static_cast<A>(row[k]);
-          }
+          const auto total = row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sums)[1]) {
+            const Pack<A> some = load_pack<A>(row + k, n, A(0));
+            store_pack<A>(load_pack<A>(&sum[k], n, A(0)) + some, n, &sum[k]);
+            sums[0] += some;
+          });
           const A own = static_cast<A>(row[top]);
           if (clamp && static_cast<A>(t[i * K + top]) < static_cast<A>(r[s * B + i]))
-            sum[top] += (total - own) / static_cast<A>(K - 1) - own;
+            sum[top] += (total[0] - own) / static_cast<A>(K - 1) - own;
         }
         for (int64_t k = 0; k < K; ++k) out<T>(result)[i * K + k] = static_cast<T>(sum[k]);
       }
@@ -124,10 +124,11 @@ std::tuple<Tensor, Tensor, Tensor> classifier_backward(
           const A lse = logsumexp(z, K);
           A* row = delta + i * K;
           softmax(z, K, lse, row);
-          A sum = 0;
-          for (int64_t k = 0; k < K; ++k) sum += static_cast<A>(t[i * K + k]);
+          const auto mass = row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sum)[1]) {
+            sum[0] += load_pack<A>(t + i * K + k, n, A(0));
+          });
           for (int64_t k = 0; k < K; ++k)
-            row[k] = (row[k] * sum - static_cast<A>(t[i * K + k])) * scale;
+            row[k] = (row[k] * mass[0] - static_cast<A>(t[i * K + k])) * scale;
         }
       });
     }

@@ -66,10 +66,10 @@ void cross_entropy(const A* logits, const T* targets, int64_t B, int64_t K, A* l
   torch::stable::parallel_for(0, B, grain(K), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const A lse = logsumexp(logits + i * K, K);
-      A sum = 0;
-      for (int64_t k = 0; k < K; ++k)
-        sum += static_cast<A>(targets[i * K + k]) * (lse - logits[i * K + k]);
-      rows[i] = sum;
+      const T* t = targets + i * K;
+      rows[i] = row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sum)[1]) {
+        sum[0] += load_pack<A>(t + k, n, A(0)) * (lse - load_pack<A>(logits + i * K + k, n, A(0)));
+      })[0];
     }
   });
   double sum = 0;

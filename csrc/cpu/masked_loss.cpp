@@ -8,7 +8,9 @@
 // needs p̄ = mean p, the maxima and log Σe, no more:
 //   dL/dz_k = p_k (h_k − Σ_j p_j h_j) + [labelled] c (p_k Σ_j t_j − t_k),
 //   h_k = [unlabelled] c (2/K)(p_k − t_k) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_k / n.
-// max z and log Σe are kept apart: their float32 sum would cost large logits their digits.
+// max z and log Σe are kept apart: their float32 sum would cost large logits their digits. Of a class
+// whose p̄ is so small that some of its p are 0, p̄ comes from log p, is kept as its logarithm (< 0),
+// and p_ik/p̄_k is e^{log p_ik − log p̄_k}.
 //
 // Rows are worked on in blocks of a fixed size, whose sums are added in order: the result does not
 // depend on the number of threads. The last pack of a row is filled with logits of −∞ and targets of
@@ -47,23 +49,19 @@ int64_t block_grain(int64_t K) { return std::max<int64_t>(1, row_grain(K) / kBlo
 // Σ t (log-sum − (x − top)), where 0·∞ = 0
 template <typename A, typename T>
 inline A cross_entropy(const T* x, const FinalTarget<A>& target, int64_t K, A top, A log_sum) {
-  Pack<A> sum{};
-  each_pack(K, [&](int64_t k, auto n) {
+  return row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sum)[1]) {
     const Pack<A> t = target.pack(k, n), centred = load_pack<A>(x + k, n, kLowest<A>) - top;
-    sum += t == 0 ? Pack<A>{} : t * (log_sum - centred);
-  });
-  return reduce_add<A>(sum);
+    sum[0] += t == 0 ? Pack<A>{} : t * (log_sum - centred);
+  })[0];
 }
 
 // Σ (p − t)², p = e·scale
 template <typename A>
 inline A squared_error(const A* e, const FinalTarget<A>& target, int64_t K, A scale) {
-  Pack<A> sum{};
-  each_pack(K, [&](int64_t k, auto n) {
+  return row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sum)[1]) {
     const Pack<A> error = load_pack<A>(e + k, Whole{}, A(0)) * scale - target.pack(k, n);
-    sum += error * error;
-  });
-  return reduce_add<A>(sum);
+    sum[0] += error * error;
+  })[0];
 }
 
 // The weights in a row's gradient: of cross-entropy, of squared error (2c/K), of Σ p log p.
@@ -77,20 +75,19 @@ struct Slopes {
 template <typename A, typename T>
 inline A gradient_parts(const T* x, const A* prior, int64_t K, A top, A log_sum, Slopes<A> c,
                         const FinalTarget<A>* target, A* p_row, A* q_row) {
-  Pack<A> inner{}, mass{};
-  each_pack(K, [&](int64_t k, auto n) {
+  const auto [inner, mass] = row_sums<A, 2>(K, [&](int64_t k, auto n, Pack<A>(&sum)[2]) {
     prefetch(x + k);
     const Pack<A> log_p = (load_pack<A>(x + k, n, kLowest<A>) - top) - log_sum,
                   p = exp_nonpositive(log_p), t = target ? target->pack(k, n) : Pack<A>{},
                   entropy = p == 0 ? Pack<A>{} : c.entropy * log_p,
                   h = load_pack<A>(prior + k, Whole{}, A(0)) + c.square * (p - t) + entropy,
                   weighted = p * h;
-    inner += weighted;
-    mass += t;
+    sum[0] += weighted;
+    sum[1] += t;
     store_pack<A>(p, Whole{}, p_row + k);
     store_pack<A>(weighted - c.cross * t, Whole{}, q_row + k);
   });
-  return c.cross * reduce_add<A>(mass) - reduce_add<A>(inner);
+  return c.cross * mass - inner;
 }
 
 // d (K) = q + shift·p
@@ -102,11 +99,40 @@ inline void gradient_row(const A* p, const A* q, int64_t K, A shift, T* d) {
   });
 }
 
+// p̄ below which a p of some weight in it may have been rounded to 0.
+template <typename A>
+constexpr A kRare = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
+
+template <typename A, typename T>
+inline double log_p(const T* x, const A* norm, int64_t k) {
+  return static_cast<double>(static_cast<A>(x[k])) - norm[0] - norm[1];
+}
+
+// logits z (n, K), (max, log-sum) (n, 2), some classes → log p̄ of these
+template <typename A, typename T>
+std::vector<double> log_means(const T* z, const A* norm, int64_t n, int64_t K,
+                              const std::vector<int64_t>& classes) {
+  const int64_t count = static_cast<int64_t>(classes.size());
+  std::vector<double> top(count, -std::numeric_limits<double>::infinity()), sum(count);
+  torch::stable::parallel_for(0, count, 4 * row_grain(n), [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t c = begin; c < end; ++c) {
+        const double x = log_p(z + i * K, norm + 2 * i, classes[c]);
+        if (x > top[c])
+          sum[c] = sum[c] * std::exp(top[c] - x) + 1, top[c] = x;
+        else if (x > -std::numeric_limits<double>::infinity())
+          sum[c] += std::exp(x - top[c]);
+      }
+    for (int64_t c = begin; c < end; ++c) top[c] += std::log(sum[c] / n);
+  });
+  return top;
+}
+
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // logits (n, K), targets (…, K) floats or (M,) int64, ratio (M,), permutation (≥ n,), prior (K,),
 // scalars (4,) double λ, λ_u, ρ, ν → total, L_x, L_u, P, N (), per_sample (n,),
-// (max, log-sum) (n, 2), p̄ (K,)
+// (max, log-sum) (n, 2), p̄ (K,), or log p̄ where that is below kRare
 Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor& ratio,
                    const OptTensor& permutation, const OptTensor& prior_, const Tensor& scalars,
                    int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {
@@ -114,6 +140,7 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
   const Tensor logits = packed(logits_);
   const OptTensor prior = packed(prior_);
   const int64_t n = logits.size(0), K = logits.size(1), Kp = padded(K), nx = num_labeled;
+  check_count(nx, n, "num_labeled");
   const ScalarType type = acc_type(logits);
   const Tensor total = new_tensor({}, type), labeled = new_tensor({}, type),
                unlabeled = new_tensor({}, type), penalty = new_tensor({}, type),
@@ -143,12 +170,8 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
         const T* x = z + first * K;
         for (int64_t j = 0; j < count; ++j) top[j] = row_max<A>(x + j * K, K);
         for (int64_t j = 0; j < count; ++j) {
-          Pack<A> moments{};
-          const auto add = [&](Pack<A> centred, Pack<A> power) {
-            moments += power == 0 ? Pack<A>{} : power * centred;  // 0·∞ = 0
-          };
-          sum[j] = exponentials(x + j * K, K, top[j], e[j], group, add);
-          moment[j] = reduce_add<A>(moments);
+          const auto sums = exponentials<2>(x + j * K, K, top[j], e[j], group);
+          sum[j] = sums[0], moment[j] = sums[1];
         }
         for (int64_t j = 0; j < count; j += kPack) {
           const Pack<A> some = load_pack<A>(sum + j, Whole{}, A(1));
@@ -191,11 +214,23 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
       sum.unlabeled /= std::max<int64_t>(1, target.counting(nx, n));
     }
     sum.confidence /= std::max<int64_t>(1, n);
+    A* const means = out<A>(p_mean);
+    std::vector<int64_t> rare;
+    const double all_rows = static_cast<double>(n), uniform = 1.0 / K;
     double divergence = 0;
-    for (int64_t k = 0; k < K; ++k) {
-      const double mean_k = column[k] / std::max<int64_t>(1, n), pi_k = pi ? pi[k] : 1.0 / K;
-      if (pi_k != 0 && n > 0) divergence += pi_k * std::log(pi_k / mean_k);
-      out<A>(p_mean)[k] = static_cast<A>(mean_k);
+    for (int64_t k = 0; k < K && n > 0; ++k) {
+      const double mean_k = column[k] / all_rows, pi_k = pi ? pi[k] : uniform;
+      means[k] = static_cast<A>(mean_k);
+      if (mean_k < kRare<A>)
+        rare.push_back(k);
+      else if (pi_k != 0)
+        divergence += pi_k * std::log(pi_k / mean_k);
+    }
+    const std::vector<double> logs = log_means(z, norm, n, K, rare);
+    for (size_t c = 0; c < rare.size(); ++c) {
+      const double pi_k = pi ? pi[rare[c]] : uniform;
+      means[rare[c]] = static_cast<A>(logs[c]);
+      if (pi_k != 0) divergence += pi_k * (std::log(pi_k) - logs[c]);
     }
     *out<A>(labeled) = static_cast<A>(sum.labeled);
     *out<A>(unlabeled) = static_cast<A>(sum.unlabeled);
@@ -228,6 +263,7 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
   const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_);
   const OptTensor grad_rows = packed(grad_per_sample);
   const int64_t n = logits.size(0), K = logits.size(1), nx = num_labeled;
+  check_count(nx, n, "num_labeled");
   const Tensor result = new_tensor({n, K}, logits.scalar_type());
   dispatch(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -245,13 +281,19 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
                                  weighted(weight.confidence, g)) / std::max<int64_t>(1, n));
     const A* grow = grad_rows ? in<A>(*grad_rows) : nullptr;
 
-    // The prior's part of h. A class of no probability, or of so little that 1/p̄ overflows, gets
+    // The prior's part of h; of a rare class, that of p·h per p/p̄. A class of no probability gets
     // none: its p cannot move.
     std::vector<A> slope(padded(K));
+    std::vector<std::pair<int64_t, double>> rare;
     const A *pi = prior ? in<A>(*prior) : nullptr, *pm = in<A>(p_mean);
-    for (int64_t k = 0; k < K && gp != 0; ++k)
-      if (!(pm[k] < std::numeric_limits<A>::min()))
-        slope[k] = static_cast<A>(-gp * (pi ? pi[k] : 1.0 / K) / (static_cast<double>(pm[k]) * n));
+    const double scale = -gp / std::max<int64_t>(1, n), uniform = 1.0 / K;
+    for (int64_t k = 0; k < K && gp != 0; ++k) {
+      const double share = scale * (pi ? pi[k] : uniform);
+      if (!(pm[k] < 0))
+        slope[k] = static_cast<A>(share / pm[k]);
+      else if (pm[k] > kLowest<A>)
+        rare.push_back({k, share});
+    }
 
     const T* z = in<T>(logits);
     const A* norm = in<A>(normalizer);
@@ -277,6 +319,11 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
               i < nx ? Slopes<A>{c, A(0), gn} : Slopes<A>{A(0), 2 * c / K, gn};
           shift[j] = gradient_parts(z + i * K, slope.data(), K, norm[2 * i], norm[2 * i + 1],
                                     slopes, counts ? &t : nullptr, p[j], q[j]);
+          for (const auto& [k, share] : rare) {
+            const A part = static_cast<A>(
+                share * std::exp(log_p(z + i * K, norm + 2 * i, k) - static_cast<double>(pm[k])));
+            q[j][k] += part, shift[j] -= part;
+          }
         }
         for (int64_t j = 0; j < count; ++j)
           gradient_row(p[j], q[j], K, shift[j], d + (first + j) * K);

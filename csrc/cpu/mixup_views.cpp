@@ -92,6 +92,8 @@ void mix_rows(const std::vector<int64_t>& order, int64_t E, const Share& share,
 // The first `rows` entries of a permutation of `total`, inverted; −1 where there is none.
 std::vector<int64_t> inverse(const Tensor& permutation, int64_t rows, int64_t total) {
   const int64_t* p = in<int64_t>(permutation);
+  check_count(rows, total, "rows");
+  check_entries(permutation, rows, "permutation");
   check_indices(p, rows, total, "permutation");
   std::vector<int64_t> result(total, -1);
   for (int64_t i = 0; i < rows; ++i) {

@@ -3,6 +3,7 @@
 // intrinsics only where the compiler has no words for it.
 #pragma once
 
+#include <array>
 #include <limits>
 #include <utility>
 
@@ -161,6 +162,27 @@ inline A reduce_add(Pack<A> v) {
 template <typename A>
 inline A reduce_max(Pack<A> v) {
   return reduce<A, kPack>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// N sums over a row of K: body(k, n, sums) adds a pack to each. Those of every kRun elements are added in
+// double: a float that holds the sum of a long row loses what is yet to come.
+template <typename A, int N, typename Body>
+inline std::array<A, N> row_sums(int64_t K, const Body& body) {
+  constexpr int64_t kRun = 32 * kPack;
+  double total[N] = {};
+  Pack<A> sum[N] = {};
+  int64_t k = 0;
+  for (; k + kPack <= K; k += kPack) {
+    body(k, Whole{}, sum);
+    if (__builtin_expect(k % kRun == kRun - kPack, 0))
+      for (int j = 0; j < N; ++j) total[j] += reduce_add<A>(sum[j]), sum[j] = Pack<A>{};
+  }
+  if (k < K) body(k, K - k, sum);
+  std::array<A, N> result;
+  for (int j = 0; j < N; ++j) result[j] = reduce_add<A>(sum[j]);
+  if (K >= kRun)
+    for (int j = 0; j < N; ++j) result[j] = static_cast<A>(total[j] + result[j]);
+  return result;
 }
 
 // a·b + c in one rounding where the processor can, else in two.

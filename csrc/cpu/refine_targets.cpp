@@ -21,15 +21,14 @@ inline Pack<A> power(Pack<A> p, A exponent) {
 template <typename A>
 void sharpen(A* p, int64_t K, A exponent, A* out) {
   const A top = row_max<A>(p, K), scale = 1 / top;
-  Pack<A> sum{};
-  each_pack(padded(K), [&](int64_t k, auto n) {
+  const auto sum = row_sums<A, 1>(padded(K), [&](int64_t k, auto n, Pack<A>(&sums)[1]) {
     const Pack<A> x = load_pack<A>(p + k, n, A(0));
     // the largest becomes 1 itself: next to it a high power would already be 0
     const Pack<A> sharp = power<A>(x == top ? splat<A>(1) : x * scale, exponent);
     store_pack<A>(sharp, n, p + k);
-    sum += sharp;
+    sums[0] += sharp;
   });
-  const A share = 1 / reduce_add<A>(sum);
+  const A share = 1 / sum[0];
   each_pack(K, [&](int64_t k, auto n) {
     store_pack<A>(load_pack<A>(p + k, n, A(0)) * share, n, out + k);
   });
@@ -76,7 +75,7 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t v = 0; v < V; ++v) top[v] = row_max<A>(z[v] + i * K, K);
         for (int64_t v = 0; v < V; ++v)
-          scale[v] = 1 / (V * exponentials(z[v] + i * K, K, top[v], e[v], 1, [](auto, auto) {}));
+          scale[v] = 1 / (V * exponentials<1>(z[v] + i * K, K, top[v], e[v], 1)[0]);
         std::fill_n(p, padded(K), A(0));
         add_rows(e, scale.data(), V, K, p);
         if (q) {

@@ -51,28 +51,24 @@ inline int64_t row_argmax(const A* x, int64_t K) {
 // Σ_k e^{x_k − m}, m the largest x_k. Asks for the row `ahead` rows on, which is wanted next.
 template <typename A, typename T>
 inline A exp_sum(const T* x, int64_t K, A m, int64_t ahead = 0) {
-  Pack<A> sum{};
-  each_pack(K, [&](int64_t k, auto n) {
+  return row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sum)[1]) {
     prefetch(x + k, ahead * K * static_cast<int64_t>(sizeof(T)));
-    sum += exp_nonpositive(load_pack<A>(x + k, n, kLowest<A>) - m);
-  });
-  return reduce_add<A>(sum);
+    sum[0] += exp_nonpositive(load_pack<A>(x + k, n, kLowest<A>) - m);
+  })[0];
 }
 
-// Σ e, e (Kp) ← e^{x − top} of a row x (K), top its largest; `also(x − top, e)` sees each pack.
-// Asks for the row `ahead` rows on.
-template <typename A, typename T, typename Also>
-inline A exponentials(const T* x, int64_t K, A top, A* e, int64_t ahead, const Also& also) {
-  Pack<A> sum{};
-  each_pack(K, [&](int64_t k, auto n) {
+// Σ e and, if N is 2, Σ e·(x − top) of e (Kp) ← e^{x − top} of a row x (K), top its largest. Asks for
+// the row `ahead` rows on.
+template <int N, typename A, typename T>
+inline std::array<A, N> exponentials(const T* x, int64_t K, A top, A* e, int64_t ahead) {
+  return row_sums<A, N>(K, [&](int64_t k, auto n, Pack<A>(&sum)[N]) {
     prefetch(x + k, ahead * K * static_cast<int64_t>(sizeof(T)));
     const Pack<A> centred = load_pack<A>(x + k, n, kLowest<A>) - top,
                   power = exp_nonpositive(centred);
     store_pack<A>(power, Whole{}, e + k);
-    sum += power;
-    also(centred, power);
+    sum[0] += power;
+    if constexpr (N == 2) sum[1] += power == 0 ? Pack<A>{} : power * centred;  // 0·∞ = 0
   });
-  return reduce_add<A>(sum);
 }
 
 // total (Kp) += Σ_j scale_j e_j over `count` rows e_j (Kp)

@@ -37,6 +37,18 @@ def finite(x: Tensor, name: str) -> None:
         _require(x, torch.isfinite(x), name, "finite values")
 
 
+def count(x: int, most: int, name: str) -> None:
+    """0 ≤ x ≤ most: for calls in which a trace did not know the numbers."""
+    if not 0 <= x <= most:
+        raise ValueError(f"{name}: expected a number in [0, {most}], got {x}")
+
+
+def entries(permutation: Tensor | None, rows: int, name: str) -> None:
+    """A permutation has an entry for each of the rows."""
+    if permutation is not None and len(permutation) < rows:
+        raise ValueError(f"{name}: expected at least {rows} entries, got {len(permutation)}")
+
+
 def indices(x: Tensor, size: int, name: str, ignore: int | None = None) -> None:
     """Every element of `x` lies in [0, size) or equals `ignore`."""
     if enabled(x):

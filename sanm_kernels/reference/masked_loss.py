@@ -7,6 +7,8 @@ n_x rows by cross-entropy, the others by squared error.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -97,12 +99,17 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Total, L_x, L_u, P, N (), the rows' losses (n,); for backward (max, log-sum) (n, 2), p̄ (K,).
 
+    Where p̄ is so small that a p of some weight in it may have been rounded to 0, it is taken from
+    log p, and what stands in its place is its logarithm, which is negative.
+
     logits (n, K); targets (…, K) floats or (M,) int64; ratio (M,); permutation (≥ n,) int64;
     prior (K,) in A, None for uniform; scalars (4,) float64 on the CPU
     or the logits' device: λ, λ_u, ρ, ν.
     """
-    check(logits, targets, ratio, permutation, prior, ignore_index)
     n, K = logits.shape
+    checks.count(num_labeled, n, "num_labeled")
+    checks.entries(permutation, n, "mix permutation")
+    check(logits, targets, ratio, permutation, prior, ignore_index)
     dtype = accumulate_dtype(logits)
     lam, unlabeled_weight, prior_weight, confidence_weight = numbers(scalars)
 
@@ -124,7 +131,11 @@ def forward(
     labeled, unlabeled = parts[:num_labeled].sum(), parts[num_labeled:].sum()
     p_mean = p.sum(0) / max(n, 1)
     pi = torch.full_like(p_mean, 1 / K) if prior is None else prior
-    penalty = torch.where(pi == 0, 0, pi * torch.log(pi / p_mean)).sum()
+    log_mean = log_p.logsumexp(0) - math.log(max(n, 1))
+    rare = p_mean < torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+    log_ratio = torch.where(rare, pi.log() - log_mean, torch.log(pi / p_mean))
+    penalty = torch.where(pi == 0, 0, pi * log_ratio).sum()
+    p_mean = torch.where(rare, log_mean, p_mean)
     if n == 0:
         penalty = torch.zeros_like(penalty)
     confidence = torch.where(p == 0, 0, p * log_p).sum() / max(n, 1)
@@ -162,6 +173,7 @@ def backward(
     With c_i the weight of row i's own loss, and h_ik = dL/dp_ik of everything but cross-entropy,
         dL/dz_ik = p_ik (h_ik − Σ_j p_ij h_ij) + [i labelled] c_i (p_ik Σ_j t_ij − t_ik),
         h_ik = [i unlabelled] c_i (2/K)(p_ik − t_ik) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_ik / n.
+    Where p̄_k is given by its logarithm, the prior's part of p_ik h_ik is from log p_ik − log p̄_k.
     """
     n, K = logits.shape
     dtype = normalizer.dtype
@@ -184,12 +196,14 @@ def backward(
     c, labeled_rows = c[:, None], labeled_rows[:, None]
 
     pi = torch.full_like(p_mean, 1 / K) if prior is None else prior
-    # A class of no probability (p̄ = 0, or so little that 1/p̄ overflows) gets no gradient: its p
-    # cannot move.
-    slope = torch.where(p_mean < torch.finfo(dtype).tiny, 0, -pi / (p_mean * max(n, 1)))
-    h = _weighted(upstream(grad_prior, prior_weight), slope)  # a NaN in p̄ stays out if it can
+    prior_slope = upstream(grad_prior, prior_weight)
+    slope = torch.where(p_mean < 0, 0, -pi / (p_mean * max(n, 1)))
+    h = _weighted(prior_slope, slope)  # a NaN in p̄ stays out if it can
     h = h + torch.where(p == 0, 0, upstream(grad_confidence, confidence_weight) / max(n, 1) * log_p)
     h = h + torch.where(labeled_rows, 0, c * (2 / K) * (p - t))
-    grad = p * (h - (p * h).sum(1, keepdim=True))
+    # a class of no probability, of which log p̄ is −∞, gets no gradient: its p cannot move
+    share = (log_p - p_mean.clamp(min=torch.finfo(dtype).min)).exp() * (-pi / max(n, 1))
+    ph = p * h + _weighted(prior_slope, torch.where(p_mean < 0, share, 0))
+    grad = ph - p * ph.sum(1, keepdim=True)
     grad = grad + torch.where(labeled_rows, c * (p * t.sum(1, keepdim=True) - t), 0)
     return grad.to(logits.dtype).contiguous()

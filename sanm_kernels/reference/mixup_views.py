@@ -39,7 +39,10 @@ def forward(views: list[Tensor], lam: Tensor, permutation: Tensor, rows: int) ->
     views: (b_i, …) each, M rows together; lam (1,) float64 on the CPU or the views' device;
     permutation (≥ rows,) int64, its first `rows` entries distinct and in [0, M).
     """
-    check(permutation, sum(len(v) for v in views), rows)
+    total = sum(len(v) for v in views)
+    checks.count(rows, total, "rows")
+    checks.entries(permutation, rows, "permutation")
+    check(permutation, total, rows)
     partner = permutation[:rows]
     stacked = torch.cat(views)
     x, y = _compute(stacked[:rows]), _compute(stacked[partner])

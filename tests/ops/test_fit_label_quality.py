@@ -376,3 +376,31 @@ def test_losses_that_tie_fall_to_the_reference_s_side(backend, case):
     expected = sk.fit_label_quality(losses, seed=case[1], backend="reference")
     assert (got.clean_prob - expected.clean_prob).abs().max() < 1e-5
     assert got.n_iter == expected.n_iter
+
+
+@backends
+@each(dtype=[torch.bfloat16, torch.float16], case=[2, 17, 41], n=[20_000])
+def test_many_losses_that_tie(backend, dtype, case, n):
+    losses = torch.randn(n, generator=torch.Generator().manual_seed(case * 1000003 + n)).abs()
+    losses = losses.to(dtype)
+    actual = sk.fit_label_quality(losses, seed=case, backend=backend)
+    tolerance = FAST if backend == "cpu" else 1e-7  # of float32 results
+    assert_equal(actual, scikit_learn(unit(losses.double()), seed=case), tolerance)
+
+
+@each(backend=CPU_BACKENDS, n=range(2, 21), max_iter=[1, 2, 10])
+def test_few_losses(backend, n, max_iter):
+    """Of which some are equal."""
+    r = np.random.RandomState(n)
+    losses = torch.from_numpy(np.abs(r.randn(n)).round(1))
+    actual = sk.fit_label_quality(losses, seed=n, max_iter=max_iter, backend=backend)
+    assert_equal(actual, scikit_learn(unit(losses), seed=n, max_iter=max_iter), TIGHT)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_two_values_and_one_loss(backend):
+    losses = torch.tensor([0.5, 2.0, 2.0, 0.5, 2.0], dtype=torch.float64)
+    actual = sk.fit_label_quality(losses, max_iter=1, backend=backend)
+    assert_equal(actual, scikit_learn(unit(losses), max_iter=1), TIGHT)
+    one = sk.fit_label_quality(losses[:1], max_iter=1, backend=backend)
+    assert one.degenerate and one.clean_prob.tolist() == [1.0]

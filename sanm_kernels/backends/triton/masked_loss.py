@@ -32,6 +32,7 @@ from sanm_kernels.backends.triton.launch import (
     triton_dtype,
 )
 from sanm_kernels.ops.masked_loss import empty_outputs
+from sanm_kernels.reference import checks
 
 #: Most programs of the forward kernel (each has column sums to be added later) and of backward.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 128, 1056
@@ -326,6 +327,8 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in `reference/masked_loss.py`."""
     n, K = logits.shape
+    checks.count(num_labeled, n, "num_labeled")
+    checks.entries(permutation, n, "mix permutation")
     numbers, values = run_time(scalars)
     soft = targets.is_floating_point()
     M = targets.shape[:-1].numel() if soft else len(targets)

@@ -22,6 +22,7 @@ from sanm_kernels.backends.triton.launch import (
     run_time,
     triton_dtype,
 )
+from sanm_kernels.reference import checks
 from sanm_kernels.reference.mixup_views import memory_format
 
 
@@ -109,6 +110,8 @@ def _starts(sizes: list[int]) -> tuple[int, ...]:
 def forward(views: list[Tensor], lam: Tensor, permutation: Tensor, rows: int) -> Tensor:
     """views (b_i, …), lam (1,) float64, permutation (≥ rows,) → (rows, …)."""
     sizes = [v.shape[0] for v in views]
+    checks.count(rows, sum(sizes), "rows")
+    checks.entries(permutation, rows, "permutation")
     kind = memory_format(views)
     first = views[0]
     shape = (rows, *first.shape[1:])

@@ -6,6 +6,7 @@ Values are checked where the data is read (`reference.checks` and its C++ twin).
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import struct
 from collections.abc import Callable, Sequence
@@ -19,24 +20,33 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-#: Compiled kernels can only throw RuntimeError; this mark says that a value was bad.
-VALUE_MARK = "[sanm_kernels:value] "
 #: How many kinds of calls a check remembers.
 MOST_KINDS = 256
+#: Compiled kernels can only throw RuntimeError; a mark says that a value was bad, memory missing.
+VALUE_MARK, MEMORY_MARK = "[sanm_kernels:value] ", "[sanm_kernels:memory] "
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn the compiled kernels' complaints about values into ValueError."""
+    """Turn the compiled kernels' complaints about values into ValueError.
+
+    And those about memory into OutOfMemoryError, which says what the call was given.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except RuntimeError as error:
-            _, mark, message = str(error).partition(VALUE_MARK)
-            if not mark:
+        except (RuntimeError, MemoryError) as error:
+            _, value, message = str(error).partition(VALUE_MARK)
+            if value:
+                raise ValueError(message.splitlines()[0]) from None
+            _, memory, message = str(error).partition(MEMORY_MARK)
+            if not memory and not isinstance(error, MemoryError):
                 raise
-            raise ValueError(message.splitlines()[0]) from None
+            asked = message.splitlines()[0] if memory else "no memory for what is kept on the way"
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            sizes = ", ".join(_sized(*item) for item in given.items())
+            raise torch.OutOfMemoryError(f"{function.__name__}: {asked}, with {sizes}") from None
 
     return wrapper
 
@@ -84,6 +94,15 @@ def by_kinds(*constants: type) -> Callable[[Callable[..., R]], Callable[..., R]]
         return checked
 
     return decorate
+
+
+def _sized(name: str, x: object) -> str:
+    """An argument as a message about memory has it."""
+    if isinstance(x, Tensor):
+        return f"{name} {list(x.shape)}"
+    if isinstance(x, (list, tuple)) and any(isinstance(item, Tensor) for item in x):
+        return f"{name} ({', '.join(_sized('', item).strip() for item in x)})"
+    return f"{name} {x!r}"
 
 
 def is_tensor(x: Any, name: str) -> Tensor:

@@ -376,3 +376,12 @@ def test_losses_that_tie_fall_to_the_reference_s_side(backend, case):
     expected = sk.fit_label_quality(losses, seed=case[1], backend="reference")
     assert (got.clean_prob - expected.clean_prob).abs().max() < 1e-5
     assert got.n_iter == expected.n_iter
+
+
+@each(backend=CPU_BACKENDS, losses=[(0.0, 1, 2, 3), (2, 0, 1, 2), (1, 1, 1, 5)])
+def test_a_centre_that_is_drawn_twice_is_a_degenerate_fit(backend, losses):
+    """The operator's uniforms of 0, which a seed gives once in 2⁵³ draws."""
+    op, x = getattr(torch.ops.sanm_kernels.fit_label_quality, backend), torch.tensor(losses).float()
+    with sk.use_backend(backend):  # which loads it
+        clean, *_, n_iter, converged, degenerate = op(x, None, [0.0] * 3, 10, 1e-2, 5e-4, True)
+    assert clean.tolist() == [1.0] * 4 and not n_iter and not converged and degenerate

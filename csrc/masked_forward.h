@@ -1,8 +1,8 @@
 // What masked_forward takes and gives, for every device; shapes: sanm_kernels/ops/masked_forward.py.
 #pragma once
 
+#include "arguments.h"
 #include "math/box.h"
-#include "stable.h"
 
 namespace sanm {
 
@@ -39,6 +39,62 @@ Outputs allocate(const Inputs& in, const Make& make) {
           make(one_pass ? Sizes{} : none, acc, false),
           make(one_pass ? Sizes{B, in.features.size(1)} : none, acc, false),
           make(one_pass ? Sizes{B, in.features.size(2), in.features.size(3)} : none, acc, false)};
+}
+
+// See arguments.h.
+inline void check_masked_forward(const Inputs& in) {
+  const Expect all(in.features);
+  check_features(all, in.features, in.H, in.W);
+  const Settings& s = in.settings;
+  const int64_t B = in.features.size(0), K = in.K,
+                channels = in.images ? in.images->size(1) : 0;
+  expect(s.views >= 1 && s.views <= 3 && s.fill >= kConstant && s.fill <= kPixel,
+         "config: expected views from 1 to 3 and a fill from 0 to 3");
+  expect(K >= 2 && K < kIntEnd, "num_classes: expected from 2 to 2³¹ − 1");
+  if (in.targets.scalar_type() == ScalarType::Long)
+    all(in.targets, "targets", {B}, ScalarType::Long);
+  else
+    all(in.targets, "targets", {B, K}, kFloating);
+  all(in.clean_prob, "clean_prob", {B}, ScalarType::Float);
+  if (in.images) {
+    expect_image(all, *in.images, "images");
+    all(in.images, "images", {B, channels, in.H, in.W}, kFloating);
+    expect(channels > 0, "images: expected at least one channel");
+    const int64_t values = static_cast<int64_t>(in.fill_value.size());
+    expect(s.fill != kConstant || values == 1 || values == channels,
+           "fill_value: expected one number, or one per channel");
+  }
+  all(in.draws, "draws", {B, kAny}, ScalarType::Double);
+  if (in.draws) {
+    const int64_t fills = in.images && s.fill == kUniform ? s.view_count() * channels : 0;
+    expect(in.draws->size(1) >= 2 * s.draw_sets() + fills, "draws: expected more columns");
+  }
+  expect(in.seed || (in.draws && !(in.images && s.fill == kPixel)),
+         "seed: expected where draws are missing, and for the pixel fill");
+  all(in.seed, "seed", {}, ScalarType::Long);
+  all(in.sample_index, "sample_index", {B}, ScalarType::Long);
+  all(in.weight, "weight", {K, in.features.size(1)}, kFloating);
+  all(in.bias, "bias", {K}, kFloating);
+  expect(!in.weight || s.views != 2, "weight: expected with the max view");
+}
+
+// Tensors that a call writes to are what it would have made.
+inline void check_out(const Inputs& in, const Outputs& o) {
+  const Expect all(in.features);
+  const Tensor* const given[] = {&o.stats, &o.positions, &o.ratio,  &o.boxes,  &o.targets,
+                                 &o.views, &o.logits,    &o.loss, &o.pooled, &o.visible};
+  const Tensor* const* next = given;
+  allocate(in, [&](const std::vector<int64_t>& size, ScalarType type, bool channels_last) {
+    const Tensor& x = **next++;
+    bool fits = x.dim() == static_cast<int64_t>(size.size());
+    for (int64_t d = 0; fits && d < x.dim(); ++d) fits = x.size(d) == size[d];
+    fits = fits && (channels_last ? is_channels_last(x) || x.numel() <= 1 : x.is_contiguous());
+    if (!fits)
+      value_error("out: expected a dense tensor of shape ", shape_text(size.data(), size.size()),
+                  channels_last ? " in channels_last" : "", ", got ", shape_text(x));
+    all.typed(x, "out", type);
+    return x;
+  });
 }
 
 // The operators' arguments, in the schema's order.

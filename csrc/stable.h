@@ -8,10 +8,12 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -54,6 +56,55 @@ inline void check_entries(const OptTensor& permutation, int64_t rows, const char
     value_error(name, ": expected at least ", rows, " entries, got ", permutation->size(0));
 }
 
+inline std::string shape_text(const int64_t* size, int64_t dim) {
+  std::string text = "[";
+  for (int64_t d = 0; d < dim; ++d)
+    text += (d ? ", " : "") + (size[d] < 0 ? std::string("…") : std::to_string(size[d]));
+  return text + "]";
+}
+inline std::string shape_text(const Tensor& x) {
+  std::vector<int64_t> size;
+  for (int64_t d = 0; d < x.dim(); ++d) size.push_back(x.size(d));
+  return shape_text(size.data(), x.dim());
+}
+
+inline int64_t element_bytes(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: case ScalarType::Long: return 8;
+    case ScalarType::Float: case ScalarType::Int: return 4;
+    case ScalarType::Half: case ScalarType::BFloat16: return 2;
+    default: return 1;
+  }
+}
+
+// Bytes of a dense tensor; none where their number does not fit into 64 bits.
+inline std::optional<int64_t> dense_bytes(const int64_t* size, int64_t dim, ScalarType type) {
+  int64_t bytes = element_bytes(type);
+  bool fits = true;
+  for (int64_t d = 0; d < dim; ++d)
+    fits = !__builtin_mul_overflow(bytes, std::max<int64_t>(size[d], 1), &bytes) && fits;
+  if (std::find(size, size + dim, 0) != size + dim) bytes = 0;
+  return fits ? std::optional(bytes) : std::nullopt;
+}
+
+// Raises OutOfMemoryError in Python, by a mark of its own.
+[[noreturn]] inline void memory_error(std::optional<int64_t> bytes, const std::string& what) {
+  throw std::runtime_error("[sanm_kernels:memory] no memory for " + what + ": " +
+                           (bytes ? std::to_string(*bytes) : "2⁶³ or more") + " bytes");
+}
+
+// make(), a dense tensor of this shape. Where that fails, the error says what was asked for: torch's
+// own words are lost on the way.
+template <typename Make>
+inline Tensor with_memory(const int64_t* size, int64_t dim, ScalarType type, const Make& make) {
+  const std::optional<int64_t> bytes = dense_bytes(size, dim, type);
+  if (bytes) try {
+      return make();
+    } catch (const std::runtime_error&) {
+    }
+  memory_error(bytes, "a tensor of shape " + shape_text(size, dim));
+}
+
 // Calls body(T{}) with T the C++ type of a floating dtype.
 template <typename Body>
 inline void dispatch(ScalarType type, const Body& body) {
@@ -67,7 +118,11 @@ inline void dispatch(ScalarType type, const Body& body) {
 }
 
 inline Tensor packed(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  if (x.is_contiguous()) return x;
+  std::vector<int64_t> size;
+  for (int64_t d = 0; d < x.dim(); ++d) size.push_back(x.size(d));
+  return with_memory(size.data(), x.dim(), x.scalar_type(),
+                     [&] { return torch::stable::contiguous(x); });
 }
 inline OptTensor packed(const OptTensor& x) {
   return x ? OptTensor(packed(*x)) : std::nullopt;

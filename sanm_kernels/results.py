@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypedDict
 
 import torch
@@ -168,6 +170,8 @@ def check_out(
                     f"out: cannot be given where {name} requires grad; call under "
                     "torch.no_grad() or leave out away"
                 )
+    if len(out.buffers) != len(OUTPUTS) or not all(isinstance(x, Tensor) for x in out.buffers):
+        raise TypeError(f"out: expected buffers of {len(OUTPUTS)} tensors, as a call returns them")
     had = ("max",) * (out.box_max is not None) + ("min",) * (out.box_min is not None)
     if had != config.views:
         raise ValueError(f"out: expected a result with the views {config.views}, got {had}")
@@ -176,15 +180,7 @@ def check_out(
         return
     if _looks(out.buffers) != expected.looks:  # be it in strides of dimensions of length 1 alone
         _compare(out.buffers, expected.outputs, arguments[0].device)
-    memory = {
-        x.untyped_storage().data_ptr(): name
-        for name, x in zip(OUTPUTS, out.buffers, strict=True)
-        if x.numel()
-    }
-    for argument, x in tensors:
-        shared = memory.get(x.untyped_storage().data_ptr())
-        if shared is not None:
-            raise ValueError(f"out: shares its {shared} with the argument {argument}")
+    check_memory(out, OUTPUTS, tensors)
 
 
 def _compare(buffers: Sequence[Tensor], outputs: Sequence[Spec], device: torch.device) -> None:
@@ -200,3 +196,59 @@ def _compare(buffers: Sequence[Tensor], outputs: Sequence[Spec], device: torch.d
                 f"{' in channels_last' if spec.channels_last else ''}, got {list(buffer.shape)} "
                 f"and {buffer.dtype} with strides {buffer.stride()} on {buffer.device}"
             )
+
+
+def check_memory(
+    out: MaskedForward, names: Sequence[str], arguments: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Writing to the buffers of `out`, called `names`, changes its own tensors and no others.
+
+    Raises:
+        ValueError: its tensors are no slices of the buffers, or a buffer shares memory with another
+            or with an argument.
+    """
+    look = [(x.data_ptr(), x.numel(), x.element_size(), x.stride(), x.dtype) for x in out.buffers]
+    tensors = (*out.stats, *out[1:-1])
+    views = tuple(kind for kind in VIEWS if getattr(out, f"box_{kind}") is not None)
+    for name, at, number, part, count in _slices(views, len(out.buffers[2])):
+        x = tensors[at]
+        if x is None:
+            continue
+        first, size, bytes, stride, dtype = look[number]
+        if not (
+            x.data_ptr() == first + part * (size // count) * bytes
+            and x.numel() * count == size
+            and x.stride() in (stride, stride[1:])
+            and x.dtype is dtype
+        ):
+            raise ValueError(f"out: its {name} is no longer a slice of its buffers")
+    taken = sorted(
+        (first, first + size * bytes, name)  # dense, as the call has checked
+        for (first, size, bytes, *_), name in zip(look, names, strict=True)
+        if size
+    )
+    for (_, end, name), (first, _, other) in itertools.pairwise(taken):
+        if first < end:
+            raise ValueError(f"out: its {name} shares memory with its {other}")
+    for argument, x in arguments:
+        first, size = x.data_ptr(), x.numel()
+        if not x.is_contiguous() and size:
+            size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        end = first + size * x.element_size()
+        for start, stop, name in taken:
+            if start < end and first < stop:
+                raise ValueError(f"out: shares its {name} with the argument {argument}")
+
+
+@functools.cache
+def _slices(views: tuple[str, ...], sets: int) -> list[tuple[str, int, int, int, int]]:
+    """Of a result's tensors: name, place, number of the buffer, which part of it, of how many."""
+    names = (*ActivationStats._fields, *MaskedForward._fields[1:-1])
+    found = [*((0, k, 5) for k in range(5)), (1, 0, 2), (1, 1, 2)]
+    places = dict(zip(ActivationStats._fields, found, strict=True))
+    for v, kind in enumerate(views):
+        k, count = min(v, sets - 1), len(views)
+        places |= {f"ratio_{kind}": (2, k, sets), f"box_{kind}": (3, v, count)}
+        places |= {f"targets_{kind}": (4, k, sets), f"images_{kind}": (5, v, count)}
+    places |= {"images_masked": (5, 0, 1), "logits": (6, 0, 1), "loss": (7, 0, 1)}
+    return [(name, names.index(name), *place) for name, place in places.items()]

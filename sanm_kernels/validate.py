@@ -6,26 +6,46 @@ Values are checked where the data is read (`reference.checks` and its C++ twin).
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy
 import torch
 from torch import Tensor
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
 R = TypeVar("R")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 #: How many kinds of calls a check remembers.
 MOST_KINDS = 256
+#: In the message of a RuntimeError of compiled kernels: there is no memory.
+MEMORY_MARK = "[sanm_kernels:memory] "
 
 
-def public(function: F) -> F:
-    """Marks a function of the public interface, which `sanm_kernels.__all__` has to list."""
-    return function
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of the public interface, which `sanm_kernels.__all__` has to list.
+
+    Where there is no memory it raises OutOfMemoryError, which says what the call was given.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            _, memory, message = str(error).partition(MEMORY_MARK)
+            if not memory and not isinstance(error, MemoryError):
+                raise
+            asked = message.splitlines()[0] if memory else "no memory for what is kept on the way"
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            sizes = ", ".join(_sized(*item) for item in given.items())
+            raise torch.OutOfMemoryError(f"{function.__name__}: {asked}, with {sizes}") from None
+
+    return wrapper
 
 
 def by_kinds(*constants: type) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -71,6 +91,15 @@ def by_kinds(*constants: type) -> Callable[[Callable[..., R]], Callable[..., R]]
         return checked
 
     return decorate
+
+
+def _sized(name: str, x: object) -> str:
+    """An argument as a message about memory has it."""
+    if isinstance(x, Tensor):
+        return f"{name} {list(x.shape)}"
+    if isinstance(x, (list, tuple)) and any(isinstance(item, Tensor) for item in x):
+        return f"{name} ({', '.join(_sized('', item).strip() for item in x)})"
+    return f"{name} {x!r}"
 
 
 def is_tensor(x: Any, name: str) -> Tensor:

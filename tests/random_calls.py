@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from inputs import DTYPES, LAYOUTS, lay_out
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import sanm_kernels as sk
 from sanm_kernels.config import DROPS, FILLS, POSITIONS
@@ -97,12 +99,25 @@ class Maker:
         return t
 
     def logits(self, n: int, K: int) -> Tensor:
-        z = self.normal(n, K) * self.choice([0.1, 1, 4, 12])  # none at e⁻⁸⁷, where float32 ends
+        # none at e⁻⁸⁷, where float32 ends
+        z = self.normal(n, K) * self.choice([0.1, 1, 4, 12 if K < 2000 else 8])
         if self.chance(0.1):
             z = z.round()  # ties
         if n and K > 2 and self.chance(0.1):
             z[self.integer(0, n - 1), self.integer(1, K - 1)] = -math.inf
+        if n and self.chance(0.05):
+            z[self.integer(0, n - 1)] = self.choice([math.nan, math.inf, -math.inf])
+        if n and self.chance(0.05):
+            z[self.integer(0, n - 1), self.integer(0, K - 1)] = self.choice([math.nan, math.inf])
         return z
+
+    def classes(self, high: int, small: int) -> int:
+        """Rarely very many."""
+        return self.integer(20_000, 200_000) if self.rare(0.01) else self.size(high, small)
+
+    def rare(self, probability: float) -> bool:
+        """What would take too long where kernels are interpreted or emulated."""
+        return not self.small and self.chance(probability)
 
     def give(
         self,
@@ -124,6 +139,11 @@ class Maker:
         x = x.clone()
         x.view(-1)[self.integer(0, x.numel() - 1)] = self.choice(values)
         return x
+
+
+def yardstick(x: Tensor) -> float:
+    """How much less exact a row's sums are, where those in float64 are all there is to compare."""
+    return max(1.0, x.shape[-1] ** 0.5 / 16) if x.dtype == torch.float64 else 1.0
 
 
 def identical(a: Tensor, b: Tensor) -> bool:
@@ -152,6 +172,18 @@ def random_config(m: Maker) -> sk.MaskConfig:
     if m.chance(0.3):
         presets = ("paper", "official_cifar", "official_clothing1m")
         return getattr(sk.MaskConfig, m.choice(presets))()
+    if m.chance(0.1):  # sides below a pixel, beyond the image, and both
+        aspects = sorted((10 ** m.real(-6, 6), 10 ** m.real(-6, 6)))
+        return sk.MaskConfig(
+            position=m.choice(POSITIONS),
+            area_scale=10 ** m.real(-30, 6),
+            views=m.choice([("max", "min"), ("max",), ("min",)]),
+            ratio_low=0.0,
+            ratio_high=m.choice([0.0, 1e-40, 1.0]),
+            ratio_gamma=0.0,
+            aspect_low=aspects[0],
+            aspect_high=aspects[1],
+        )
     low = m.real(0, 0.6) if m.chance(0.7) else 0.0
     high = low + m.real(0, 0.3)
     aspect = m.real(0.3, 1.5)
@@ -232,12 +264,16 @@ def masked_forward(m: Maker) -> None:
     options: dict[str, Any] = {"config": config, "generator": m.integer(0, 2**62)}
     options |= {"num_classes": None if soft else K, "size": None if images else (H, W)}
     again = m.chance(0.1)
+    if images and again and m.spoiling and not m.call.wrong:
+        m.call.wrong = "out"
 
     def run(x: dict[str, Any], backend: str) -> sk.MaskedForward:
         result = sk.masked_forward(**x, **options, backend=backend)
         if again:  # into tensors that hold something else
             with torch.no_grad():
                 into = sk.masked_forward(**x, **options | {"generator": 1}, backend=backend)
+                if m.call.wrong == "out":  # it is written to while it is read
+                    x = x | {"images": into.images_masked[: len(x["images"])]}
                 sk.masked_forward(**x, **options, out=into, backend=backend)
             for a, b in zip(result.buffers, into.buffers, strict=True):
                 assert identical(a, b), "out= gives other results"
@@ -263,6 +299,9 @@ def masked_loss(m: Maker) -> None:
     n, K = m.size(150, 12), m.size(150, 40) + 1
     if m.chance(0.05):
         n = 0
+    if m.rare(0.02):
+        n, K = m.integer(1, 3), m.integer(20_000, 200_000)
+    integers = INDICES if K < 2**15 else INDICES[:2]
     mix, soft, labeled = m.chance(0.5), m.chance(0.6), m.integer(0, n)
     M = n + (m.integer(0, 5) if mix else 0)
     if soft:
@@ -274,7 +313,9 @@ def masked_loss(m: Maker) -> None:
             targets = m.give(targets)
     else:
         targets = m.indices(K, M).where(m.uniform(M) < 0.8, -100)
-        targets = m.give(m.spoil(targets, [-1, K], "targets"), INDICES)
+        if m.spoiling and n and m.chance(0.3):  # one-hot rows of integers
+            m.call.wrong, targets = "targets", (targets[:, None] == torch.arange(K)).long()
+        targets = m.give(m.spoil(targets, [-1, K], "targets"), integers)
     given: dict[str, Any] = {"logits": m.give(m.logits(n, K), grad=True), "targets": targets}
     if m.chance(0.6):
         given["ratio"] = m.give(m.spoil(m.uniform(M), [1.5, -0.1, math.nan], "ratio"))
@@ -299,6 +340,7 @@ def masked_loss(m: Maker) -> None:
 
     m.call.inputs, m.call.run = given, run
     m.call.roundings = 32.0 if given["logits"].dtype == torch.float64 else 16.0
+    m.call.roundings *= yardstick(given["logits"])
 
 
 def reconstruction_loss(m: Maker) -> None:
@@ -308,6 +350,8 @@ def reconstruction_loss(m: Maker) -> None:
         "reconstruction": m.give(m.uniform(V * B, C, H, W), grad=True),
         "images": m.give(m.uniform(B, C, H, W)),
     }
+    if m.chance(0.05):  # the same memory
+        given["images"] = given["reconstruction"].detach()[:B]
     region = m.choice(["image", "masked"])
     if region == "masked":
         y, x = m.indices(H + 1, V, B, 2).sort(2).values, m.indices(W + 1, V, B, 2).sort(2).values
@@ -327,6 +371,8 @@ def mixup_views(m: Maker) -> None:
         shape = (3, m.integer(170, 200), m.integer(170, 200))
     dtype, layout = [m.choice(DTYPES)], [m.choice(LAYOUTS)]
     views = [m.give(m.normal(b, *shape), dtype, grad=True, layouts=layout) for b in sizes]
+    if m.chance(0.1):  # the same memory
+        views, sizes = views[:1] * len(views), sizes[:1] * len(sizes)
     total, lam = sum(sizes), m.choice([0.0, 1.0, m.real(0, 1)])
     rows = m.integer(0, total)
     partner = m.permutation(total)
@@ -341,26 +387,32 @@ def mixup_views(m: Maker) -> None:
 
 
 def refine_targets(m: Maker) -> None:
-    B, K, V = m.size(100, 10), m.size(150, 40), m.integer(1, 5)
+    B, K, V = m.size(100, 10), m.classes(150, 40), m.integer(1, 5)
+    B, integers = (B, INDICES) if K < 1000 else (2, INDICES[:2])
     dtype = [m.choice(DTYPES)]
     given: dict[str, Any] = {"logits": [m.give(m.logits(B, K), dtype) for _ in range(V)]}
     if m.chance(0.7):
         soft = m.chance(0.5)
         labels = m.rows(B, K) if soft else m.spoil(m.indices(K, B), [-1, K], "labels")
-        given["labels"] = m.give(labels, DTYPES if soft else INDICES)
+        given["labels"] = m.give(labels, DTYPES if soft else integers)
         given["clean_prob"] = m.give(m.spoil(m.uniform(B), [1.5, -0.1, math.nan], "clean_prob"))
     temperature = m.choice([0.5, 0.5, 1.0, m.real(0.1, 2)])
-    m.call.inputs = given
+    if m.chance(0.1) and not m.call.wrong:  # where p's order alone counts, or nothing of it
+        z = m.give((3 * m.normal(B, K)).round(), dtype)
+        given, temperature = {"logits": [z]}, 10.0 ** m.choice([-300, -20, -12, -8, 8, 300])
+    m.call.inputs, m.call.roundings = given, 16.0 * yardstick(given["logits"][0])
     m.call.run = lambda x, backend: sk.refine_targets(**x, temperature=temperature, backend=backend)
 
 
 def sample_loss(m: Maker) -> None:
-    B, K = m.size(200, 20), m.size(1000, 100)
+    B, K = m.size(200, 20), m.classes(1000, 100)
+    B, integers = (B, INDICES) if K < 2000 else (2, INDICES[:2])
     labels = m.spoil(m.indices(K, B), [-1, K], "labels")
     m.call.inputs = {
         "logits": m.give(m.logits(B, K), grad=True),
-        "labels": m.give(labels, INDICES),
+        "labels": m.give(labels, integers),
     }
+    m.call.roundings *= yardstick(m.call.inputs["logits"])
     m.call.run = lambda x, backend: sk.sample_loss(**x, backend=backend)
 
 
@@ -407,4 +459,29 @@ def random_call(number: int) -> Call:
     make = m.choice([make for make, share in SHARES.items() for _ in range(share)])
     m.call.function = make.__name__
     make(m)
+    if not m.call.wrong and m.chance(0.1):
+        m.call.run = repeated(m.call.run, m.choice([torch.float64, torch.bfloat16, torch.float16]))
     return m.call
+
+
+def repeated(
+    run: Callable[[dict[str, Any], str], Any], default: torch.dtype
+) -> Callable[[dict[str, Any], str], Any]:
+    """The call with another default dtype, then in two threads at once: all give the same."""
+
+    def thrice(inputs: dict[str, Any], backend: str) -> Any:
+        usual = torch.get_default_dtype()
+        results = [run(inputs, backend)]
+        try:
+            torch.set_default_dtype(default)
+            results.append(run(inputs, backend))
+        finally:
+            torch.set_default_dtype(usual)
+        with ThreadPoolExecutor(2) as pool:
+            results += pool.map(lambda _: run(inputs, backend), range(2))
+        for other in results[1:]:
+            for a, b in zip(tree_leaves(results[0]), tree_leaves(other), strict=True):
+                assert a is b is None or (a.dtype == b.dtype and identical(a, b)), "not the same"
+        return results[0]
+
+    return thrice

@@ -179,6 +179,23 @@ CALLS = {
                      "out: expected a MaskedForward, got Tensor"),
     "out is an argument": (nothing, lambda a: reuse(a), ValueError,
                            "out: shares its views with the argument images"),
+    "out with a tensor of its own": (
+        nothing, lambda a: replaced(a, targets_max=torch.zeros(B, K)), ValueError,
+        "out: its targets_max is no longer a slice of its buffers"),
+    "out with another statistic": (
+        nothing, lambda a: replaced(a, stats=lambda r: r.stats._replace(std=r.stats.mean)),
+        ValueError, "out: its std is no longer a slice of its buffers"),
+    "out with views exchanged": (
+        nothing, lambda a: replaced(a, images_min=lambda r: r.images_max), ValueError,
+        "out: its images_min is no longer a slice of its buffers"),
+    "out with few buffers": (
+        nothing, lambda a: replaced(a, buffers=lambda r: r.buffers[:3]), TypeError,
+        "out: expected buffers of 10 tensors"),
+    "out in memory of its own": (nothing, lambda a: overlapping(a), ValueError,
+                                 "out: its boxes shares memory with its ratio"),
+    "out in an argument's memory, of another storage": (
+        nothing, lambda a: second_storage(a), ValueError,
+        "out: shares its views with the argument images"),
     "out where a gradient is needed": (put("images", lambda x: x.requires_grad_()),
                                        lambda a: forward(a, out=forward(a)), RuntimeError,
                                        "out: cannot be given where images requires grad"),
@@ -262,6 +279,38 @@ CALLS = {
 def reuse(a):
     first = forward(a)
     return forward(a, images=first.images_masked[:B], out=first)
+
+
+def replaced(a, **changes):
+    """Into a result in which tensors have been replaced."""
+    first = forward(a)
+    changes = {name: x(first) if callable(x) else x for name, x in changes.items()}
+    return forward(a, out=first._replace(**changes))
+
+
+def overlapping(a):
+    """Into the memory of a result whose ratio and boxes are set to the same bytes."""
+    first = forward(a)
+    memory = torch.zeros(60, dtype=torch.int32)
+    starts = {"ratio": memory[4:].view(torch.float32), "box": memory}
+    for name, start in starts.items():
+        of_buffer = first.buffers[2 if name == "ratio" else 3]
+        of_buffer.set_(start[: of_buffer.numel()].view(of_buffer.shape))
+        for kind, part in zip(("max", "min"), 2 * tuple(of_buffer), strict=False):
+            getattr(first, f"{name}_{kind}").set_(part)
+    return forward(a, out=first)
+
+
+def second_storage(a):
+    """Into a result whose views lie where the images do, which no storage tells."""
+    first, memory = forward(a), numpy.zeros(3000, numpy.float32)
+    views = first.buffers[5]
+    views.set_(torch.from_numpy(memory[: views.numel()]).view(views.shape))
+    first.images_masked.set_(views)
+    for k, part in enumerate(views.chunk(2)):
+        (first.images_max, first.images_min)[k].set_(part)
+    return forward(a, images=torch.from_numpy(memory[100 : 100 + 3 * B * 64]).view(B, 3, 8, 8),
+                   out=first)  # fmt: skip
 
 
 def snapshot(x):

@@ -172,3 +172,86 @@ def test_wrong_limits_of_the_environment(wrong: str) -> None:
     assert done.returncode != 0
     assert "ValueError: SANM_KERNELS_CPU_CACHE: expected an integer in [0, 2" in done.stderr
     assert f"in MiB, got {wrong!r}" in done.stderr
+
+
+#: What there is no memory for, in a process that may have 6 GiB, and what is to be said of it.
+TOO_MUCH = {
+    "masked_forward, classes": (
+        "sk.masked_forward(f, y, q, size=(8, 8), num_classes=2**31 - 1)",
+        "masked_forward: no memory for a tensor of shape [1, 2, 2147483647]: 17179869176 bytes, "
+        "with features [2, 4, 2, 2], targets [2], clean_prob [2], size (8, 8), "
+        "num_classes 2147483647",
+    ),
+    "masked_forward, size": (
+        "sk.masked_forward(f, y, q, size=(2**31 - 1, 2**31 - 1), num_classes=5)",
+        "masked_forward: no memory for a map of 2×2 upsampled to 2147483647×2147483647: ",
+    ),
+    "activation_stats, size": (
+        "sk.activation_stats(f, (5, 2**31 - 1))",
+        "activation_stats: no memory for a map of 2×2 upsampled to 5×2147483647: ",
+    ),
+    "sample_loss, rows": (
+        "sk.sample_loss(z.expand(2**40, 3), y[:1].expand(2**40))",
+        "sample_loss: no memory for a tensor of shape [1099511627776, 3]: 13194139533312 bytes",
+    ),
+    "masked_loss, rows": (
+        "sk.masked_loss(z.expand(2**40, 3), y[:1].expand(2**40))",
+        "masked_loss: no memory for a tensor of shape [1099511627776, 3]: 13194139533312 bytes",
+    ),
+    "refine_targets, classes": (
+        "sk.refine_targets([z[:, :1].expand(1, 2**31 - 1)] * 2)",
+        "refine_targets: no memory for a tensor of shape [1, 2147483647]: 8589934588 bytes, with "
+        "logits ([1, 2147483647], [1, 2147483647])",
+    ),
+    "fit_label_quality, losses": (
+        "sk.fit_label_quality(z[0, :1].expand(2**40))",
+        "fit_label_quality: no memory for a tensor of shape [1099511627776]: 4398046511104 bytes",
+    ),
+    "reconstruction_loss, images": (
+        "sk.reconstruction_loss(f[:, :1].expand(2, 2**33, 2, 2), f[:, :1].expand(2, 2**33, 2, 2))",
+        "images: expected sides and channels below 2³¹, got [2, 8589934592, 2, 2]",
+    ),
+    "mixup_views, rows": (
+        "sk.mixup_views([f[:1].expand(2**40, 4, 2, 2)], 0.5, y[:1].expand(2**40))",
+        "mixup_views: ",
+    ),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_what_there_is_no_memory_for_is_named(name: str) -> None:
+    call, said = TOO_MUCH[name]
+    code = f"""
+import resource, torch, sanm_kernels as sk
+torch.set_num_threads(1)
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+f, q, y, z = torch.rand(2, 4, 2, 2), torch.rand(2), torch.tensor([0, 1]), torch.rand(1, 3)
+try:
+    {call}
+except (torch.OutOfMemoryError, ValueError) as error:
+    print(error)
+"""
+    done = run(code, "")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(said) and done.stdout.count("\n") == 1, done.stdout
+
+
+@needs_library
+@pytest.mark.parametrize("classes", [2**62, *more(2**62 + 2**18, 2**61 + 2**17, 2**31, 2**63 - 1)])
+def test_classes_whose_bytes_do_not_fit_into_64_bits(classes: int) -> None:
+    """A direct call: the public function refuses them before."""
+    code = f"""
+import torch, sanm_kernels as sk
+from sanm_kernels import backends
+assert backends.load("cpu") is None
+f, q, y, seed = torch.rand(2, 4, 2, 2), torch.rand(2), torch.tensor([0, 1]), torch.tensor(3)
+settings = 3, True, False, False, True, 0, [0.0], 1.0, 0.1, 0.3, 0.1, 0.7, 1.3
+try:
+    torch.ops.sanm_kernels.masked_forward.cpu(
+        f, y, q, None, seed, None, None, None, None, 8, 8, {classes}, *settings)
+except RuntimeError as error:
+    print("num_classes: expected from 2 to 2³¹ − 1" in str(error))
+"""
+    done = run(code, "")
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from differential import run
+from inputs import more
 from random_calls import SMALL, identical, random_call
 
 import sanm_kernels as sk
@@ -138,3 +139,86 @@ def test_blocks_that_force_a_backend_may_overlap():
     assert backends.forced(None) == "cpu"
     late.__exit__(None, None, None)
     assert backends.forced(None) is None
+
+
+#: Calls that read indices, boxes, draws or losses, which another thread spoils and mends meanwhile.
+CHANGED = """
+import sys, threading, time, torch, sanm_kernels as sk
+from sanm_kernels import backends
+assert backends.load("cpu") is None
+ops = torch.ops.sanm_kernels
+n, K = 4000, 5
+z, rows, losses = torch.randn(n, K), torch.rand(n, 1, 4, 4), torch.rand(9000)
+features, images, clean = torch.rand(500, 4, 2, 2), torch.rand(500, 3, 8, 8), torch.rand(500)
+labels, permutation = torch.arange(n) % K, torch.arange(n).flip(0)
+draws, boxes = torch.rand(500, 2).double(), torch.tensor([0, 0, 2, 2]).repeat(1, n, 1)
+small, half = boxes.int(), torch.tensor([0.5]).double()
+watched = {x: x.clone() for x in (labels, permutation, draws, boxes, small, losses)}
+calls = {
+    "sample_loss": lambda: sk.sample_loss(z, labels),
+    "masked_loss": lambda: sk.masked_loss(
+        z.requires_grad_(), labels, mix=(0.5, permutation)).total.backward(),
+    "masked_loss, soft": lambda: sk.masked_loss(z.detach(), z.detach().softmax(1),
+                                                mix=(0.5, permutation)),
+    "mixup_views": lambda: sk.mixup_views([rows], 0.5, permutation),
+    "mixup_views_backward": lambda: ops.mixup_views_backward.cpu(rows, half, permutation, [n]),
+    "refine_targets": lambda: sk.refine_targets(z.detach(), labels=labels,
+                                                clean_prob=torch.ones(n)),
+    "reconstruction_loss": lambda: sk.reconstruction_loss(rows, rows, boxes=boxes,
+                                                          region="masked"),
+    "masked_views_backward": lambda: ops.masked_views_backward.cpu(rows, small, True),
+    "masked_forward": lambda: sk.masked_forward(
+        features, labels[:500], clean, images=images, num_classes=K, draws=draws),
+    "fit_label_quality": lambda: sk.fit_label_quality(losses),
+    "fit_label_quality, few": lambda: sk.fit_label_quality(losses[:n]),
+}
+over = False
+def spoil():
+    k = 0
+    while not over:
+        k += 1
+        for x in watched:
+            far = (float("nan"), -1e300) if x.is_floating_point() else (-(2**31), 2**30)
+            x.fill_(far[k % 2])
+        for x, right in watched.items():
+            x.copy_(right)
+        time.sleep(0.0005)
+thread = threading.Thread(target=spoil)
+thread.start()
+ran = raised = 0
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    try:
+        calls[sys.argv[1]]()
+        ran += 1
+    except ValueError:
+        raised += 1
+over = True
+thread.join()
+print("sound", ran, raised)
+"""
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "call",
+    [
+        "sample_loss",
+        "masked_loss",
+        "mixup_views",
+        "masked_forward",
+        *more(
+            "masked_loss, soft", "mixup_views_backward", "refine_targets", "reconstruction_loss",
+            "masked_views_backward", "fit_label_quality", "fit_label_quality, few",
+        ),
+    ],
+)  # fmt: skip
+def test_what_another_thread_changes_meanwhile_ends_no_process(call):
+    """The call raises, or takes indices as they were when it read them."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGED, call], cwd=ROOT, capture_output=True, text=True,
+        timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    said, ran, raised = done.stdout.split()
+    assert said == "sound" and int(ran) + int(raised) > 50

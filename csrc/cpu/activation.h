@@ -70,6 +70,14 @@ class Locator {
     starts_.push_back(H);
   }
 
+  // What one keeps; none where their number does not fit into 64 bits.
+  static std::optional<int64_t> bytes(int64_t h, int64_t H, int64_t W) {
+    const int64_t across[2] = {h, W}, taps = static_cast<int64_t>(sizeof(Tap)) * (H + W);
+    std::optional<int64_t> sum = dense_bytes(across, 2, ScalarType::Float);
+    if (sum && __builtin_add_overflow(*sum, taps, &*sum)) sum.reset();
+    return sum;
+  }
+
   // e (h, w), overwritten.
   Positions find(float* e) {
     for (int64_t k = 0; k < h_ * w_; ++k)

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "arguments.h"
 #include "cpu/memory.h"
 
 namespace sanm {
@@ -21,9 +22,17 @@ inline int64_t grain(int64_t elements_per_item) {
 // Every index lies in [0, size) or equals `ignore`.
 inline void check_indices(const int64_t* x, int64_t n, int64_t size, const char* name,
                           std::optional<int64_t> ignore = std::nullopt) {
-  for (int64_t i = 0; i < n; ++i)
-    if ((x[i] < 0 || x[i] >= size) && !(ignore && x[i] == *ignore))
-      value_error(name, ": expected indices in [0, ", size, "), got ", x[i], " at index [", i, "]");
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t index = x[i];
+    if ((index < 0 || index >= size) && !(ignore && index == *ignore))
+      value_error(name, ": expected indices in [0, ", size, "), got ", index, " at index [", i, "]");
+  }
+}
+
+// The index at x, read once: another thread may have changed it since it was checked.
+inline int64_t index_below(const int64_t* x, int64_t size) {
+  const int64_t i = *const_cast<const volatile int64_t*>(x);
+  return std::clamp<int64_t>(i, 0, size - 1);
 }
 
 }  // namespace sanm

@@ -94,14 +94,19 @@ Start seed(const A* y, int64_t n, const std::vector<double>& u) {
 // if it was drawn first. Where many losses are equal, one of them alone in the middle matters.
 template <typename A>
 A border(const Two& centre, bool low_first) {
+  if (!(centre[0] < centre[1])) return A(-1);  // nothing is below: one centre was drawn twice
   const auto lower = [&](A y) {
     const double a = (y - centre[0]) * (y - centre[0]), b = (y - centre[1]) * (y - centre[1]);
     return low_first ? a <= b : a < b;
   };
+  constexpr int kMost = 1000;  // a few steps do, but where squares vanish
   A t = static_cast<A>(0.5 * (centre[0] + centre[1]));
-  while (lower(t)) t = std::nextafter(t, A(2));
-  for (A before = std::nextafter(t, A(-1)); !lower(before); before = std::nextafter(t, A(-1)))
+  for (int k = 0; k < kMost && lower(t); ++k) t = std::nextafter(t, A(2));
+  for (int k = 0; k < kMost; ++k) {
+    const A before = std::nextafter(t, A(-1));
+    if (lower(before)) break;
     t = before;
+  }
   return t;
 }
 
@@ -149,7 +154,7 @@ std::pair<std::vector<float>, std::vector<float>> histogram(const float* y, int6
         const int64_t count = std::min(kBlock, end - start);
         const float* x = y + start;
         for (int64_t i = 0; i < count; ++i)
-          place[i] = std::min(static_cast<int32_t>(x[i] * kPlaces), kPlaces - 1);
+          place[i] = std::clamp(static_cast<int32_t>(x[i] * kPlaces), 0, kPlaces - 1);
         for (int64_t i = 0; i < count; ++i)
           packed[place[i] >> 16] += (uint64_t{1} << 40) + (place[i] & 0xffff);
       }
@@ -214,7 +219,7 @@ Range checked_range(const T* x, int64_t n, const char* name, const std::string& 
   const Range r = sum_blocks(x, n, range_pass<T>);
   if (r.finite) return r;
   int64_t i = 0;
-  while (std::isfinite(static_cast<acc_t<T>>(x[i]))) ++i;
+  while (i < n - 1 && std::isfinite(static_cast<acc_t<T>>(x[i]))) ++i;
   const acc_t<T> v = static_cast<acc_t<T>>(x[i]);
   const char* what = std::isnan(v) ? "nan" : v > 0 ? "inf" : "-inf";
   value_error(name, ": expected finite values, got ", what, " at index [", row, i, "]");
@@ -376,6 +381,7 @@ void run(const std::vector<const T*>& x, const std::vector<Range>& ranges, int64
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fit_label_quality(
     const Tensor& losses_, const std::optional<Tensor>& history_, std::vector<double> uniforms,
     int64_t max_iter, double tol, double reg_covar, bool normalize) {
+  check_fit_label_quality(losses_, history_, uniforms);
   const Tensor losses = packed(losses_);
   const int64_t n = losses.size(0);
   std::optional<Tensor> history;

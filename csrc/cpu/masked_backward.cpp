@@ -1,6 +1,7 @@
 // Gradients of masked_forward: of the targets, of the images, and of the one-pass classifier.
 #include "cpu/common.h"
 #include "cpu/softmax.h"
+#include "cpu/values.h"
 #include "math/modulation.h"
 #include "matrix.h"
 
@@ -12,6 +13,7 @@ namespace {
 // grad (S, B, K), targets (B, K), ratio (S, B) → (B, K)
 Tensor modulate_backward(const Tensor& grad_, const Tensor& targets_, const Tensor& ratio_,
                          bool clamp) {
+  check_modulate_backward(grad_, targets_, ratio_);
   const Tensor grad = packed(grad_), targets = packed(targets_), ratio = packed(ratio_);
   const int64_t S = grad.size(0), B = grad.size(1), K = grad.size(2);
   const Tensor result = new_tensor({B, K}, targets.scalar_type());
@@ -47,17 +49,18 @@ Tensor modulate_backward(const Tensor& grad_, const Tensor& targets_, const Tens
 // channel also gets 1/(H·W) of what arrives inside the box.
 // grad (V·B, C, H, W), boxes (V, B, 4) → (B, C, H, W) in the memory format of grad
 Tensor masked_views_backward(const Tensor& grad_, const Tensor& boxes_, bool mean_fill) {
+  check_masked_views_backward(grad_, boxes_);
   const Image grad(grad_);
-  const Tensor boxes = packed(boxes_);
-  const int64_t V = boxes.size(0), B = boxes.size(1), C = grad_.size(1), H = grad_.size(2),
+  const int64_t V = boxes_.size(0), B = boxes_.size(1), C = grad_.size(1), H = grad_.size(2),
                 W = grad_.size(3), pixels = C * H * W;
+  const Tensor corners = packed(boxes_);
+  const std::vector<Box> boxes = checked_boxes(in<int32_t>(corners), V * B, B, H, W);
   const Tensor result = new_image({B, C, H, W}, grad_.scalar_type(), grad.channels_last);
   const int64_t step = grad.channels_last ? C : 1, planes = grad.channels_last ? 1 : C;
   dispatch(grad_.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     const T* g = in<T>(grad.tensor);
-    const int32_t* box = in<int32_t>(boxes);
     torch::stable::parallel_for(0, B, grain(V * pixels), [&](int64_t begin, int64_t end) {
       std::vector<A> sum(W * step);
       std::vector<A> share(C);  // of the mean fill, per channel
@@ -65,13 +68,13 @@ Tensor masked_views_backward(const Tensor& grad_, const Tensor& boxes_, bool mea
         const auto row = [&](int64_t v, int64_t plane, int64_t y) {
           return g + (v * B + i) * pixels + (plane * H + y) * W * step;
         };
-        const auto corners = [&](int64_t v) { return box + 4 * (v * B + i); };
+        const auto box = [&](int64_t v) -> const Box& { return boxes[v * B + i]; };
         std::fill(share.begin(), share.end(), A{0});
         if (mean_fill) {
           for (int64_t v = 0; v < V; ++v)
             for (int64_t plane = 0; plane < planes; ++plane)
-              for (int64_t y = corners(v)[0]; y < corners(v)[2]; ++y)
-                for (int64_t x = corners(v)[1]; x < corners(v)[3]; ++x)
+              for (int64_t y = box(v).y0; y < box(v).y1; ++y)
+                for (int64_t x = box(v).x0; x < box(v).x1; ++x)
                   for (int64_t c = 0; c < step; ++c)
                     share[plane + c] += static_cast<A>(row(v, plane, y)[x * step + c]);
           for (A& value : share) value /= static_cast<A>(H * W);
@@ -81,9 +84,9 @@ Tensor masked_views_backward(const Tensor& grad_, const Tensor& boxes_, bool mea
             for (int64_t k = 0; k < W * step; ++k) sum[k] = share[plane + k % step];
             for (int64_t v = 0; v < V; ++v) {
               const T* from = row(v, plane, y);
-              const int32_t* c = corners(v);
-              const bool hit = c[0] <= y && y < c[2];
-              const int64_t left = hit ? c[1] * step : W * step, right = hit ? c[3] * step : left;
+              const bool hit = box(v).y0 <= y && y < box(v).y1;
+              const int64_t left = hit ? box(v).x0 * step : W * step,
+                            right = hit ? box(v).x1 * step : left;
               for (int64_t k = 0; k < left; ++k) sum[k] += static_cast<A>(from[k]);
               for (int64_t k = right; k < W * step; ++k) sum[k] += static_cast<A>(from[k]);
             }
@@ -103,6 +106,8 @@ Tensor masked_views_backward(const Tensor& grad_, const Tensor& boxes_, bool mea
 std::tuple<Tensor, Tensor, Tensor> classifier_backward(
     OptTensor grad_logits, OptTensor grad_loss, const Tensor& features, const Tensor& weight_,
     const Tensor& logits_, const Tensor& targets_, const Tensor& pooled, const Tensor& visible_) {
+  check_classifier_backward(grad_logits, grad_loss, features, weight_, logits_, targets_, pooled,
+                            visible_);
   const Tensor logits = packed(logits_), targets = packed(targets_), visible = packed(visible_);
   const int64_t B = logits.size(0), K = logits.size(1), C = features.size(1),
                 n = features.size(2) * features.size(3);

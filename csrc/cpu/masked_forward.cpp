@@ -103,7 +103,7 @@ void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const T
   const F* first = in<F>(x);
   A* stat = out<A>(stats);
   int32_t* position = out<int32_t>(positions);
-  torch::stable::parallel_for(0, B, grain(C * n + work), [&](int64_t begin, int64_t end) {
+  const auto samples = [&](int64_t begin, int64_t end) {
     Locator locator(h, w, H, W, quantize);
     std::vector<A> e(n);
     std::vector<float> map(n);
@@ -120,7 +120,14 @@ void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const T
       body(i, f, found);
     }
     stream_fence();
-  });
+  };
+  try {
+    torch::stable::parallel_for(0, B, grain(C * n + work), samples);
+  } catch (const std::runtime_error&) {  // all that can fail in there
+    memory_error(Locator::bytes(h, H, W), "a map of " + std::to_string(h) + "×" +
+                 std::to_string(w) + " upsampled to " + std::to_string(H) + "×" +
+                 std::to_string(W));
+  }
 }
 
 // Where the draws of sample i come from.
@@ -144,9 +151,15 @@ class DrawSource {
   int64_t seed_;
 };
 
+// The boxes of a sample, one per view, which no other thread changes.
+struct Boxes {
+  int32_t corners[2][4];
+};
+
 // Ratios and boxes of sample i → ratio (S, B), boxes (V, B, 4).
-void place(const Inputs& in, const Positions& found, const Draws& draw, float clean_prob,
-           int64_t i, int64_t B, float* ratio, int32_t* boxes) {
+Boxes place(const Inputs& in, const Positions& found, const Draws& draw, float clean_prob,
+            int64_t i, int64_t B, float* ratio, int32_t* boxes) {
+  Boxes placed;
   const Settings& s = in.settings;
   const int H = static_cast<int>(in.H), W = static_cast<int>(in.W);
   for (int v = 0; v < s.view_count(); ++v) {
@@ -155,13 +168,15 @@ void place(const Inputs& in, const Positions& found, const Draws& draw, float cl
     const Size size = box_size(s, r, draw(2 * set + 1), H, W);
     const bool peak = s.views == 3 ? v == 0 : s.views == 1;
     const int* at = peak ? found.peak : found.trough;
-    int32_t* box = boxes + 4 * (v * B + i);
+    int32_t* const box = placed.corners[v];
     box[0] = corner(at[0], size.height, H, s.centered);
     box[1] = corner(at[1], size.width, W, s.centered);
     box[2] = box[0] + size.height;
     box[3] = box[1] + size.width;
+    std::copy_n(box, 4, boxes + 4 * (v * B + i));
     if (v == set) ratio[v * B + i] = r;
   }
+  return placed;
 }
 
 // targets (B, K) or int64 (B,), ratio (S, B) → row i of result (S, B, K).
@@ -171,24 +186,23 @@ void modulate(const Tensor& targets, const float* ratio, bool clamp, int64_t S, 
   const int64_t B = targets.size(0);
   const bool soft = targets.scalar_type() != ScalarType::Long;
   for (int64_t k = i; k < S * B; k += B)
-    new_targets<Y>(soft ? in<Y>(targets) + i * K : nullptr, soft ? 0 : in<int64_t>(targets)[i], K,
-                   ratio[k], clamp, result + k * K);
+    new_targets<Y>(soft ? in<Y>(targets) + i * K : nullptr, soft ? 0 : index_below(in<int64_t>(targets) + i, K),
+                   K, ratio[k], clamp, result + k * K);
 }
 
 // What paints the views (V·B, Cin, H, W) of one sample of the images (B, Cin, H, W).
-using PaintSample = std::function<void(int64_t)>;
+using PaintSample = std::function<void(int64_t, const Boxes&)>;
 
 template <typename T>
-PaintSample painter(const Inputs& in, const Image& images, const int32_t* boxes,
-                    const DrawSource& draws, T* views) {
+PaintSample painter(const Inputs& in, const Image& images, const DrawSource& draws, T* views) {
   const int64_t B = images.tensor.size(0), V = in.settings.view_count();
   const int64_t channels = images.tensor.size(1), pixels = channels * in.H * in.W;
   const bool stream = V * B * pixels * int64_t{sizeof(T)} >= kStreamBytes;
   const T* x = sanm::in<T>(images.tensor);
   const auto painter = std::make_shared<Painter<T>>(in.settings, in.fill_value, in.H, in.W,
                                                     channels, images.channels_last, stream);
-  return [=, &draws](int64_t i) {
-    const int32_t* box[2] = {boxes + 4 * i, boxes + 4 * ((V - 1) * B + i)};
+  return [=, &draws](int64_t i, const Boxes& boxes) {
+    const int32_t* box[2] = {boxes.corners[0], boxes.corners[V - 1]};
     painter->paint(x + i * pixels, views + i * pixels, B * pixels, box, draws(i));
   };
 }
@@ -231,10 +245,10 @@ void run(const Inputs& in, const Outputs& out) {
   int32_t* boxes = sanm::out<int32_t>(out.boxes);
   const std::optional<Image> images = in.images ? std::optional<Image>(*in.images) : std::nullopt;
   const auto make_painter = [&] {
-    PaintSample paint = [](int64_t) {};
+    PaintSample paint = [](int64_t, const Boxes&) {};
     if (images)
       dispatch(images->tensor.scalar_type(), [&](auto zero) {
-        paint = painter(in, *images, boxes, draws, sanm::out<decltype(zero)>(out.views));
+        paint = painter(in, *images, draws, sanm::out<decltype(zero)>(out.views));
       });
     return paint;
   };
@@ -250,16 +264,16 @@ void run(const Inputs& in, const Outputs& out) {
                  images->tensor.numel() / B * static_cast<int64_t>(images->tensor.element_size())};
     analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions, work, further, [&] {
       return [&, paint = make_painter()](int64_t i, const F* f, const Positions& found) {
-        place(in, found, draws(i), q[i], i, B, ratio, boxes);
+        const Boxes placed = place(in, found, draws(i), q[i], i, B, ratio, boxes);
         if (one_pass) {
-          visibility(boxes + 4 * i, h, w, in.H, in.W, visible + i * h * w);
+          visibility(placed.corners[0], h, w, in.H, in.W, visible + i * h * w);
           pool(f, C, h * w, features.channels_last, visible + i * h * w, pooled + i * C);
         }
         dispatch(out.targets.scalar_type(), [&](auto target_zero) {
           modulate(targets, ratio, s.clamp, s.draw_sets(), i, K,
                    sanm::out<decltype(target_zero)>(out.targets));
         });
-        paint(i);
+        paint(i, placed);
       };
     });
   });
@@ -276,6 +290,7 @@ void run(const Inputs& in, const Outputs& out) {
 
 MaskedForward masked_forward(SANM_PARAMETERS) {
   const Inputs in = SANM_INPUTS;
+  check_masked_forward(in);
   const Outputs o = allocate(in, new_image);
   run(in, o);
   return as_tuple(o);
@@ -284,13 +299,18 @@ MaskedForward masked_forward(SANM_PARAMETERS) {
 void masked_forward_out(SANM_PARAMETERS, Tensor stats, Tensor positions, Tensor ratio, Tensor boxes,
                         Tensor targets_out, Tensor views_out, Tensor logits, Tensor loss,
                         Tensor pooled, Tensor visible) {
-  run(SANM_INPUTS, Outputs{stats, positions, ratio, boxes, targets_out, views_out, logits, loss,
-                           pooled, visible});
+  const Inputs in = SANM_INPUTS;
+  const Outputs o{stats,     positions, ratio, boxes,  targets_out,
+                  views_out, logits,    loss,  pooled, visible};
+  check_masked_forward(in);
+  check_out(in, o);
+  run(in, o);
 }
 
 // features (B, C, h, w) → statistics (5, B), peak and trough (2, B, 2) int32
 std::tuple<Tensor, Tensor> activation_stats(const Tensor& features_, int64_t H, int64_t W,
                                             bool quantize) {
+  check_features(Expect(features_), features_, H, W);
   const Image features(features_);
   const int64_t B = features_.size(0);
   const Tensor stats = new_tensor({5, B}, acc_type(features_)),

@@ -136,6 +136,7 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor& ratio,
                    const OptTensor& permutation, const OptTensor& prior_, const Tensor& scalars,
                    int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {
+  check_masked_loss(logits_, targets, ratio, permutation, prior_, scalars, num_labeled);
   const Scalars weight(scalars);
   const Tensor logits = packed(logits_);
   const OptTensor prior = packed(prior_);
@@ -257,6 +258,10 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
                             const Tensor& scalars, const Tensor& normalizer_,
                             const Tensor& p_mean_, int64_t num_labeled, bool clamp,
                             int64_t ignore_index, bool mean) {
+  check_masked_loss(logits_, targets, ratio, permutation, prior_, scalars, num_labeled);
+  check_masked_loss_backward(
+      {&grad_total, &grad_labeled, &grad_unlabeled, &grad_prior, &grad_confidence},
+      grad_per_sample, logits_, normalizer_, p_mean_);
   const Scalars weight(scalars);
   const Tensor logits = packed(logits_);
   const OptTensor prior = packed(prior_);

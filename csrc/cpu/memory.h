@@ -113,21 +113,12 @@ class Pool {
   std::atomic<size_t> limit_{kKeptBytes};
 };
 
-inline size_t element_bytes(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double: case ScalarType::Long: return 8;
-    case ScalarType::Float: case ScalarType::Int: return 4;
-    case ScalarType::Half: case ScalarType::BFloat16: return 2;
-    default: return 1;
-  }
-}
-
 // A dense tensor, not filled: on memory of the pool, unless it is too small for that. Straight from
 // the allocator: torch::stable::empty goes through the dispatcher, longer than a small kernel takes.
-inline Tensor new_tensor(const int64_t* size, int64_t dim, ScalarType type_, bool channels_last) {
+inline Tensor dense_tensor(const int64_t* size, int64_t dim, ScalarType type_,
+                           bool channels_last) {
   using torch::stable::detail::from, torch::stable::detail::to;
-  size_t bytes = element_bytes(type_);
-  for (int64_t d = 0; d < dim; ++d) bytes *= static_cast<size_t>(size[d]);
+  size_t bytes = dense_bytes(size, dim, type_).value();
   bytes = (bytes + Pool::kPage - 1) / Pool::kPage * Pool::kPage;
   std::vector<int64_t> stride(dim, 1);
   for (int64_t d = dim - 1; d > 0; --d)
@@ -152,6 +143,10 @@ inline Tensor new_tensor(const int64_t* size, int64_t dim, ScalarType type_, boo
   if (error) pool.give(data, bytes);
   STABLE_TORCH_ERROR_CODE_CHECK(error);
   return Tensor(handle);
+}
+
+inline Tensor new_tensor(const int64_t* size, int64_t dim, ScalarType type, bool channels_last) {
+  return with_memory(size, dim, type, [&] { return dense_tensor(size, dim, type, channels_last); });
 }
 
 inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType type) {

@@ -89,12 +89,17 @@ void mix_rows(const std::vector<int64_t>& order, int64_t E, const Share& share,
   });
 }
 
-// The first `rows` entries of a permutation of `total`, inverted; −1 where there is none.
-std::vector<int64_t> inverse(const Tensor& permutation, int64_t rows, int64_t total) {
-  const int64_t* p = in<int64_t>(permutation);
-  check_count(rows, total, "rows");
-  check_entries(permutation, rows, "permutation");
-  check_indices(p, rows, total, "permutation");
+// The first `rows` entries of a permutation; a copy, which no other thread changes.
+std::vector<int64_t> entries(const Tensor& permutation_, int64_t rows) {
+  const Tensor permutation = packed(permutation_);
+  const int64_t* const first = in<int64_t>(permutation);
+  return {first, first + rows};
+}
+
+// The entries of a permutation of `total`, inverted; −1 where there is none.
+std::vector<int64_t> inverse(const std::vector<int64_t>& p, int64_t total) {
+  const int64_t rows = static_cast<int64_t>(p.size());
+  check_indices(p.data(), rows, total, "permutation");
   std::vector<int64_t> result(total, -1);
   for (int64_t i = 0; i < rows; ++i) {
     if (result[p[i]] >= 0)
@@ -112,17 +117,14 @@ Tensor empty_like_rows(const Tensor& x, int64_t rows, bool channels_last) {
 }
 
 // views (b_i, …), M rows together, lam () double, permutation (≥ rows,) → (rows, …)
-Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Tensor& permutation_,
+Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Tensor& permutation,
                    int64_t rows) {
+  const int64_t total = check_mixup_views(views, lam, permutation, rows);
   bool channels_last = false, contiguous = false;
-  int64_t total = 0;
-  for (const Tensor& view : views) {
-    total += view.size(0);
+  for (const Tensor& view : views)
     if (view.numel() > 0) (is_channels_last(view) ? channels_last : contiguous) = true;
-  }
   channels_last = channels_last && !contiguous;
-  const Tensor permutation = packed(permutation_);
-  const std::vector<int64_t> before = inverse(permutation, rows, total);
+  const std::vector<int64_t> p = entries(permutation, rows), before = inverse(p, total);
   const Tensor result = empty_like_rows(views[0], rows, channels_last);
   const int64_t E = row_elements(views[0]);
   dispatch(views[0].scalar_type(), [&](auto zero) {
@@ -134,9 +136,8 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
       dense.push_back(channels_last ? view : packed(view));
       for (int64_t i = 0; i < view.size(0); ++i) source.push_back(in<T>(dense.back()) + i * E);
     }
-    const int64_t* p = in<int64_t>(permutation);
     T* out_ = out<T>(result);
-    mix_rows<T>(in_chains(p, before.data(), rows), E, Share(lam), [&](int64_t i) {
+    mix_rows<T>(in_chains(p.data(), before.data(), rows), E, Share(lam), [&](int64_t i) {
       return std::tuple<const T*, const T*, T*>(source[i], source[p[i]], out_ + i * E);
     });
   });
@@ -145,18 +146,17 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
 
 // grad (rows, …), lam () double, permutation (≥ rows,), rows of each view → gradients (b_i, …)
 std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
-                                         const Tensor& permutation_,
+                                         const Tensor& permutation,
                                          const std::vector<int64_t>& sizes) {
+  const int64_t total = check_mixup_views_backward(grad_, lam, permutation, sizes);
   const bool channels_last = is_channels_last(grad_);
-  const Tensor grad = channels_last ? grad_ : packed(grad_), permutation = packed(permutation_);
+  const Tensor grad = channels_last ? grad_ : packed(grad_);
   const int64_t rows = grad.size(0), E = row_elements(grad);
-  int64_t total = 0;
-  for (const int64_t size : sizes) total += size;
-  const std::vector<int64_t> source = inverse(permutation, rows, total);
-  std::vector<int64_t> partner(total, -1);
-  std::copy_n(in<int64_t>(permutation), rows, partner.begin());
-  std::vector<Tensor> results;
+  std::vector<Tensor> results;  // first: the vectors of as many rows take less memory
   for (const int64_t size : sizes) results.push_back(empty_like_rows(grad, size, channels_last));
+  std::vector<int64_t> partner = entries(permutation, rows);
+  const std::vector<int64_t> source = inverse(partner, total);
+  partner.resize(total, -1);
   dispatch(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     std::vector<T*> destination;

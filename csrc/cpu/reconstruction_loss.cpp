@@ -6,6 +6,7 @@
 // double, and the samples' sums are added in order: the number of threads does not matter.
 #include "cpu/common.h"
 #include "cpu/pack.h"
+#include "cpu/values.h"
 
 namespace sanm {
 namespace {
@@ -14,28 +15,18 @@ using torch::headeronly::MemoryFormat;
 
 constexpr int64_t kPiece = 1024;
 
-struct Box {
-  int64_t y0, x0, y1, x1;
-};
-
 // Both tensors in the reconstruction's memory format, and the boxes.
 struct Arguments {
   Arguments(const Tensor& reconstruction_, const Tensor& images_,
             const std::optional<Tensor>& boxes_)
-      : reconstruction(reconstruction_), C(images_.size(1)), H(images_.size(2)),
+      : reconstruction(checked_reconstruction(reconstruction_, images_, boxes_)), C(images_.size(1)), H(images_.size(2)),
         W(images_.size(3)), B(images_.size(0)), N(reconstruction_.size(0)),
         images(torch::stable::contiguous(images_, reconstruction.channels_last
                                                       ? MemoryFormat::ChannelsLast
                                                       : MemoryFormat::Contiguous)) {
     if (!boxes_) return;
     const Tensor packed_boxes = packed(*boxes_);
-    const int64_t* b = in<int64_t>(packed_boxes);
-    for (int64_t i = 0; i < N; ++i, b += 4) {
-      boxes.push_back({b[0], b[1], b[2], b[3]});
-      if (!(0 <= b[0] && b[0] <= b[2] && b[2] <= H && 0 <= b[1] && b[1] <= b[3] && b[3] <= W))
-        value_error("boxes: expected 0 ≤ y0 ≤ y1 ≤ ", H, " and 0 ≤ x0 ≤ x1 ≤ ", W, ", got [", b[0],
-                    ", ", b[1], ", ", b[2], ", ", b[3], "] at index [", i / B, ", ", i % B, "]");
-    }
+    boxes = checked_boxes(in<int64_t>(packed_boxes), N, B, H, W);
   }
 
   int64_t sample_size() const { return C * H * W; }
@@ -139,6 +130,7 @@ Tensor reconstruction_loss(const Tensor& reconstruction, const Tensor& images,
 // grad () and forward's arguments → gradient (V·B, C, H, W), dtype and format of the reconstruction
 Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruction,
                                     const Tensor& images, const std::optional<Tensor>& boxes) {
+  check_reconstruction_loss_backward(grad, reconstruction);
   const Arguments a(reconstruction, images, boxes);
   const Tensor result = new_image({a.N, a.C, a.H, a.W}, reconstruction.scalar_type(),
                                   a.reconstruction.channels_last);

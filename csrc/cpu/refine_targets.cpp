@@ -38,6 +38,7 @@ void sharpen(A* p, int64_t K, A exponent, A* out) {
 // 1/T (1,) double → (B, K)
 Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Tensor>& labels_,
                       const std::optional<Tensor>& clean_prob_, const Tensor& exponent_) {
+  check_refine_targets(logits, labels_, clean_prob_, exponent_);
   const int64_t B = logits[0].size(0), K = logits[0].size(1);
   const ScalarType type = acc_type(logits[0]);
   std::optional<Tensor> labels, clean_prob;

@@ -9,6 +9,7 @@ namespace {
 
 // logits (B, K), labels (B,) int64 → loss (B,), (max, log-sum) (B, 2)
 std::tuple<Tensor, Tensor> sample_loss(const Tensor& logits_, const Tensor& labels_) {
+  check_sample_loss(logits_, labels_);
   const Tensor logits = packed(logits_), labels = packed(labels_);
   const int64_t B = logits.size(0), K = logits.size(1);
   const int64_t* y = in<int64_t>(labels);
@@ -32,7 +33,7 @@ std::tuple<Tensor, Tensor> sample_loss(const Tensor& logits_, const Tensor& labe
         for (int64_t j = 0; j < count; ++j) {
           const int64_t i = first + j;
           norm[2 * i] = top[j], norm[2 * i + 1] = log_sum[j];
-          l[i] = log_sum[j] - (static_cast<A>(x[j * K + y[i]]) - top[j]);
+          l[i] = log_sum[j] - (static_cast<A>(x[j * K + index_below(y + i, K)]) - top[j]);
         }
       }
     });
@@ -43,6 +44,7 @@ std::tuple<Tensor, Tensor> sample_loss(const Tensor& logits_, const Tensor& labe
 // grad (B,), logits (B, K), labels (B,), (max, log-sum) (B, 2) → gradient (B, K), the logits' dtype
 Tensor sample_loss_backward(const Tensor& grad_, const Tensor& logits_, const Tensor& labels_,
                             const Tensor& normalizer_) {
+  check_sample_loss_backward(grad_, logits_, labels_, normalizer_);
   const Tensor grad = packed(grad_), logits = packed(logits_), labels = packed(labels_),
                normalizer = packed(normalizer_);
   const int64_t B = logits.size(0), K = logits.size(1);

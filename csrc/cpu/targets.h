@@ -71,7 +71,7 @@ class Targets {
   // Whether row i counts: neither it nor its partner is to be ignored.
   bool counts(int64_t i) const {
     return !labels_ || (labels_[i] != ignore_index_ &&
-                        (!partner_ || labels_[partner_[i]] != ignore_index_));
+                        (!partner_ || labels_[partner(i)] != ignore_index_));
   }
 
   int64_t counting(int64_t begin, int64_t end) const {
@@ -87,10 +87,12 @@ class Targets {
     modulate(i, buffer, t.own);
     t.mixed = partner_ != nullptr;
     t.lam = lam_, t.rest = rest_;
-    if (t.mixed) modulate(partner_[i], spare, t.other);
+    if (t.mixed) modulate(partner(i), spare, t.other);
   }
 
  private:
+  int64_t partner(int64_t i) const { return index_below(partner_ + i, rows_); }
+
   const A* values(int64_t m, A* buffer) const {
     if (labels_) return zeros_.data();
     if (direct_) return direct_ + offset_[m];

@@ -26,6 +26,27 @@ inline void check_unit_interval(const T* x, int64_t n, const char* name, int64_t
   }
 }
 
+struct Box {
+  int64_t y0, x0, y1, x1;
+};
+
+// Boxes (n, 4) of B images a view, each inside an image of H×W; a copy, which no other thread changes.
+template <typename I>
+inline std::vector<Box> checked_boxes(const I* corners, int64_t n, int64_t B, int64_t H,
+                                      int64_t W) {
+  std::vector<Box> boxes;
+  boxes.reserve(n);
+  for (int64_t i = 0; i < n; ++i, corners += 4) {
+    volatile const I* const once = corners;
+    const Box b{once[0], once[1], once[2], once[3]};
+    if (!(0 <= b.y0 && b.y0 <= b.y1 && b.y1 <= H && 0 <= b.x0 && b.x0 <= b.x1 && b.x1 <= W))
+      value_error("boxes: expected 0 ≤ y0 ≤ y1 ≤ ", H, " and 0 ≤ x0 ≤ x1 ≤ ", W, ", got [", b.y0,
+                  ", ", b.x0, ", ", b.y1, ", ", b.x1, "] at index [", i / B, ", ", i % B, "]");
+    boxes.push_back(b);
+  }
+  return boxes;
+}
+
 // No element of x (n) is NaN or infinite: x − x would be NaN.
 template <typename T>
 inline void check_finite(const T* x, int64_t n, const char* name, int64_t columns = 1) {

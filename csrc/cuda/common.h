@@ -16,8 +16,8 @@
 #include <mutex>
 #include <utility>
 
+#include "arguments.h"
 #include "cuda/device.h"
-#include "stable.h"
 
 // Registers a file's kernels: SANM_CUDA_KERNELS(m) { m.impl("op.cuda", TORCH_BOX(&op)); }
 #ifdef SANM_CUDA_HOST
@@ -32,9 +32,11 @@ namespace sanm {
 inline Tensor new_tensor(const Tensor& on, const std::vector<int64_t>& size, ScalarType type,
                          bool channels_last = false) {
   using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(
-      size, type, std::nullopt, on.device(), std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return with_memory(size.data(), static_cast<int64_t>(size.size()), type, [&] {
+    return torch::stable::empty(
+        size, type, std::nullopt, on.device(), std::nullopt,
+        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  });
 }
 
 inline void check_cuda(cudaError_t error, const char* what) {

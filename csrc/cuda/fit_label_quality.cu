@@ -333,6 +333,7 @@ struct Workspace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fit_label_quality(
     const Tensor& losses, const std::optional<Tensor>& history, std::vector<double> uniforms,
     int64_t max_iter, double tol, double reg, bool normalize) {
+  check_fit_label_quality(losses, history, uniforms);
   const int64_t n = losses.size(0), count = 1 + (history ? history->size(0) : 0);
   const int64_t samples = std::max<int64_t>(n, 1);
   const Split split(samples, kParts, kFitThreads), fitted(samples, multiprocessors(losses), 1024);

@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(kThreads, 4) modulate_backward_kernel(
 // grad (S, B, K), targets (B, K), ratio (S, B) → (B, K)
 Tensor modulate_backward(const Tensor& grad, const Tensor& targets, const Tensor& ratio_,
                          bool clamp) {
+  check_modulate_backward(grad, targets, ratio_);
   const Tensor ratio = packed(ratio_);
   const int64_t S = grad.size(0), B = grad.size(1), K = grad.size(2);
   const Tensor result = new_tensor(targets, {B, K}, targets.scalar_type());
@@ -296,6 +297,7 @@ __global__ void __launch_bounds__(kThreads, 3) masked_views_backward_kernel(
 
 // grad (V·B, C, H, W), boxes (V, B, 4) → (B, C, H, W) in the memory format of grad
 Tensor masked_views_backward(const Tensor& grad_, const Tensor& boxes_, bool mean_fill) {
+  check_masked_views_backward(grad_, boxes_);
   const Image image(grad_);
   const Tensor &grad = image.tensor, boxes = packed(boxes_);
   const int64_t V = boxes.size(0), B = boxes.size(1), C = grad.size(1), H = grad.size(2),
@@ -419,6 +421,8 @@ __global__ void __launch_bounds__(kThreads) features_backward_kernel(
 std::tuple<Tensor, Tensor, Tensor> classifier_backward(
     OptTensor grad_logits, OptTensor grad_loss, const Tensor& features, const Tensor& weight,
     const Tensor& logits_, const Tensor& targets, const Tensor& pooled, const Tensor& visible_) {
+  check_classifier_backward(grad_logits, grad_loss, features, weight, logits_, targets, pooled,
+                            visible_);
   const Tensor logits = packed(logits_), visible = packed(visible_);
   const int64_t B = logits.size(0), K = logits.size(1), C = features.size(1),
                 n = features.size(2) * features.size(3), E = C * n;

@@ -88,8 +88,8 @@ struct Layout {
     left = take(p.canvas.W * sizeof(int));
     across = take(p.canvas.W * sizeof(float));
     down = take(p.canvas.H * sizeof(float));
-    begin = take((p.h + 1) * sizeof(int));
-    rows = take(4 * p.h * sizeof(float));
+    begin = take((int64_t{p.h} + 1) * sizeof(int));
+    rows = take(int64_t{4} * p.h * sizeof(float));
     hit = take(kWarps * sizeof(Pixel));
     size = take(2 * sizeof(Size));
     fill = take(2 * p.canvas.channels * sizeof(double));
@@ -357,11 +357,13 @@ Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_chann
   p.C = static_cast<int>(x.size(1));
   p.h = static_cast<int>(x.size(2));
   p.w = static_cast<int>(x.size(3));
-  p.n = p.h * p.w;
   p.canvas = {static_cast<int>(image_channels), static_cast<int>(H), static_cast<int>(W), false};
-  if (std::max(x.size(1) * p.n, image_channels * H * W) >= int64_t{1} << 31)
+  const bool fits = row_elements(x) < kIntEnd &&  // of what there is memory for
+                    (image_channels == 0 || image_channels * H * W < kIntEnd);
+  if (!fits)
     value_error("features and images: a sample of less than 2^31 elements was expected, got ",
                 x.size(1), "×", p.h, "×", p.w, " and ", image_channels, "×", H, "×", W);
+  p.n = p.h * p.w;
   p.channels_last = features.channels_last;
   p.features = x.const_data_ptr();
   p.feature_type = x.scalar_type();
@@ -444,6 +446,7 @@ void run(const Inputs& in, const Outputs& o) {
 
 MaskedForward masked_forward(SANM_PARAMETERS) {
   const Inputs in = SANM_INPUTS;
+  check_masked_forward(in);
   const Outputs o = allocate(in, [&](const auto& size, ScalarType type, bool channels_last) {
     return new_tensor(in.features, size, type, channels_last);
   });
@@ -454,13 +457,18 @@ MaskedForward masked_forward(SANM_PARAMETERS) {
 void masked_forward_out(SANM_PARAMETERS, Tensor stats, Tensor positions, Tensor ratio, Tensor boxes,
                         Tensor targets_out, Tensor views_out, Tensor logits, Tensor loss,
                         Tensor pooled, Tensor visible) {
-  run(SANM_INPUTS, Outputs{stats, positions, ratio, boxes, targets_out, views_out, logits, loss,
-                           pooled, visible});
+  const Inputs in = SANM_INPUTS;
+  const Outputs o{stats,     positions, ratio, boxes,  targets_out,
+                  views_out, logits,    loss,  pooled, visible};
+  check_masked_forward(in);
+  check_out(in, o);
+  run(in, o);
 }
 
 // features (B, C, h, w) → statistics (5, B), peak and trough (2, B, 2) int32
 std::tuple<Tensor, Tensor> activation_stats(const Tensor& features_, int64_t H, int64_t W,
                                             bool quantize) {
+  check_features(Expect(features_), features_, H, W);
   const Image features(features_);
   Problem p = prepare(features, H, W, 0);
   const Tensor stats = new_tensor(features_, {5, p.B}, acc_type(features_)),

@@ -397,6 +397,7 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
                    const OptTensor& permutation, const OptTensor& prior, const Tensor& scalars,
                    int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {
+  check_masked_loss(logits, targets, ratio, permutation, prior, scalars, num_labeled);
   const Numbers<kNumbers> numbers(scalars);
   const int64_t n = logits.size(0), K = logits.size(1);
   check_count(num_labeled, n, "num_labeled");
@@ -449,6 +450,10 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
                             const Tensor& scalars, const Tensor& normalizer_,
                             const Tensor& p_mean_, int64_t num_labeled, bool clamp,
                             int64_t ignore_index, bool mean) {
+  check_masked_loss(logits, targets, ratio, permutation, prior, scalars, num_labeled);
+  check_masked_loss_backward(
+      {&grad_total, &grad_labeled, &grad_unlabeled, &grad_prior, &grad_confidence},
+      grad_per_sample, logits, normalizer_, p_mean_);
   const Numbers<kNumbers> numbers(scalars);
   const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_);
   const int64_t n = logits.size(0), K = logits.size(1);

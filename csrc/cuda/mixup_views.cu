@@ -136,12 +136,11 @@ Tensor new_rows(const Tensor& x, int64_t rows, bool channels_last) {
 // views (b_i, …), total rows together, lam (1,) double, permutation (≥ rows,) → (rows, …)
 Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Tensor& permutation,
                    int64_t rows) {
+  const int64_t total = check_mixup_views(views, lam, permutation, rows);
   bool channels_last = false, contiguous = false;
-  int64_t total = 0;
   std::vector<int64_t> sizes;
   for (const Tensor& view : views) {
     sizes.push_back(view.size(0));
-    total += sizes.back();
     if (view.numel() > 0) (is_channels_last(view) ? channels_last : contiguous) = true;
   }
   channels_last = channels_last && !contiguous;
@@ -180,15 +179,12 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
 std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
                                          const Tensor& permutation,
                                          const std::vector<int64_t>& sizes) {
+  const int64_t total = check_mixup_views_backward(grad_, lam, permutation, sizes);
   const Image image(grad_);
   const Tensor& grad = image.tensor;
   const int64_t rows = grad.size(0), E = row_elements(grad);
-  int64_t total = 0;
   std::vector<Tensor> results;
-  for (const int64_t size : sizes) {
-    total += size;
-    results.push_back(new_rows(grad, size, image.channels_last));
-  }
+  for (const int64_t size : sizes) results.push_back(new_rows(grad, size, image.channels_last));
   if (total == 0 || E == 0) return results;
   const Numbers<1> number(lam);
   const Tensor source = new_tensor(grad, {total}, ScalarType::Long);

@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kResident) reconstruction_backward_k
 struct Arguments {
   Arguments(const Tensor& reconstruction_, const Tensor& images_,
             const std::optional<Tensor>& boxes_)
-      : reconstruction(reconstruction_), N(reconstruction_.size(0)), C(images_.size(1)),
+      : reconstruction(checked_reconstruction(reconstruction_, images_, boxes_)), N(reconstruction_.size(0)), C(images_.size(1)),
         H(images_.size(2)), W(images_.size(3)),
         images(torch::stable::contiguous(images_, reconstruction.channels_last
                                                       ? MemoryFormat::ChannelsLast
@@ -306,6 +306,7 @@ Tensor reconstruction_loss(const Tensor& reconstruction, const Tensor& images,
 // grad () and forward's arguments → gradient (V·B, C, H, W), dtype and format of the reconstruction
 Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruction,
                                     const Tensor& images, const std::optional<Tensor>& boxes) {
+  check_reconstruction_loss_backward(grad, reconstruction);
   const Arguments a(reconstruction, images, boxes);
   const Tensor& r = a.reconstruction.tensor;
   const Tensor result = new_tensor(r, {a.N, a.C, a.H, a.W}, r.scalar_type(),

@@ -173,6 +173,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targ
 // 1/T (1,) double → (B, K)
 Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Tensor>& labels,
                       const std::optional<Tensor>& clean_prob, const Tensor& exponent) {
+  check_refine_targets(logits, labels, clean_prob, exponent);
   const Tensor& z = logits[0];
   const int64_t B = z.size(0), K = z.size(1), all_views = static_cast<int64_t>(logits.size());
   const Tensor result = new_tensor(z, {B, K}, acc_type(z));

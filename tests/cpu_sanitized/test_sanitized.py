@@ -75,3 +75,15 @@ def test_random_calls_are_clean(sanitize: str) -> None:
     assert done.returncode == 0 and "1 passed" in done.stdout, said[-5000:]
     for word in ("AddressSanitizer", "runtime error", "ThreadSanitizer"):
         assert word not in said, said[-5000:]
+
+
+def test_direct_calls_are_clean() -> None:
+    """Of the operators, with arguments that do not fit together."""
+    assert cpu.loaded is not None
+    options = cpu_sanitized.environment("address")["ASAN_OPTIONS"]
+    done = start(
+        "address", sys.executable, "tests/direct_calls.py", "cpu", OMP_NUM_THREADS="1",
+        SANM_TEST_CPU_LIBRARIES=str(cpu_sanitized.library("address", cpu.loaded).parent),
+        ASAN_OPTIONS=f"{options}:allocator_may_return_null=1:max_allocation_size_mb=4000",
+    )  # fmt: skip
+    assert done.returncode == 0 and "mixup_views raised" in done.stdout, done.stderr[-5000:]

@@ -404,3 +404,12 @@ def test_two_values_and_one_loss(backend):
     assert_equal(actual, scikit_learn(unit(losses), max_iter=1), TIGHT)
     one = sk.fit_label_quality(losses[:1], max_iter=1, backend=backend)
     assert one.degenerate and one.clean_prob.tolist() == [1.0]
+
+
+@each(backend=CPU_BACKENDS, losses=[(0.0, 1, 2, 3), (2, 0, 1, 2), (1, 1, 1, 5)])
+def test_a_centre_that_is_drawn_twice_is_a_degenerate_fit(backend, losses):
+    """The operator's uniforms of 0, which a seed gives once in 2⁵³ draws."""
+    op, x = getattr(torch.ops.sanm_kernels.fit_label_quality, backend), torch.tensor(losses).float()
+    with sk.use_backend(backend):  # which loads it
+        clean, *_, n_iter, converged, degenerate = op(x, None, [0.0] * 3, 10, 1e-2, 5e-4, True)
+    assert clean.tolist() == [1.0] * 4 and not n_iter and not converged and degenerate

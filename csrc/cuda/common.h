@@ -66,6 +66,7 @@ class OnDevice {
 #ifdef SANM_CUDA_HOST
   explicit OnDevice(const Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
+  bool captured() const { return false; }
 #else
   explicit OnDevice(const Tensor& on) : index_(on.get_device_index()), guard_(index_) {}
 
@@ -81,6 +82,12 @@ class OnDevice {
     if (function == nullptr || function(index_, &stream) != 0)
       throw std::runtime_error("torch gives no current CUDA stream");
     return static_cast<cudaStream_t>(stream);
+  }
+  // Whether what is launched now becomes part of a graph.
+  bool captured() const {
+    cudaStreamCaptureStatus status{};
+    check_cuda(cudaStreamIsCapturing(stream(), &status), "cudaStreamIsCapturing");
+    return status != cudaStreamCaptureStatusNone;
   }
 
  private:

@@ -75,12 +75,18 @@ __global__ void __launch_bounds__(kThreads) average_kernel(
     }
     return epochs.count == 1 ? total : total / static_cast<double>(epochs.count);
   };
-  const double c0 = mean(first);
-  double low = INFINITY, high = -INFINITY;
+  double c0 = 0, low = INFINITY, high = -INFINITY;
   Sums own;
-  const int64_t end = split.end(blockIdx.x);
-  for (int64_t i = split.begin(blockIdx.x) + threadIdx.x; i < end; i += kThreads) {
-    const double value = mean(i);
+  const int64_t begin = split.begin(blockIdx.x) + threadIdx.x, end = split.end(blockIdx.x);
+  // c0 comes before the thread's samples: `mean` is compiled once, with registers enough.
+#pragma unroll 1
+  for (int64_t i = begin - kThreads; i < end; i += kThreads) {
+    const bool before = i < begin;
+    const double value = mean(before ? first : i);
+    if (before) {
+      c0 = value;
+      continue;
+    }
     x[i] = value;
     own[0] += value;
     own[1] += (value - c0) * (value - c0);

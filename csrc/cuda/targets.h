@@ -32,6 +32,8 @@ struct Targets {
       stride[3 - lead + d] = targets.stride(d);
     }
     M = size[0] * size[1] * size[2];
+    middle = Divisor<int64_t>(std::max<int64_t>(1, size[1]));
+    inner = Divisor<int64_t>(std::max<int64_t>(1, size[2]));
     class_stride = targets.stride(lead);
   }
 
@@ -40,6 +42,7 @@ struct Targets {
   ScalarType type = ScalarType::Float;
   bool vectors = false;
   int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0}, class_stride = 1;
+  Divisor<int64_t> middle, inner;  // by size[1], size[2]
   int64_t M = 0;
   int K;
   const A* ratio = nullptr;  // (M,) or null
@@ -53,8 +56,9 @@ struct Targets {
   // Offset of target row m.
   SANM_DEVICE int64_t start(int64_t m) const {
     if (size[0] == 1 && size[1] == 1) return m * stride[2];
-    const int64_t outer = m / size[2];
-    return outer / size[1] * stride[0] + outer % size[1] * stride[1] + m % size[2] * stride[2];
+    int64_t second = inner.split(m);
+    const int64_t first = middle.split(second);
+    return first * stride[0] + second * stride[1] + m * stride[2];
   }
   SANM_DEVICE int64_t label(int64_t m) const { return labels[m * stride[2]]; }
 

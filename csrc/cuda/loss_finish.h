@@ -49,8 +49,9 @@ constexpr int kCounters = 8192;
 #endif
 __device__ unsigned counters[2 * kCounters];
 
-// Takes a counter that is not another launch's at the same time. A launch in a graph runs whenever
-// the graph does, and keeps its own; of the others fewer than there are counters wait in queues.
+// Takes a counter that no launch has which can run at the same time. A captured one runs whenever
+// its graph does: it has a counter that comes up again after so many captures; of the others fewer
+// than there are counters wait in queues.
 inline int take_counter(const Tensor& on) {
   static std::atomic<unsigned> taken[2];
   const int captured = OnDevice(on).captured();

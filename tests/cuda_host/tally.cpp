@@ -107,14 +107,16 @@ void touch(const volatile void* p, size_t bytes, bool write) {
   }
 }
 
-// An atomic operation is a load and a store, and, wherever it is, a trip to memory.
+// An atomic operation is a load and a store. On a __device__ variable, which lies in the library, it
+// is a trip to memory; the emulation's own atomics are of objects that it has allocated.
 void exchange(const volatile void* p, size_t bytes) {
-  if (thread == nullptr || *thread == nullptr) return;
+  touch(p, bytes, false);
+  touch(p, bytes, true);
+  Dl_info library{};
+  if (thread == nullptr || *thread == nullptr || !dladdr(const_cast<const void*>(p), &library)) return;
   Present& block = present[(*thread)->block->rank];
   block.waited = true;
   ++block.waits[kTrips];
-  touch(p, bytes, false);
-  touch(p, bytes, true);
 }
 
 }  // namespace

@@ -150,6 +150,8 @@ void tally_meeting(const Meeting& meeting) {
 
 void tally_launch(const Grid& grid) {
   for (Present& block : present) block.end();
+  if (grid.cooperative)  // all blocks are of rank 0, at the same time, and alike
+    for (int k = 0; k < kWaits; ++k) count.slowest[k] = count.waits[k] / grid.block_count();
   const char* const name = std::getenv("SANM_CUDA_HOST_TALLY");
   Dl_info library{};
   dladdr(grid.kernel, &library);

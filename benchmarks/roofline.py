@@ -10,7 +10,8 @@ taken to last
     from LAUNCH + max(moving, waiting)   blocks wait while others move data
       to LAUNCH + moving + waiting       all wait at the same time
     moving = max(memory / copy, l2 / (2 · copy))
-    waiting = waves · (TRIP · trips + BARRIER · barriers + EXCHANGE · exchanges of a warp)
+    waiting = (waves − 1) · serial of a block on average + serial of the slowest one
+    serial = TRIP · trips + BARRIER · barriers + EXCHANGE · exchanges of a warp
     waves = ⌈blocks / (multiprocessors · blocks that one holds)⌉
 
 with copy the rate at which the GPU copies within its memory, a level-2 cache twice as fast as that,
@@ -204,9 +205,12 @@ def seconds(launch: dict[str, Any], device: Device, registers: dict[str, int]) -
     used = registers.get(launch["kernel"], 64) * threads
     together = min(32, 2048 // threads, 65536 // used, device.shared // (launch["shared"] + 1024))
     waves = -(-blocks // (device.multiprocessors * max(1, together)))
-    serial = TRIP * launch["trips"] + BARRIER * launch["barriers"]
-    serial += EXCHANGE * launch["exchanges"] / -(-threads // 32)
-    waiting = waves * serial / blocks
+
+    def serial(barriers: int, exchanges: int, trips: int) -> float:
+        return BARRIER * barriers + EXCHANGE * exchanges / -(-threads // 32) + TRIP * trips
+
+    average = serial(*(launch[what] for what in ("barriers", "exchanges", "trips"))) / blocks
+    waiting = (waves - 1) * average + serial(*launch["slowest"])
     moving = max(sum(launch["memory"]), sum(launch["l2"]) / 2) / device.copy
     return [LAUNCH + max(moving, waiting), LAUNCH + moving + waiting]
 

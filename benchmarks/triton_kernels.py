@@ -257,9 +257,9 @@ def calls() -> dict[str, Any]:
                 numbers(4, ratio),
             )
             settings = (n // 2, True, -100, True)
-            *_, per_sample, normalizer, p_mean = op.forward(logits, *given, *settings)
+            *_, per_sample, normalizer, p_mean, counts = op.forward(logits, *given, *settings)
             for grads in ((empty(), *[None] * 5), (*[empty()] * 5, per_sample)):
-                op.backward(*grads, logits, *given, normalizer, p_mean, *settings)
+                op.backward(*grads, logits, *given, normalizer, p_mean, counts, *settings)
 
         return call
 

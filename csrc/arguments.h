@@ -129,7 +129,8 @@ inline void check_masked_loss(const Tensor& logits, const Tensor& targets, const
 
 inline void check_masked_loss_backward(std::initializer_list<const OptTensor*> grads,
                                        const OptTensor& grad_per_sample, const Tensor& logits,
-                                       const Tensor& normalizer, const Tensor& p_mean) {
+                                       const Tensor& normalizer, const Tensor& p_mean,
+                                       const Tensor& counts) {
   const Expect all(logits);
   const ScalarType type = acc_type(logits);
   const int64_t n = logits.size(0);
@@ -137,6 +138,7 @@ inline void check_masked_loss_backward(std::initializer_list<const OptTensor*> g
   all(grad_per_sample, "grad_per_sample", {n}, type);
   all(normalizer, "normalizer", {n, 2}, type);
   all(p_mean, "p_mean", {logits.size(1)}, type);
+  all(counts, "counts", {2}, ScalarType::Long);
 }
 
 // ---- refine_targets

@@ -128,11 +128,12 @@ std::vector<double> log_means(const T* z, const A* norm, int64_t n, int64_t K,
   return top;
 }
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // logits (n, K), targets (…, K) floats or (M,) int64, ratio (M,), permutation (≥ n,), prior (K,),
 // scalars (4,) double λ, λ_u, ρ, ν → total, L_x, L_u, P, N (), per_sample (n,),
-// (max, log-sum) (n, 2), p̄ (K,), or log p̄ where that is below kRare
+// (max, log-sum) (n, 2), p̄ (K,), or log p̄ where that is below kRare, labelled
+// and unlabelled rows that count (2,) int64
 Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor& ratio,
                    const OptTensor& permutation, const OptTensor& prior_, const Tensor& scalars,
                    int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {
@@ -146,7 +147,8 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
   const Tensor total = new_tensor({}, type), labeled = new_tensor({}, type),
                unlabeled = new_tensor({}, type), penalty = new_tensor({}, type),
                confidence = new_tensor({}, type), per_sample = new_tensor({n}, type),
-               normalizer = new_tensor({n, 2}, type), p_mean = new_tensor({K}, type);
+               normalizer = new_tensor({n, 2}, type), p_mean = new_tensor({K}, type),
+               counts = new_tensor({2}, ScalarType::Long);
   dispatch(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -210,9 +212,11 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
       sum.confidence += sums[block].confidence;
       for (int64_t k = 0; k < K; ++k) column[k] += columns[block * Kp + k];
     }
+    int64_t* const count = out<int64_t>(counts);
+    count[0] = target.counting(0, nx), count[1] = target.counting(nx, n);
     if (mean) {
-      sum.labeled /= std::max<int64_t>(1, target.counting(0, nx));
-      sum.unlabeled /= std::max<int64_t>(1, target.counting(nx, n));
+      sum.labeled /= std::max<int64_t>(1, count[0]);
+      sum.unlabeled /= std::max<int64_t>(1, count[1]);
     }
     sum.confidence /= std::max<int64_t>(1, n);
     A* const means = out<A>(p_mean);
@@ -241,31 +245,33 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
                                     weighted(weight.prior, divergence) +
                                     weighted(weight.confidence, sum.confidence));
   });
-  return {total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean};
+  return {total,      labeled,    unlabeled, penalty, confidence,
+          per_sample, normalizer, p_mean,    counts};
 }
 
 // The upstream gradient of one scalar output; absent: 0.
 template <typename A>
 double upstream(const OptTensor& grad) { return grad ? static_cast<double>(*in<A>(*grad)) : 0; }
 
-// Upstream gradients of forward's first six outputs, its inputs, (max, log-sum) (n, 2) and p̄ (K,)
-// → gradient (n, K) in the logits' dtype
+// Upstream gradients of forward's first six outputs, its inputs, and of its outputs (max, log-sum)
+// (n, 2), p̄ (K,) and the counts (2,) → gradient (n, K) in the logits' dtype
 Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_labeled,
                             const OptTensor& grad_unlabeled, const OptTensor& grad_prior,
                             const OptTensor& grad_confidence, const OptTensor& grad_per_sample,
                             const Tensor& logits_, const Tensor& targets, const OptTensor& ratio,
                             const OptTensor& permutation, const OptTensor& prior_,
                             const Tensor& scalars, const Tensor& normalizer_,
-                            const Tensor& p_mean_, int64_t num_labeled, bool clamp,
-                            int64_t ignore_index, bool mean) {
+                            const Tensor& p_mean_, const Tensor& counts_, int64_t num_labeled,
+                            bool clamp, int64_t ignore_index, bool mean) {
   check_masked_loss(logits_, targets, ratio, permutation, prior_, scalars, num_labeled);
   check_masked_loss_backward(
       {&grad_total, &grad_labeled, &grad_unlabeled, &grad_prior, &grad_confidence},
-      grad_per_sample, logits_, normalizer_, p_mean_);
+      grad_per_sample, logits_, normalizer_, p_mean_, counts_);
   const Scalars weight(scalars);
   const Tensor logits = packed(logits_);
   const OptTensor prior = packed(prior_);
-  const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_);
+  const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_),
+               counts = packed(counts_);
   const OptTensor grad_rows = packed(grad_per_sample);
   const int64_t n = logits.size(0), K = logits.size(1), nx = num_labeled;
   check_count(nx, n, "num_labeled");
@@ -278,8 +284,8 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
     double cx = upstream<A>(grad_labeled) + g,
            cu = upstream<A>(grad_unlabeled) + weighted(weight.unlabeled, g);
     if (mean) {
-      cx /= std::max<int64_t>(1, target.counting(0, nx));
-      cu /= std::max<int64_t>(1, target.counting(nx, n));
+      cx /= std::max<int64_t>(1, in<int64_t>(counts)[0]);
+      cu /= std::max<int64_t>(1, in<int64_t>(counts)[1]);
     }
     const double gp = upstream<A>(grad_prior) + weighted(weight.prior, g);
     const A gn = static_cast<A>((upstream<A>(grad_confidence) +

@@ -68,6 +68,7 @@ class OnDevice {
 #ifdef SANM_CUDA_HOST
   explicit OnDevice(const Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
+  bool captured() const { return false; }
 #else
   explicit OnDevice(const Tensor& on) : index_(on.get_device_index()), guard_(index_) {}
 
@@ -83,6 +84,12 @@ class OnDevice {
     if (function == nullptr || function(index_, &stream) != 0)
       throw std::runtime_error("torch gives no current CUDA stream");
     return static_cast<cudaStream_t>(stream);
+  }
+  // Whether what is launched now becomes part of a graph.
+  bool captured() const {
+    cudaStreamCaptureStatus status{};
+    check_cuda(cudaStreamIsCapturing(stream(), &status), "cudaStreamIsCapturing");
+    return status != cudaStreamCaptureStatusNone;
   }
 
  private:
@@ -240,31 +247,37 @@ void dispatch_stored(ScalarType type, const Body& body) {
   });
 }
 
-// Division by a number that the host knows, without one. In 32 bits, with 2^(l−1) < d ≤ 2^l and
-// m = ⌊2^(31+l)/d⌋ + 1, n/d is n·m >> (31 + l) for n < 2³¹: m·d exceeds 2^(31+l) by 2^l at most.
+// Division by a number d ≥ 1 that the host knows, without one. In b bits, with 2^(l−1) < d ≤ 2^l and
+// m = ⌊2^(b−1+l)/d⌋ + 1, n/d is n·m >> (b − 1 + l) for 0 ≤ n < 2^(b−1): m·d exceeds 2^(b−1+l) by 2^l
+// at most. Of the product the upper half of 2n·m suffices.
 template <typename I>
 class Divisor {
+  using U = std::make_unsigned_t<I>;
+
  public:
+  Divisor() : Divisor(1) {}
   explicit Divisor(int64_t d) : d_(static_cast<I>(d)) {
-    if (sizeof(I) > 4) return;
-    while ((int64_t{1} << (shift_ - 31)) < d) ++shift_;
-    multiplier_ = static_cast<uint32_t>((int64_t{1} << shift_) / d + 1);
+    while ((uint64_t{1} << shift_) < static_cast<uint64_t>(d)) ++shift_;
+    multiplier_ = static_cast<U>((static_cast<unsigned __int128>(1) << (kBits - 1 + shift_)) / d + 1);
   }
   // The quotient; n becomes the remainder.
   SANM_DEVICE I split(I& n) const {
-    I quotient;
-    if constexpr (sizeof(I) == 4)
-      quotient = static_cast<I>(static_cast<uint64_t>(n) * multiplier_ >> shift_);
+    const U twice = static_cast<U>(n) << 1;
+    U upper;
+    if constexpr (kBits == 32)
+      upper = static_cast<U>(static_cast<uint64_t>(twice) * multiplier_ >> 32);
     else
-      quotient = n / d_;
+      upper = __umul64hi(twice, multiplier_);
+    const I quotient = static_cast<I>(upper >> shift_);
     n -= quotient * d_;
     return quotient;
   }
 
  private:
+  static constexpr int kBits = 8 * sizeof(I);
   I d_;
-  uint32_t multiplier_ = 0;
-  int shift_ = 31;
+  U multiplier_ = 0;
+  int shift_ = 0;
 };
 
 // Calls body(N) with the elements that one access takes, as a constant.

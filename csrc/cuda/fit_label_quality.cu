@@ -5,7 +5,7 @@
 //   fit        all that needs x many times: one block per multiprocessor, all at the same time
 //     draw       two candidates for the second centre (k-means++), the same in every block
 //     potentials of both candidates, and Σ(x − mean)²
-//     Lloyd      until the centres rest; the last sweep's moments are what the first M-step needs
+//     Lloyd      until the centres rest; then a sweep for the moments that the first M-step needs
 //     EM         M-step, convergence, E-step
 //     posterior  the order of the components, whether the fit is degenerate
 //
@@ -75,12 +75,18 @@ __global__ void __launch_bounds__(kThreads) average_kernel(
     }
     return epochs.count == 1 ? total : total / static_cast<double>(epochs.count);
   };
-  const double c0 = mean(first);
-  double low = INFINITY, high = -INFINITY;
+  double c0 = 0, low = INFINITY, high = -INFINITY;
   Sums own;
-  const int64_t end = split.end(blockIdx.x);
-  for (int64_t i = split.begin(blockIdx.x) + threadIdx.x; i < end; i += kThreads) {
-    const double value = mean(i);
+  const int64_t begin = split.begin(blockIdx.x) + threadIdx.x, end = split.end(blockIdx.x);
+  // c0 comes before the thread's samples: `mean` is compiled once, with registers enough.
+#pragma unroll 1
+  for (int64_t i = begin - kThreads; i < end; i += kThreads) {
+    const bool before = i < begin;
+    const double value = mean(before ? first : i);
+    if (before) {
+      c0 = value;
+      continue;
+    }
     x[i] = value;
     own[0] += value;
     own[1] += (value - c0) * (value - c0);
@@ -197,25 +203,40 @@ __global__ void __launch_bounds__(kFitThreads, 1) fit_kernel(
   // Lloyd: each centre moves to its samples' mean until the summed squared shift is at most 1e-4 of
   // the variance. The first centre wins ties; one without samples becomes NaN, and nothing moves.
   double m0 = c0, m1 = totals[1] < totals[0] ? c2 : c1;
+  const auto nearer = [](double d1, double d0) { return above(d0 * d0, d1 * d1); };
   bool moving = true;
 #pragma unroll 1
-  for (int iteration = 0;; ++iteration) {
+  for (int iteration = 0; moving && iteration < kLloydIterations; ++iteration) {
     own = Sums{};
+    int members[2] = {};
     part.sweep([&](const Vector<double, kPair>& pair, int64_t, bool both) {
 #pragma unroll
       for (int u = 0; u < kPair; ++u) {
-        const double d0 = pair[u] - m0, d1 = pair[u] - m1, r = u == 0 || both ? 1.0 : 0.0;
-        const bool second = d1 * d1 < d0 * d0;
-        add_moments(own, second ? 0.0 : r, second ? r : 0.0, d0, d1);
+        const double d0 = pair[u] - m0, d1 = pair[u] - m1;
+        const bool second = nearer(d1, d0);
+        if (u > 0 && !both) continue;
+        members[0] += !second, members[1] += second;
+        own[2] += second ? 0.0 : d0;
+        own[3] += second ? d1 : 0.0;
       }
     });
+    own[0] = members[0], own[1] = members[1];
     totals = together.sums(own);
-    if (!moving || iteration == kLloydIterations) break;
     const double shift0 = totals[2] / totals[0], shift1 = totals[3] / totals[1];
     m0 += shift0;
     m1 += shift1;
     moving = shift0 * shift0 + shift1 * shift1 > kLloydTolerance * variance;
   }
+  own = Sums{};
+  part.sweep([&](const Vector<double, kPair>& pair, int64_t, bool both) {
+#pragma unroll
+    for (int u = 0; u < kPair; ++u) {
+      const double d0 = pair[u] - m0, d1 = pair[u] - m1, r = u == 0 || both ? 1.0 : 0.0;
+      const bool second = nearer(d1, d0);
+      add_moments(own, second ? 0.0 : r, second ? r : 0.0, d0, d1);
+    }
+  });
+  totals = together.sums(own);
   if (threadIdx.x == 0) p->mean[0] = m0, p->mean[1] = m1;
   if (warp() == 0) {
     __syncwarp();
@@ -241,15 +262,16 @@ __global__ void __launch_bounds__(kFitThreads, 1) fit_kernel(
       for (int u = 0; u < kPair; ++u) {
         const double d0 = pair[u] - m0, d1 = pair[u] - m1;
         const double l0 = std::fma(slope0 * d0, d0, level0), l1 = std::fma(slope1 * d1, d1, level1);
-        const bool upper = l1 > l0;
-        double e = exp_minus(fabs(l1 - l0)), likelier = reciprocal(1 + e), top = upper ? l1 : l0;
+        const double odds = l1 - l0;
+        const bool upper = above(odds, 0);
+        double e = exp_minus(fabs(odds)), likelier = reciprocal(1 + e), top = upper ? l1 : l0;
         if (u > 0 && !both) e = likelier = top = 0;
         const double other = e * likelier;
         add_moments(own, upper ? other : likelier, upper ? likelier : other, d0, d1);
         own[6] += top;
         product *= 1 + e;
       }
-      if (product > kFull) {
+      if (above(product, kFull)) {
         own[6] += log(product);
         product = 1;
       }

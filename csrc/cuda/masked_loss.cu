@@ -4,38 +4,23 @@
 // With e_k = exp(z_k − max z) and p = e / Σe, from registers (K ≤ 1024, or 512) or shared memory:
 //   cross-entropy  Σ_k t_k (log Σe − (z_k − max z))     squared error  (1/K) Σ_k (p_k − t_k)²
 //   Σ_k p_k log p_k = Σ_k p_k (z_k − max z) − log Σe.
-// Forward is two launches: each block adds p over its rows; then the blocks' column sums are added,
-// in order, and the block that finishes last adds the other sums and writes the losses. Backward is
-// one launch (two where many labels are to be counted) and needs p̄ = mean p, maxima and log Σe:
+// Forward is one launch: each block adds p over its rows, a cluster adds the column sums of its
+// blocks through shared memory, and the cluster that is through last adds those of all, in order, and
+// writes the losses. Where that is too much for one block (many classes, or no clusters), a second
+// launch does it. Backward is one launch and needs p̄ = mean p, maxima, log Σe, how many rows count:
 //   dL/dz_k = p_k (h_k − Σ_j p_j h_j) + [labelled] c (p_k Σ_j t_j − t_k),
 //   h_k = [unlabelled] c (2/K)(p_k − t_k) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_k / n.
 // max z and log Σe are kept apart: their float32 sum would cost large logits their digits.
+#include "cuda/loss_finish.h"
 #include "cuda/targets.h"
 
 namespace sanm {
 namespace {
 
-constexpr int kFinishThreads = 512;
-constexpr int kCountBlocks = 128;
-constexpr int64_t kManyLabels = 16384;  // are counted in a launch of its own in backward
-constexpr int kHoldBytes = 47 * 1024;  // of a row in shared memory, with which it is below 48 KiB
-
-// Σ over rows: labelled and unlabelled losses, how many of them count, Σ p log p.
-enum { kLabeled, kUnlabeled, kLabeledCount, kUnlabeledCount, kConfidence, kSums };
-
-// The run-time numbers: λ, λ_u, ρ, ν.
-enum { kLam, kUnlabeledWeight, kPriorWeight, kConfidenceWeight, kNumbers };
-
-// weight·term, and 0 for weight 0 even where the term is infinite
-SANM_DEVICE double weighted(double weight, double term) { return weight == 0 ? 0 : weight * term; }
-
-// π, or the uniform one.
-template <typename A>
-struct Prior {
-  const A* data;  // (K,) or null
-  int64_t stride;
-  SANM_DEVICE A operator()(int k, int K) const { return data ? data[k * stride] : A{1} / K; }
-};
+constexpr int kCluster = 8;                   // blocks, at most
+constexpr int kColumns = kScratch + 64;       // bytes, before the column sums or the row
+constexpr int kHoldBytes = 47 * 1024;         // of a row in shared memory: it is below 48 KiB
+constexpr int64_t kFinishBytes = 128 * 1024;  // of column sums that one block adds
 
 // A row's maximum; a row that is not whole is left in `held`, where given.
 template <typename Shape, typename S, typename A>
@@ -57,11 +42,11 @@ SANM_DEVICE A max_row(const Logits<S>& logits, int64_t i, A (&x)[Shape::C],
 template <typename Shape>
 constexpr int kParts = Shape::kThreads / (Shape::kBlock ? Shape::G : kWarp);
 
-// Writes the block's column sums of p, of which the lanes have theirs in `mine`.
+// Adds up the block's column sums of p, of which the lanes have theirs in `mine`.
 template <typename Shape, typename A>
-SANM_DEVICE void store_columns(const A (&mine)[Shape::C], int K,
-                               A* column) {  // (K,), written
-  A* parts = shared_memory<A>(kScratch);  // (kParts<Shape>, K)
+SANM_DEVICE void add_columns(const A (&mine)[Shape::C], int K,
+                             double* columns) {  // shared (K,), written; then (kParts, K) of A
+  A* const parts = reinterpret_cast<A*>(columns + K);
   Shape::each_class(0, K, [&](int c, int k) {
     A sum = mine[c];
 #pragma unroll
@@ -72,30 +57,32 @@ SANM_DEVICE void store_columns(const A (&mine)[Shape::C], int K,
   });
   __syncthreads();
   for (int k = threadIdx.x; k < K; k += Shape::kThreads) {
-    A sum = 0;
+    double sum = 0;
 #pragma unroll
     for (int part = 0; part < kParts<Shape>; ++part) sum += parts[part * K + k];
-    column[k] = sum;
+    columns[k] = sum;
   }
 }
 
-// Each block takes rows in turn. Shared memory: scratch; then the column sums of its parts
-// (kParts<Shape>, K) or, of a row that is not whole and `hold` given, the row (K,).
+// Each block takes rows in turn. Shared memory: scratch; the block's sums; then its column sums (K,)
+// and those of its parts (kParts<Shape>, K) or, of a row that is not whole and `hold` given, the row.
 template <typename Shape, typename S>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss_kernel(
     const Logits<S> logits,                    // (n, K)
     const Targets<typename Shape::A> targets,  // (M, K) or (M,)
     typename Shape::A* per_sample,             // (n,), written
     typename Shape::A* normalizer,             // (n, 2), written: maximum, log-sum
-    typename Shape::A* columns,                // (blocks, K), written: Σ p over the block's rows
-    double* sums,                              // (kSums, blocks), written
-    int* arrived,                              // (), written: 0, for the finishing blocks
-    int64_t num_labeled, bool hold) {
+    typename Shape::A* columns,  // (clusters, K), written: Σ p over the rows of a cluster's blocks
+    double* sums,                // (kSums, clusters), written
+    int64_t num_labeled, bool hold,
+    int counter,  // −1: another launch finishes
+    const Finish<typename Shape::A> finish) {
   using A = typename Shape::A;
   const int K = logits.K;
-  if (global_thread() == 0) *arrived = 0;
-  A* const column = columns + static_cast<int64_t>(blockIdx.x) * K;
-  A* const held = hold ? shared_memory<A>(kScratch) : nullptr;
+  const int rank = cluster_rank(), blocks = cluster_size();
+  const int64_t cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
+  A* const column = columns + cluster * K;  // a row that is not whole has no other blocks
+  A* const held = hold ? shared_memory<A>(kColumns) : nullptr;
   A mine[Shape::C] = {};
   double sum[kSums] = {};
   bool started = false;
@@ -159,124 +146,54 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     sum[kLabeledCount] += labeled;
     sum[kUnlabeledCount] += !labeled;
   });
+  double* const whole = shared_memory<double>(kColumns);  // (K,): the block's column sums
   if (Shape::kWhole)
-    store_columns<Shape>(mine, K, column);
+    add_columns<Shape>(mine, K, whole);
   else if (!started)  // there is no row
     for (int k = threadIdx.x; k < K; k += Shape::kThreads) column[k] = 0;
-  double* share = shared_memory<double>();  // (kSums, warps): the columns are through with it
+  double* share = shared_memory<double>();  // (kSums, warps): the rows are through with it
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
     const double added = warp_reduce(sum[s], Sum());
     if (lane() == 0) share[s * warps() + warp()] = added;
   }
   __syncthreads();
-  if (threadIdx.x >= kSums) return;
-  double added = 0;
-  for (int w = 0; w < warps(); ++w) added += share[threadIdx.x * warps() + w];
-  sums[static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x] = added;
-}
-
-// Σ of `count` numbers by the warp.
-SANM_DEVICE double warp_sum(const double* values,  // (count,)
-                            int64_t count) {
-  double sum = 0;
-#pragma unroll 8
-  for (int64_t i = lane(); i < count; i += kWarp) sum += values[i];
-  return warp_reduce(sum, Sum());
-}
-
-// Block j: p̄ of classes 32·j and on, one per lane, warps taking parts in turn; meanwhile the other
-// sums, a warp each; the block that is last: the losses. Shared memory: scratch; then (warps, kWarp)
-// doubles.
-template <typename A>
-__global__ void __launch_bounds__(kFinishThreads, 1) masked_loss_finish_kernel(
-    const A* columns,    // (parts, K)
-    const double* sums,  // (kSums, parts)
-    const Prior<A> prior,
-    double* penalties,  // workspace (blocks,)
-    int* arrived,       // (), 0: counts the blocks that are through
-    A* total, A* labeled, A* unlabeled, A* penalty, A* confidence,  // (), written
-    A* p_mean,                                                      // (K,), written
-    int64_t n, int K, int64_t parts, bool mean, const Numbers<kNumbers> numbers) {
-  double* share = shared_memory<double>(kScratch);
-  const int k = blockIdx.x * kWarp + lane();
-  double column = 0;
-  if (k < K) {
+  double* const totals = shared_memory<double>(kScratch);  // (kSums,), before `last`
+  if (threadIdx.x < kSums) {
+    double added = 0;
+    for (int w = 0; w < warps(); ++w) added += share[threadIdx.x * warps() + w];
+    totals[threadIdx.x] = added;
+  }
+  cluster_sync();
+  // x: in the shared memory of each of the cluster's blocks
+  const auto over_blocks = [&](const double* x) {
+    double added = 0;
+#pragma unroll
+    for (int b = 0; b < kCluster; ++b)
+      if (b < blocks) added += cluster_load(x, b);
+    return added;
+  };
+  if (Shape::kWhole)
+    for (int k = rank * Shape::kThreads + threadIdx.x; k < K; k += blocks * Shape::kThreads)
+      column[k] = static_cast<A>(over_blocks(whole + k));
+  if (rank == 0 && threadIdx.x < kSums)
+    sums[threadIdx.x * clusters + cluster] = over_blocks(totals + threadIdx.x);
+  cluster_sync();
+  if (!Shape::kWhole || counter < 0 || rank > 0) return;
+  if (!last_of(clusters, counter, reinterpret_cast<int*>(totals + kSums))) return;
+  double term = 0;
+  for (int k = threadIdx.x; k < K; k += Shape::kThreads) {
+    double added = 0;
 #pragma unroll 16
-    for (int64_t i = warp(); i < parts; i += warps()) column += columns[i * K + k];
+    for (int64_t i = 0; i < clusters; ++i) added += __ldcg(columns + i * K + k);
+    term += finish.mean_of(k, added);
   }
-  share[warp() * kWarp + lane()] = column;
-  __syncthreads();
-  double* totals = shared_memory<double>();  // (kSums,), after `last`
-  if (warp() > 0 && warp() <= kSums) {
-    const double sum = warp_sum(sums + (warp() - 1) * parts, parts);
-    if (lane() == 0) totals[warp()] = sum;
+  if (warp() < kSums) {
+    const double added = warp_sum(sums + warp() * clusters, clusters);
+    if (lane() == 0) totals[warp()] = added;
   }
-  if (warp() == 0) {
-    column = 0;
-    for (int w = 0; w < warps(); ++w) column += share[w * kWarp + lane()];
-    const double rows = n > 1 ? n : 1, mean_k = column / rows;
-    double term = 0;
-    if (k < K) {
-      p_mean[k] = static_cast<A>(mean_k);
-      const double pi = prior(k, K);
-      if (pi != 0 && n > 0) term = pi * std::log(pi / mean_k);
-    }
-    term = warp_reduce(term, Sum());
-    if (lane() == 0) penalties[blockIdx.x] = term;
-  }
-  // Every block's penalty is written before the block counts, and read by the last one only.
-  int* last = shared_memory<int>();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    *last = atomicAdd(arrived, 1) == static_cast<int>(gridDim.x) - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (!*last || warp() > 0) return;
-  double of_labeled = totals[1 + kLabeled], of_unlabeled = totals[1 + kUnlabeled];
-  if (mean) {
-    of_labeled /= Max()(1.0, totals[1 + kLabeledCount]);
-    of_unlabeled /= Max()(1.0, totals[1 + kUnlabeledCount]);
-  }
-  const double of_confidence = totals[1 + kConfidence] / static_cast<double>(n > 1 ? n : 1);
-  const double divergence = warp_sum(penalties, gridDim.x);
-  if (lane() != 0) return;
-  *labeled = static_cast<A>(of_labeled);
-  *unlabeled = static_cast<A>(of_unlabeled);
-  *penalty = static_cast<A>(divergence);
-  *confidence = static_cast<A>(of_confidence);
-  *total = static_cast<A>(of_labeled + weighted(numbers[kUnlabeledWeight], of_unlabeled) +
-                          weighted(numbers[kPriorWeight], divergence) +
-                          weighted(numbers[kConfidenceWeight], of_confidence));
-}
-
-// How many rows count, labelled and unlabelled: the block's part of them, rows i, i + step, …
-struct Counts {
-  int labeled, unlabeled;
-};
-template <typename A>
-SANM_DEVICE Counts count_rows(const Targets<A>& targets, int64_t n, int64_t num_labeled, int64_t i,
-                              int64_t step) {
-  constexpr uint64_t kUnlabeledOne = uint64_t{1} << 32;  // both in one sum
-  uint64_t count = 0;
-#pragma unroll 4
-  for (; i < n; i += step)
-    if (targets.counts(i)) count += i < num_labeled ? 1 : kUnlabeledOne;
-  count = block_sum(count, shared_memory<uint64_t>());
-  return {static_cast<int>(count), static_cast<int>(count >> 32)};
-}
-
-// For backward with more labels than every block should look at.
-template <typename A>
-__global__ void __launch_bounds__(kFinishThreads) masked_loss_count_kernel(
-    const Targets<A> targets,
-    double* counts,  // (2, blocks), written: labelled and unlabelled rows that count
-    int64_t n, int64_t num_labeled) {
-  const Counts own = count_rows(targets, n, num_labeled, global_thread(), global_threads());
-  if (threadIdx.x != 0) return;
-  counts[blockIdx.x] = own.labeled;
-  counts[gridDim.x + blockIdx.x] = own.unlabeled;
+  term = block_sum(term, share);
+  if (threadIdx.x == 0) finish.write(totals, term);
 }
 
 // Upstream gradients of forward's first six outputs; absent: null, zeros.
@@ -302,7 +219,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     const Prior<typename Shape::A> prior,
     const typename Shape::A* normalizer,  // (n, 2)
     const typename Shape::A* p_mean,      // (K,)
-    const double* counts,                 // (2, kCountBlocks) of many labels, or null
+    const int64_t* counts,                // (2,): labelled and unlabelled rows that count
     S* result,                            // (n, K), written, of the logits' dtype
     int64_t num_labeled, bool mean, bool hold, bool vectors, const Numbers<kNumbers> numbers) {
   using A = typename Shape::A;
@@ -327,16 +244,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     for (int k = threadIdx.x; k < K; k += blockDim.x) slopes[k] = slope(k);
   __syncthreads();
   if (mean) {
-    double seen = static_cast<double>(n - num_labeled), seen_labeled = num_labeled;
-    if (counts) {
-      seen_labeled = warp_sum(counts, kCountBlocks);
-      seen = warp_sum(counts + kCountBlocks, kCountBlocks);
-    } else if (targets.labels) {
-      const Counts all = count_rows(targets, n, num_labeled, threadIdx.x, blockDim.x);
-      seen_labeled = all.labeled, seen = all.unlabeled;
-    }
-    labeled_slope /= Max()(1.0, seen_labeled);
-    unlabeled_slope /= Max()(1.0, seen);
+    labeled_slope /= Max()(1.0, static_cast<double>(counts[0]));
+    unlabeled_slope /= Max()(1.0, static_cast<double>(counts[1]));
   }
   Shape::each_row(n, [&](int64_t i, bool exists) {
     A x[Shape::C], h[Shape::C];
@@ -384,16 +293,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
   });
 }
 
-template <typename A>
-Prior<A> prior_of(const OptTensor& prior) {
-  return {in_or_null<A>(prior), prior ? prior->stride(0) : 0};
-}
-
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // logits (n, K), targets (…, K) floats or (M,) int64, ratio (M,), permutation (≥ n,), prior (K,),
 // scalars (4,) double: λ, λ_u, ρ, ν → total, L_x, L_u, P, N (), per_sample (n,),
-// (max, log-sum) (n, 2), p̄ (K,)
+// (max, log-sum) (n, 2), p̄ (K,), labelled and unlabelled rows that count (2,) int64
 Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
                    const OptTensor& permutation, const OptTensor& prior, const Tensor& scalars,
                    int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {
@@ -408,54 +312,66 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
   };
   const Tensor total = make({}, type), labeled = make({}, type), unlabeled = make({}, type),
                penalty = make({}, type), confidence = make({}, type), per_sample = make({n}, type),
-               normalizer = make({n, 2}, type), p_mean = make({K}, type);
+               normalizer = make({n, 2}, type), p_mean = make({K}, type),
+               counts = make({2}, ScalarType::Long);
   dispatch_stored(logits.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using A = acc_t<S>;
     const Targets<A> target(targets, ratio, permutation, K, Share<A>(numbers), clamp, ignore_index);
     with_row_shape<S>(K, vector_rows(logits), [&](auto shape) {
       using Shape = decltype(shape);
-      // One block at least: it sets the counter, and its sums are zeros.
-      const int64_t blocks = std::max<int64_t>(1, row_blocks<Shape>(logits, n)),
-                    finishing = ceil_div(K, kWarp), row = K * static_cast<int64_t>(sizeof(A));
+      const auto kernel = masked_loss_kernel<Shape, S>;
+      // One block at least: its sums are zeros. As large a cluster as they fill.
+      const int64_t wanted = std::max<int64_t>(1, row_blocks<Shape>(logits, n));
+      int64_t cluster = Shape::kWhole ? std::min(kCluster, cluster_limit(logits, kernel)) : 1;
+      while (cluster > wanted) cluster /= 2;
+      const int64_t most = std::max<int64_t>(1, multiprocessors(logits) * Shape::kMost / cluster),
+                    clusters = std::min(ceil_div(wanted, cluster), most);
+      const int64_t row = K * static_cast<int64_t>(sizeof(A)), chunks = ceil_div(K, kWarp);
       const bool hold = !Shape::kWhole && row <= kHoldBytes;
-      const int64_t shared =
-          kScratch + (hold ? row : Shape::kWhole ? kParts<Shape> * row : 0);
-      const Tensor columns = make({blocks, K}, type),
-                   sums = make({kSums, blocks}, ScalarType::Double),
-                   penalties = make({finishing}, ScalarType::Double),
-                   arrived = make({}, ScalarType::Int);
-      launch({"masked_loss", logits, {blocks}, Shape::kThreads, shared},
-             masked_loss_kernel<Shape, S>, Logits<S>(logits), target, out<A>(per_sample),
-             out<A>(normalizer), out<A>(columns), out<double>(sums), out<int>(arrived),
-             num_labeled, hold);
-      launch({"masked_loss", logits, {finishing}, kFinishThreads,
+      const bool one = Shape::kWhole && clusters * row <= kFinishBytes;
+      const Tensor columns = make({clusters, K}, type),
+                   sums = make({kSums, clusters}, ScalarType::Double),
+                   penalties = make({one ? 0 : chunks}, ScalarType::Double);
+      const Finish<A> finish{prior_of<A>(prior),  out<A>(total),         out<A>(labeled),
+                             out<A>(unlabeled),   out<A>(penalty),       out<A>(confidence),
+                             out<A>(p_mean),      out<int64_t>(counts),  out<double>(penalties),
+                             n,                   static_cast<int>(K),   mean,
+                             numbers};
+      const int counter = take_counter(logits);
+      const int64_t sums_of_columns = K * sizeof(double) + kParts<Shape> * row,
+                    shared = kColumns + (Shape::kWhole ? sums_of_columns : hold ? row : 0);
+      launch({"masked_loss", logits, {clusters * cluster}, Shape::kThreads, shared, cluster}, kernel,
+             Logits<S>(logits), target, out<A>(per_sample), out<A>(normalizer), out<A>(columns),
+             out<double>(sums), num_labeled, hold, one ? counter : -1, finish);
+      if (one) return;
+      launch({"masked_loss", logits, {chunks}, kFinishThreads,
               kScratch + kFinishThreads * static_cast<int64_t>(sizeof(double))},
-             masked_loss_finish_kernel<A>, in<A>(columns), in<double>(sums), prior_of<A>(prior),
-             out<double>(penalties), out<int>(arrived), out<A>(total), out<A>(labeled),
-             out<A>(unlabeled), out<A>(penalty), out<A>(confidence), out<A>(p_mean), n,
-             static_cast<int>(K), blocks, mean, numbers);
+             masked_loss_finish_kernel<A>, in<A>(columns), in<double>(sums), clusters, counter,
+             finish);
     });
   });
-  return {total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean};
+  return {total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean,
+          counts};
 }
 
-// Upstream gradients of forward's first six outputs, its inputs, (max, log-sum) (n, 2) and p̄ (K,)
-// → gradient (n, K) in the logits' dtype
+// Upstream gradients of forward's first six outputs, its inputs, and of its outputs (max, log-sum)
+// (n, 2), p̄ (K,) and the counts (2,) → gradient (n, K) in the logits' dtype
 Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_labeled,
                             const OptTensor& grad_unlabeled, const OptTensor& grad_prior,
                             const OptTensor& grad_confidence, const OptTensor& grad_per_sample,
                             const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
                             const OptTensor& permutation, const OptTensor& prior,
                             const Tensor& scalars, const Tensor& normalizer_,
-                            const Tensor& p_mean_, int64_t num_labeled, bool clamp,
-                            int64_t ignore_index, bool mean) {
+                            const Tensor& p_mean_, const Tensor& counts_, int64_t num_labeled,
+                            bool clamp, int64_t ignore_index, bool mean) {
   check_masked_loss(logits, targets, ratio, permutation, prior, scalars, num_labeled);
   check_masked_loss_backward(
       {&grad_total, &grad_labeled, &grad_unlabeled, &grad_prior, &grad_confidence},
-      grad_per_sample, logits, normalizer_, p_mean_);
+      grad_per_sample, logits, normalizer_, p_mean_, counts_);
   const Numbers<kNumbers> numbers(scalars);
-  const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_);
+  const Tensor normalizer = packed(normalizer_), p_mean = packed(p_mean_),
+               counts = packed(counts_);
   const int64_t n = logits.size(0), K = logits.size(1);
   const Tensor result = new_tensor(logits, {n, K}, logits.scalar_type());
   dispatch_stored(logits.scalar_type(), [&](auto zero) {
@@ -467,12 +383,6 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
         in_or_null<A>(grad_unlabeled),  in_or_null<A>(grad_prior),
         in_or_null<A>(grad_confidence), in_or_null<A>(grad_per_sample),
         grad_per_sample ? grad_per_sample->stride(0) : 0};
-    std::optional<Tensor> counts;
-    if (mean && target.labels && n >= kManyLabels) {
-      counts = new_tensor(logits, {2, kCountBlocks}, ScalarType::Double);
-      launch({"masked_loss_backward", logits, {kCountBlocks}, kFinishThreads, kScratch},
-             masked_loss_count_kernel<A>, target, out<double>(*counts), n, num_labeled);
-    }
     with_row_shape<S>(K, vector_rows(logits), [&](auto shape) {
       using Shape = decltype(shape);
       const int64_t row = K * static_cast<int64_t>(sizeof(A));
@@ -480,7 +390,7 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
       launch({"masked_loss_backward", logits, {row_blocks<Shape>(logits, n)}, Shape::kThreads,
               kScratch + (hold ? row : 0)},
              masked_loss_backward_kernel<Shape, S>, upstream, Logits<S>(logits), target,
-             prior_of<A>(prior), in<A>(normalizer), in<A>(p_mean), in_or_null<double>(counts),
+             prior_of<A>(prior), in<A>(normalizer), in<A>(p_mean), in<int64_t>(counts),
              out<S>(result), num_labeled, mean, hold, vector_rows(result), numbers);
     });
   });

@@ -60,7 +60,7 @@ SANM_DEVICE void mix_tile(
   }
 }
 
-// Block (row, tile). Writes the rows whose own row lies in `own` and whose partner in `others`; a
+// Block (row, tile); more rows or tiles than the grid has are gone through in turns. Writes the rows whose own row lies in `own` and whose partner in `others`; a
 // partner outside the stack gives NaN, in the launch with the first `others`.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) mixup_views_kernel(
@@ -68,15 +68,16 @@ __global__ void __launch_bounds__(kThreads) mixup_views_kernel(
     const int64_t* permutation,  // (≥ rows,), elements `stride` apart
     int64_t stride,
     T* out,  // (rows, E)
-    int64_t items, int64_t tiles, int64_t E, int64_t total, Share<acc_t<T>> share) {
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t row = item / tiles, partner = permutation[row * stride];
+    int64_t rows, int64_t tiles, int64_t E, int64_t total, Share<acc_t<T>> share) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const int64_t partner = permutation[row * stride];
     const bool known = partner >= 0 && partner < total;
     if (!own.holds(row) || !(known ? others.holds(partner) : others.first[0] == 0)) continue;
     Share<acc_t<T>> mine = share.read();
     if (!known) mine.partner = static_cast<acc_t<T>>(NAN);
-    mix_tile<T, N>(own.row(row, E), known ? others.row(partner, E) : nullptr, out + row * E, E,
-                   item % tiles, mine);
+    const T *const x = own.row(row, E), *const y = known ? others.row(partner, E) : nullptr;
+    for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y)
+      mix_tile<T, N>(x, y, out + row * E, E, tile, mine);
   }
 }
 
@@ -95,20 +96,28 @@ __global__ void invert_kernel(
   }
 }
 
-// Block (row of the stack, tile), rows `first row of grads` + item / tiles.
+// Block (row of these views, tile), as above.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) mixup_views_backward_kernel(
     const T* grad,          // (rows, E)
     const int64_t* source,  // (total,): the output that a row is partner of, or −1
     const Views<T> grads,   // (b_k, E) each, written
-    int64_t items, int64_t tiles, int64_t E, int64_t rows, Share<acc_t<T>> share) {
+    int64_t tiles, int64_t E, int64_t rows, Share<acc_t<T>> share) {
   share = share.read();
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t row = grads.first[0] + item / tiles, partner = source[row];
-    mix_tile<T, N>(row < rows ? grad + row * E : nullptr,
-                   partner >= 0 ? grad + partner * E : nullptr, grads.row(row, E), E,
-                   item % tiles, share);
+  const int64_t end = grads.first[grads.count];
+  for (int64_t row = grads.first[0] + blockIdx.x; row < end; row += gridDim.x) {
+    const int64_t partner = source[row];
+    const T *const x = row < rows ? grad + row * E : nullptr,
+            *const y = partner >= 0 ? grad + partner * E : nullptr;
+    T* const out = grads.row(row, E);
+    for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y)
+      mix_tile<T, N>(x, y, out, E, tile, share);
   }
+}
+
+// A block per row and tile, as far as there are so many.
+Grid grid_of(int64_t rows, int64_t tiles) {
+  return {blocks_for(rows, 1), std::min<int64_t>(tiles, 65535)};
 }
 
 // All views that hold rows, in groups of up to kViews.
@@ -162,13 +171,13 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
     }
     with_access<T>(vectors, [&](auto access) {
       constexpr int N = decltype(access)::value;
-      const int64_t tiles = ceil_div(E, kThreads * kUnroll * N), items = rows * tiles;
+      const int64_t tiles = ceil_div(E, kThreads * kUnroll * N);
       const std::vector<Views<const T>> groups = grouped(data, sizes);
       for (const Views<const T>& own : groups)
         for (const Views<const T>& others : groups)
-          launch({"mixup_views", result, {blocks_for(items, 1)}, kThreads},
+          launch({"mixup_views", result, grid_of(rows, tiles), kThreads},
                  mixup_views_kernel<T, N>, own, others, in<int64_t>(permutation),
-                 permutation.stride(0), out<T>(result), items, tiles, E, total, Share<acc_t<T>>(number));
+                 permutation.stride(0), out<T>(result), rows, tiles, E, total, Share<acc_t<T>>(number));
     });
   });
   return result;
@@ -202,10 +211,9 @@ std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
       constexpr int N = decltype(access)::value;
       const int64_t tiles = ceil_div(E, kThreads * kUnroll * N);
       for (const Views<T>& group : grouped(data, sizes)) {
-        const int64_t items = (group.first[group.count] - group.first[0]) * tiles;
-        launch({"mixup_views_backward", grad, {blocks_for(items, 1)}, kThreads},
-               mixup_views_backward_kernel<T, N>, in<T>(grad), in<int64_t>(source), group, items,
-               tiles, E, rows, Share<acc_t<T>>(number));
+        const Grid grid = grid_of(group.first[group.count] - group.first[0], tiles);
+        launch({"mixup_views_backward", grad, grid, kThreads}, mixup_views_backward_kernel<T, N>,
+               in<T>(grad), in<int64_t>(source), group, tiles, E, rows, Share<acc_t<T>>(number));
       }
     });
   });

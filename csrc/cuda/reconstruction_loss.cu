@@ -26,6 +26,7 @@ struct Geometry {
   int64_t length;        // elements of a line
   int width, pixel;      // pixels of a line; elements of a pixel of it
   const int64_t* boxes;  // or null
+  Divisor<int64_t> by_B, by_parts;  // parts: blocks of a sample
 };
 
 // What counts of a sample: lines [top, bottom) of each plane, elements [low, high) of a line.
@@ -78,35 +79,41 @@ SANM_DEVICE Cell<A, N> load_cell(const S* p) {
 }
 
 // The block's share, one of gridDim.y, of the cells that elements [low, high) touch of lines
-// [top, bottom) of each plane.
+// [top, bottom) of each plane; and a place in it, at first the thread's first cell.
 template <int N>
 struct Share {
-  int64_t begin, count;  // cells, counted through the lines
-  int64_t first, wide;   // first cell of a line; cells of a line
-  int64_t top, tall;     // first line of a plane; lines of a plane
+  int64_t left;                // cells of the share from here on, kThreads apart
+  int64_t cell = 0, line = 0;  // in the line; counted through the sample
+  int row = 0;                 // of the box in this plane, of `tall`
+  int tall, lines;
+  int64_t first, wide;  // first cell of a line; cells of a line
+  // a step of kThreads cells: whole lines (those of whole planes among them), lines of a plane, cells
+  int64_t step_lines = 0;
+  int step_rows = 0, step_cells = 0;
 
-  SANM_DEVICE Share(const Geometry& g, int64_t top_, int64_t bottom, int64_t low, int64_t high)
-      : first(low / N), wide((high + N - 1) / N - first), top(top_), tall(bottom - top_) {
-    if (wide < 0 || high <= low) wide = 0;
-    const int64_t all = tall > 0 ? g.planes * tall * wide : 0;
-    const int64_t each = (all + gridDim.y - 1) / gridDim.y;
-    begin = each * blockIdx.y;
-    count = all - begin < each ? all - begin : each;
+  SANM_DEVICE Share(const Geometry& g, int64_t top, int64_t bottom, int64_t low, int64_t high)
+      : tall(static_cast<int>(bottom - top)), lines(g.lines), first(low / N),
+        wide((high + N - 1) / N - first) {
+    if (high <= low || tall <= 0) wide = 0;
+    const int64_t all = static_cast<int64_t>(g.planes) * tall * wide;
+    int64_t each = all + gridDim.y - 1;
+    each = g.by_parts.split(each);
+    const int64_t begin = each * blockIdx.y + threadIdx.x;
+    left = (all - each * blockIdx.y < each ? all - each * blockIdx.y : each) - threadIdx.x;
+    if (wide == 0) return;
+    const int64_t before = begin / wide, plane = before / tall;
+    row = static_cast<int>(before - plane * tall);
+    cell = begin - before * wide, line = plane * lines + top + row;
+    const int width = static_cast<int>(min(wide, int64_t{kThreads + 1})), down = kThreads / width;
+    const int planes = down / tall;
+    step_cells = kThreads - down * width, step_rows = down - planes * tall;
+    step_lines = static_cast<int64_t>(planes) * lines + step_rows;
   }
-  // Where cell i of the share is: its line, counted through the sample; its first element there.
-  SANM_DEVICE void locate(const Geometry& g, int64_t i, int64_t& line, int64_t& at) const {
-    i += begin;
-    if (g.planes * tall == 1) {
-      line = top, at = (first + i) * N;
-    } else if (i <= 0x7FFFFFFF) {
-      const unsigned row = static_cast<unsigned>(i) / static_cast<unsigned>(wide);
-      const unsigned height = static_cast<unsigned>(tall), plane = row / height;
-      line = static_cast<int64_t>(plane) * g.lines + top + (row - plane * height);
-      at = (first + (i - static_cast<int64_t>(row) * wide)) * N;
-    } else {
-      const int64_t row = i / wide;
-      line = row / tall * g.lines + top + row % tall, at = (first + i % wide) * N;
-    }
+  SANM_DEVICE int64_t at() const { return (first + cell) * N; }  // element of the line
+  SANM_DEVICE void next() {
+    left -= kThreads, cell += step_cells, row += step_rows, line += step_lines;
+    if (cell >= wide) cell -= wide, ++row, ++line;
+    if (row >= tall) row -= tall, line += lines - tall;
   }
 };
 
@@ -119,22 +126,22 @@ __global__ void __launch_bounds__(kThreads, kResident) squares_kernel(
     const Geometry g) {
   using A = acc_t<T>;
   const int64_t sample = blockIdx.x;
+  int64_t image = sample;
+  g.by_B.split(image);
   const T* r = reconstruction + sample * g.sample;
-  const S* x = images + sample % g.B * g.sample;
+  const S* x = images + image * g.sample;
   const Box box = box_of(g, sample);
-  const Share<N> share(g, box.top, box.bottom, box.low, box.high);
+  Share<N> share(g, box.top, box.bottom, box.low, box.high);
   A total[kUnroll] = {};
-  for (int64_t start = threadIdx.x; start < share.count; start += kThreads * kUnroll) {
+  while (share.left > 0) {
     Cell<A, N> left[kUnroll] = {}, right[kUnroll] = {};
     int64_t at[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll; ++u, share.next()) {
       at[u] = box.high;
-      const int64_t i = start + u * kThreads;
-      if (i >= share.count) continue;
-      int64_t line;
-      share.locate(g, i, line, at[u]);
-      const int64_t offset = line * g.length + at[u];
+      if (share.left <= 0) continue;
+      at[u] = share.at();
+      const int64_t offset = share.line * g.length + at[u];
       left[u] = load_cell<A, N>(r + offset);
       right[u] = load_cell<A, N>(x + offset);
     }
@@ -177,26 +184,25 @@ __global__ void __launch_bounds__(kThreads, kResident) reconstruction_backward_k
     const Geometry g) {
   using A = acc_t<T>;
   const int64_t sample = blockIdx.x;
+  int64_t image = sample;
+  const int64_t view = g.by_B.split(image);
   const T* r = reconstruction + sample * g.sample;
-  const S* x = images + sample % g.B * g.sample;
+  const S* x = images + image * g.sample;
   T* out = result + sample * g.sample;
   const Box box = box_of(g, sample);
-  const Share<N> share(g, 0, g.lines, 0, g.length);
+  Share<N> share(g, 0, g.lines, 0, g.length);
   const A outside = box.sound ? A{0} : static_cast<A>(NAN);
-  const A scale = 2 * *grad / static_cast<A>(count_of(g, sample / g.B));
-  for (int64_t start = threadIdx.x; start < share.count; start += kThreads * kUnroll) {
+  const A scale = 2 * *grad / static_cast<A>(count_of(g, view));
+  while (share.left > 0) {
     Cell<A, N> left[kUnroll] = {}, right[kUnroll] = {};
     int64_t at[kUnroll], offset[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll; ++u, share.next()) {
       offset[u] = -1, at[u] = 0;
-      const int64_t i = start + u * kThreads;
-      if (i >= share.count) continue;
-      int64_t line;
-      share.locate(g, i, line, at[u]);
-      offset[u] = line * g.length + at[u];
-      const int64_t y = line % g.lines;
-      if (y < box.top || y >= box.bottom) at[u] = box.high;
+      if (share.left <= 0) continue;
+      at[u] = share.at();
+      offset[u] = share.line * g.length + at[u];
+      if (share.row < box.top || share.row >= box.bottom) at[u] = box.high;
       if (at[u] >= box.high || at[u] + N <= box.low) continue;
       left[u] = load_cell<A, N>(r + offset[u]);
       right[u] = load_cell<A, N>(x + offset[u]);
@@ -232,6 +238,7 @@ struct Arguments {
     if (boxes) boxes = packed(*boxes);
     const bool last = reconstruction.channels_last;
     g.B = images_.size(0), g.sample = C * H * W, g.counted = g.B * g.sample;
+    g.by_B = Divisor<int64_t>(std::max<int64_t>(1, g.B));
     g.planes = g.lines = 1, g.length = g.sample, g.width = g.pixel = 1;
     g.boxes = boxes ? in<int64_t>(*boxes) : nullptr;
     if (!boxes) return;
@@ -240,11 +247,13 @@ struct Arguments {
     g.length = W * g.pixel;
   }
 
-  // Blocks of a sample: enough for every processor to have some.
-  int64_t parts(int64_t access) const {
+  // Blocks: samples, parts of one; enough for every processor to have some.
+  Grid grid(int64_t access) {
     const int64_t most = ceil_div(g.sample, kThreads * kUnroll * access);
     const int64_t wanted = ceil_div(8 * multiprocessors(images), std::max<int64_t>(1, N));
-    return std::max<int64_t>(1, std::min({most, wanted, int64_t{65535}}));
+    const int64_t parts = std::max<int64_t>(1, std::min({most, wanted, int64_t{65535}}));
+    g.by_parts = Divisor<int64_t>(parts);
+    return {N, parts};
   }
 
   // Calls body(T(), S(), N) with the dtypes of both tensors and the elements of a cell.
@@ -283,7 +292,7 @@ struct Arguments {
 // reconstruction (V·B, C, H, W), images (B, C, H, W), boxes (V, B, 4) int64 or none → ()
 Tensor reconstruction_loss(const Tensor& reconstruction, const Tensor& images,
                            const std::optional<Tensor>& boxes) {
-  const Arguments a(reconstruction, images, boxes);
+  Arguments a(reconstruction, images, boxes);
   const Tensor& r = a.reconstruction.tensor;
   const Tensor loss = new_tensor(r, {}, acc_type(r));
   const int64_t views = r.numel() > 0 ? a.N / a.g.B : 0;
@@ -292,13 +301,13 @@ Tensor reconstruction_loss(const Tensor& reconstruction, const Tensor& images,
     using S = decltype(image);
     using A = acc_t<T>;
     constexpr int N = decltype(cell)::value;
-    const int64_t parts = a.parts(N);
-    const Tensor partial = new_tensor(r, {a.N, parts}, acc_type(r));
+    const Grid grid = a.grid(N);
+    const Tensor partial = new_tensor(r, {a.N, grid.y}, acc_type(r));
     if (views > 0)
-      launch({"reconstruction_loss", r, {a.N, parts}, kThreads, kScratch}, squares_kernel<T, S, N>,
+      launch({"reconstruction_loss", r, grid, kThreads, kScratch}, squares_kernel<T, S, N>,
              in<T>(r), in<S>(a.images), out<A>(partial), a.g);
     launch({"reconstruction_loss", r, {1}, kFinishThreads, kScratch}, finish_kernel<A>,
-           in<A>(partial), out<A>(loss), views, a.g.B * parts, a.g);
+           in<A>(partial), out<A>(loss), views, a.g.B * grid.y, a.g);
   });
   return loss;
 }
@@ -307,7 +316,7 @@ Tensor reconstruction_loss(const Tensor& reconstruction, const Tensor& images,
 Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruction,
                                     const Tensor& images, const std::optional<Tensor>& boxes) {
   check_reconstruction_loss_backward(grad, reconstruction);
-  const Arguments a(reconstruction, images, boxes);
+  Arguments a(reconstruction, images, boxes);
   const Tensor& r = a.reconstruction.tensor;
   const Tensor result = new_tensor(r, {a.N, a.C, a.H, a.W}, r.scalar_type(),
                                    a.reconstruction.channels_last);
@@ -316,7 +325,7 @@ Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruc
     using T = decltype(zero);
     using S = decltype(image);
     constexpr int N = decltype(cell)::value;
-    launch({"reconstruction_loss_backward", r, {a.N, a.parts(N)}, kThreads, kScratch},
+    launch({"reconstruction_loss_backward", r, a.grid(N), kThreads, kScratch},
            reconstruction_backward_kernel<T, S, N>, in<acc_t<T>>(grad), in<T>(r),
            in<S>(a.images), out<T>(result), a.g);
   });

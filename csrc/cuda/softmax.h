@@ -5,7 +5,7 @@
 
 namespace sanm {
 
-constexpr int kRowThreads = 128;  // of a block whose warps have rows of their own
+constexpr int kRowThreads = 256;  // of a block whose warps have rows of their own
 constexpr int kScratch = 512;      // bytes of shared memory, at its start, for reductions
 
 // A truth that is known when a kernel is compiled.
@@ -22,10 +22,12 @@ struct RowShape {
   using A = Number;
   static constexpr int G = kLanes, C = kClasses, N = kRun, kRuns = C / N, kPiece = G * C;
   static constexpr bool kWhole = kOnePiece, kBlock = G > kWarp;
-  // Threads, blocks that a multiprocessor is to hold: as few as it takes for nothing to be spilled.
+  // Threads that a multiprocessor is to hold: as few as it takes for nothing to be spilled. Whole
+  // rows share large blocks, of which there are few: each has column sums in masked_loss.
   static constexpr int kTogether = sizeof(A) == 8 ? 256 : kBlock && G < 256 ? 384 : 512;
-  static constexpr int kThreads = kBlock ? std::max(G, kTogether / 2 / G * G) : kRowThreads;
+  static constexpr int kThreads = !kBlock ? kRowThreads : G < 256 ? kTogether / G * G : G;
   static constexpr int kRows = kThreads / G, kResident = kTogether / kThreads;
+  static constexpr int kMost = kBlock ? kResident : 1024 / kThreads;  // blocks, that take turns
   static_assert(C % N == 0 && kThreads % kWarp == 0, "an impossible shape");
 
   SANM_DEVICE static int rank() { return threadIdx.x % G; }
@@ -254,10 +256,10 @@ void with_row_shape(int64_t K, bool vectors, const Body& body) {
 // Blocks that take n rows in turn: some rows each, but not so few blocks that processors idle.
 template <typename Shape>
 int64_t row_blocks(const Tensor& on, int64_t n) {
-  constexpr int64_t kTurns = 4, kMost = 1024 / Shape::kThreads;
+  constexpr int64_t kTurns = 4;
   const int64_t processors = multiprocessors(on), rows = ceil_div(n, Shape::kRows);
   const int64_t wanted = std::max(2 * processors, ceil_div(rows, kTurns));
-  return std::min({rows, wanted, processors * kMost});
+  return std::min({rows, wanted, processors * Shape::kMost});
 }
 
 }  // namespace sanm

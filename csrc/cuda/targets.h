@@ -32,6 +32,8 @@ struct Targets {
       stride[3 - lead + d] = targets.stride(d);
     }
     M = size[0] * size[1] * size[2];
+    middle = Divisor<int64_t>(std::max<int64_t>(1, size[1]));
+    inner = Divisor<int64_t>(std::max<int64_t>(1, size[2]));
     class_stride = targets.stride(lead);
   }
 
@@ -40,6 +42,7 @@ struct Targets {
   ScalarType type = ScalarType::Float;
   bool vectors = false;
   int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0}, class_stride = 1;
+  Divisor<int64_t> middle, inner;  // by size[1], size[2]
   int64_t M = 0;
   int K;
   const A* ratio = nullptr;  // (M,) or null
@@ -53,8 +56,9 @@ struct Targets {
   // Offset of target row m.
   SANM_DEVICE int64_t start(int64_t m) const {
     if (size[0] == 1 && size[1] == 1) return m * stride[2];
-    const int64_t outer = m / size[2];
-    return outer / size[1] * stride[0] + outer % size[1] * stride[1] + m % size[2] * stride[2];
+    int64_t second = inner.split(m);
+    const int64_t first = middle.split(second);
+    return first * stride[0] + second * stride[1] + m * stride[2];
   }
   SANM_DEVICE int64_t label(int64_t m) const { return labels[m * stride[2]]; }
 
@@ -89,6 +93,7 @@ struct TargetRow {
   using A = typename Shape::A;
   A t[Shape::C];  // of the present piece
   int64_t start;  // of the row, of floats
+  A ratio;
   int at;      // the class that modulation takes from
   A top, add;  // its new value; what the others gain
 
@@ -99,31 +104,35 @@ struct TargetRow {
                         from.K, t);
   }
 
-  // Finds what modulation does to row m; leaves its first piece in t.
-  SANM_DEVICE void open(const Targets<A>& from, int64_t m) {
-    Peak<A> peak{A{1}, -1};
+  // Asks for what there is of row m: its label or its first piece, its ratio.
+  SANM_DEVICE void load(const Targets<A>& from, int64_t m) {
     if (from.labels) {
       const int64_t label = from.label(m);
-      peak.index = label >= 0 && label < from.K ? static_cast<int>(label) : -1;
+      at = label >= 0 && label < from.K ? static_cast<int>(label) : -1;
     } else {
       start = from.start(m);
       if (Shape::kWhole) read(from, 0);
-      if (from.ratio) {
-        peak = {static_cast<A>(-INFINITY), INT32_MAX};
-        for (int first = 0; first < Shape::end(from.K); first += Shape::kPiece) {
-          if (!Shape::kWhole) read(from, first);
-          Shape::each_class(first, from.K, [&](int c, int k) {
-            if (k < from.K && t[c] > peak.value) peak = {t[c], k};
-          });
-        }
-        peak = Shape::reduce(peak, Max(), Peak<A>{static_cast<A>(-INFINITY), INT32_MAX});
+    }
+    if (from.ratio) ratio = from.ratio[m * from.ratio_stride];
+  }
+
+  // Finds what modulation does to the row.
+  SANM_DEVICE void modulate(const Targets<A>& from) {
+    Peak<A> peak{A{1}, at};
+    if (!from.labels && from.ratio) {
+      peak = {static_cast<A>(-INFINITY), INT32_MAX};
+      for (int first = 0; first < Shape::end(from.K); first += Shape::kPiece) {
+        if (!Shape::kWhole) read(from, first);
+        Shape::each_class(first, from.K, [&](int c, int k) {
+          if (k < from.K && t[c] > peak.value) peak = {t[c], k};
+        });
       }
+      peak = Shape::reduce(peak, Max(), Peak<A>{static_cast<A>(-INFINITY), INT32_MAX});
     }
     at = peak.index;
     top = peak.value, add = 0;
     if (!from.ratio) return;
-    const Modulation<A> change =
-        modulation(peak.value, from.K, from.ratio[m * from.ratio_stride], from.clamp);
+    const Modulation<A> change = modulation(peak.value, from.K, ratio, from.clamp);
     top = change.top, add = change.add;
   }
 
@@ -146,13 +155,16 @@ struct Target {
       const int64_t m = from.partner(i);
       return m < 0 ? 0 : m;
     };
-    if constexpr (Shape::kWhole) {
-      own.open(from, i);
-      if (from.permutation) other.open(from, partner());
+    if constexpr (Shape::kWhole) {  // both are under way before one is waited for
+      own.load(from, i);
+      if (from.permutation) other.load(from, partner());
+      own.modulate(from);
+      if (from.permutation) other.modulate(from);
     } else {  // one after the other, so that what is done with both is compiled once
 #pragma unroll 1
       for (int k = from.permutation ? 1 : 0; k >= 0; --k) {
-        own.open(from, k > 0 ? partner() : i);
+        own.load(from, k > 0 ? partner() : i);
+        own.modulate(from);
         if (k > 0) other = own;
       }
     }

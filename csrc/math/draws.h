@@ -33,10 +33,9 @@ SANM_HD Words philox(uint32_t number, uint32_t stream, int64_t index, int64_t se
 // The sample's uniform of this number in [0, 1), a multiple of 2⁻³².
 SANM_HD double uniform(int64_t number, int64_t index, int64_t seed) {
   const Words words = philox(static_cast<uint32_t>(number / 4), 0, index, seed);
-  uint32_t word = words.w[0];  // not by a variable index: a GPU would keep the words in memory
-  for (int k = 1; k < 4; ++k)
-    if (number % 4 == k) word = words.w[k];
-  return word * 0x1p-32;
+  // Not by a variable index, nor compared with one: a GPU would keep the words in memory.
+  const bool odd = number & 1, upper = number & 2;
+  return (upper ? odd ? words.w[3] : words.w[2] : odd ? words.w[1] : words.w[0]) * 0x1p-32;
 }
 
 // ln x for positive normal x: x = m·2ᵉ with m in [√½, √2), ln m = 2·artanh(s), s = (m − 1)/(m + 1).

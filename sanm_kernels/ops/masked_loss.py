@@ -17,7 +17,8 @@ def empty_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     n, K = logits.shape
     dtype = accumulate_dtype(logits)
     shapes: list[tuple[Any, ...]] = [(), (), (), (), (), (n,), (n, 2), (K,)]
-    return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)
+    counts = logits.new_empty(2, dtype=torch.int64)
+    return (*(logits.new_empty(shape, dtype=dtype) for shape in shapes), counts)
 
 
 def _check(
@@ -53,7 +54,8 @@ SETTINGS = "SymInt num_labeled, bool clamp, int ignore_index, bool mean"
 define(
     "masked_loss",
     f"({INPUTS}{SETTINGS}) -> (Tensor total, Tensor labeled, Tensor unlabeled, "
-    "Tensor prior_penalty, Tensor confidence, Tensor per_sample, Tensor normalizer, Tensor p_mean)",
+    "Tensor prior_penalty, Tensor confidence, Tensor per_sample, Tensor normalizer, Tensor p_mean, "
+    "Tensor counts)",
     reference.forward,
     fake=empty_outputs,
     setup_context=_setup_context,
@@ -64,7 +66,7 @@ define(
     "masked_loss_backward",
     "(Tensor? grad_total, Tensor? grad_labeled, Tensor? grad_unlabeled, Tensor? grad_prior, "
     "Tensor? grad_confidence, Tensor? grad_per_sample, "
-    f"{INPUTS}Tensor normalizer, Tensor p_mean, {SETTINGS}) -> Tensor",
+    f"{INPUTS}Tensor normalizer, Tensor p_mean, Tensor counts, {SETTINGS}) -> Tensor",
     reference.backward,
     fake=lambda *args: torch.empty_like(args[6], memory_format=torch.contiguous_format),
 )

@@ -64,12 +64,14 @@ def _rows(
     return lam * t[:n] + (1 - lam) * t[partner], valid[:n] & valid[partner]
 
 
-def _row_weights(valid: Tensor, num_labeled: int, mean: bool, dtype: torch.dtype) -> Tensor:
+def _row_weights(
+    valid: Tensor, counts: Tensor, num_labeled: int, mean: bool, dtype: torch.dtype
+) -> Tensor:
     """What each row (n,) weighs in L_x or L_u: 1, or 1/(rows that count) for the mean; else 0."""
     weights = valid.to(dtype)
     if mean:
-        for part in (weights[:num_labeled], weights[num_labeled:]):
-            part /= part.sum().clamp(min=1)
+        for part, count in zip((weights[:num_labeled], weights[num_labeled:]), counts, strict=True):
+            part /= count.clamp(min=1)
     return weights
 
 
@@ -96,8 +98,9 @@ def forward(
     clamp: bool,
     ignore_index: int,
     mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Total, L_x, L_u, P, N (), the rows' losses (n,); for backward (max, log-sum) (n, 2), p̄ (K,).
+) -> tuple[Tensor, ...]:
+    """Total, L_x, L_u, P, N (), the rows' losses (n,); for backward (max, log-sum) (n, 2), p̄ (K,),
+    and how many labelled and unlabelled rows count (2,) int64.
 
     Where p̄ is so small that a p of some weight in it may have been rounded to 0, it is taken from
     log p, and what stands in its place is its logarithm, which is negative.
@@ -126,7 +129,8 @@ def forward(
     labeled_rows = torch.arange(n, device=z.device) < num_labeled
     per_sample = torch.where(valid, torch.where(labeled_rows, cross_entropy, squared_error), 0)
 
-    parts = _row_weights(valid, num_labeled, mean, dtype) * per_sample
+    counts = torch.stack([valid[:num_labeled].sum(), valid[num_labeled:].sum()])
+    parts = _row_weights(valid, counts, num_labeled, mean, dtype) * per_sample
     parts = torch.where(valid, parts, 0)
     labeled, unlabeled = parts[:num_labeled].sum(), parts[num_labeled:].sum()
     p_mean = p.sum(0) / max(n, 1)
@@ -145,7 +149,7 @@ def forward(
         + _weighted(prior_weight, penalty)
         + _weighted(confidence_weight, confidence)
     )
-    return total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean
+    return total, labeled, unlabeled, penalty, confidence, per_sample, normalizer, p_mean, counts
 
 
 def backward(
@@ -163,6 +167,7 @@ def backward(
     scalars: Tensor,
     normalizer: Tensor,
     p_mean: Tensor,
+    counts: Tensor,
     num_labeled: int,
     clamp: bool,
     ignore_index: int,
@@ -188,7 +193,7 @@ def backward(
     log_p = _log_softmax(logits, normalizer)
     p = log_p.exp()
     labeled_rows = torch.arange(n, device=p.device) < num_labeled
-    c = _row_weights(valid, num_labeled, mean, dtype) * torch.where(
+    c = _row_weights(valid, counts, num_labeled, mean, dtype) * torch.where(
         labeled_rows, upstream(grad_labeled, 1.0), upstream(grad_unlabeled, unlabeled_weight)
     )
     if grad_per_sample is not None:

@@ -53,8 +53,9 @@ const bool installed = [] {
   return true;
 }();
 
+enum { kBarriers, kExchanges, kTrips, kWaits };
 struct Count {  // of a launch
-  uint64_t barriers = 0, exchanges = 0, trips = 0;
+  uint64_t waits[kWaits] = {}, slowest[kWaits] = {};  // of all blocks, and the most that one has
   uint64_t memory[2] = {}, l2[2] = {}, asked[2] = {};  // bytes read and written
 };
 Count count;
@@ -64,9 +65,16 @@ struct Present {
   uint32_t* seen[2] = {};  // sector → phase in which it was last read, or written
   uint32_t first = 1, phase = 0;
   std::vector<uint64_t> touched;  // phase − first → sectors up to its start
-  uint64_t sectors = 0;
+  uint64_t sectors = 0, waits[kWaits] = {};
   bool waited = false;
 
+  void end() {
+    for (int k = 0; k < kWaits; ++k) {
+      count.waits[k] += waits[k];
+      count.slowest[k] = std::max(count.slowest[k], waits[k]);
+      waits[k] = 0;
+    }
+  }
   void next() {
     ++phase;
     touched.push_back(sectors);
@@ -91,12 +99,24 @@ void touch(const volatile void* p, size_t bytes, bool write) {
       count.l2[write] += kSector;
       count.memory[write] += launches[write][s] == launch ? 0 : kSector;
       launches[write][s] = launch;
-      if (!write && !block.waited) ++count.trips;
+      if (!write && !block.waited) ++block.waits[kTrips];
       block.waited = block.waited || !write;
     }
     seen = block.phase;
     ++block.sectors;
   }
+}
+
+// An atomic operation is a load and a store. On a __device__ variable, which lies in the library, it
+// is a trip to memory; the emulation's own atomics are of objects that it has allocated.
+void exchange(const volatile void* p, size_t bytes) {
+  touch(p, bytes, false);
+  touch(p, bytes, true);
+  Dl_info library{};
+  if (thread == nullptr || *thread == nullptr || !dladdr(const_cast<const void*>(p), &library)) return;
+  Present& block = present[(*thread)->block->rank];
+  block.waited = true;
+  ++block.waits[kTrips];
 }
 
 }  // namespace
@@ -107,6 +127,7 @@ void tally_blocks(const Grid& grid, Thread* const* running) {
     Present& block = present[rank];
     for (uint32_t*& seen : block.seen)
       if (seen == nullptr) seen = reserve<uint32_t>(kArena / kSector);
+    block.end();
     block.first = block.phase + 1;
     block.touched.clear();
     block.next();
@@ -117,17 +138,20 @@ void tally_meeting(const Meeting& meeting) {
   const Block& block = *(*thread)->block;
   const bool cluster = &meeting == &block.cluster->barrier;
   if (!cluster && &meeting != &block.barrier) {
-    ++count.exchanges;
+    ++present[block.rank].waits[kExchanges];
     return;
   }
   for (const auto& member : block.cluster->blocks) {
     if (!cluster && member.get() != &block) continue;
-    ++count.barriers;
+    ++present[member->rank].waits[kBarriers];
     present[member->rank].next();
   }
 }
 
 void tally_launch(const Grid& grid) {
+  for (Present& block : present) block.end();
+  if (grid.cooperative)  // all blocks are of rank 0, at the same time, and alike
+    for (int k = 0; k < kWaits; ++k) count.slowest[k] = count.waits[k] / grid.block_count();
   const char* const name = std::getenv("SANM_CUDA_HOST_TALLY");
   Dl_info library{};
   dladdr(grid.kernel, &library);
@@ -135,13 +159,17 @@ void tally_launch(const Grid& grid) {
     std::fprintf(file,
                  "{\"kernel\": %td, \"blocks\": %llu, \"threads\": %u, \"cluster\": %u, "
                  "\"shared\": %zu, \"barriers\": %llu, \"exchanges\": %llu, \"trips\": %llu, "
+                 "\"slowest\": [%llu, %llu, %llu], "
                  "\"memory\": [%llu, %llu], \"l2\": [%llu, %llu], \"asked\": [%llu, %llu]}\n",
                  static_cast<const char*>(grid.kernel) -
                      static_cast<const char*>(library.dli_fbase),
                  (unsigned long long)grid.block_count(), grid.block_threads(), grid.cluster,
-                 grid.shared, (unsigned long long)count.barriers,
-                 (unsigned long long)count.exchanges, (unsigned long long)count.trips,
-                 (unsigned long long)count.memory[0], (unsigned long long)count.memory[1],
+                 grid.shared, (unsigned long long)count.waits[kBarriers],
+                 (unsigned long long)count.waits[kExchanges],
+                 (unsigned long long)count.waits[kTrips],
+                 (unsigned long long)count.slowest[kBarriers],
+                 (unsigned long long)count.slowest[kExchanges],
+                 (unsigned long long)count.slowest[kTrips], (unsigned long long)count.memory[0], (unsigned long long)count.memory[1],
                  (unsigned long long)count.l2[0], (unsigned long long)count.l2[1],
                  (unsigned long long)count.asked[0], (unsigned long long)count.asked[1]);
     std::fclose(file);
@@ -173,18 +201,16 @@ HOOK void __tsan_func_exit() {}
 HOOK void __tsan_vptr_update(void**, void*) {}
 HOOK void __tsan_vptr_read(void**) {}
 
-// An atomic operation is a load and a store; orders are the strongest.
+// Orders are the strongest.
 #define FETCH(bits, T, name)                                                                    \
   HOOK T __tsan_atomic##bits##_fetch_##name(volatile T* p, T x, int) {                          \
-    cuda_host::touch(p, sizeof(T), false);                                                      \
-    cuda_host::touch(p, sizeof(T), true);                                                       \
+    cuda_host::exchange(p, sizeof(T));                                                          \
     return __atomic_fetch_##name(p, x, __ATOMIC_SEQ_CST);                                       \
   }
 #define EXCHANGE(bits, T, strength, weak)                                                       \
   HOOK bool __tsan_atomic##bits##_compare_exchange_##strength(volatile T* p, T* expected, T x,  \
                                                               int, int) {                       \
-    cuda_host::touch(p, sizeof(T), false);                                                      \
-    cuda_host::touch(p, sizeof(T), true);                                                       \
+    cuda_host::exchange(p, sizeof(T));                                                          \
     return __atomic_compare_exchange_n(p, expected, x, weak, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
   }
 #define ATOMIC(bits, T)                                                                         \

@@ -146,6 +146,7 @@ def masked_loss_finish_kernel(
     arrived,  # () int32, 0: counts the programs that are through
     results,  # five () in ACC, written: total, labelled, unlabelled, prior's penalty, confidence
     p_mean,  # (K,) in ACC, written
+    counts,  # (2,) int64, written: labelled and unlabelled rows that count
     numbers,  # (4,) float64 as above, or None
     n, K, parts, unlabeled_weight: tl.float64, prior_weight: tl.float64,
     confidence_weight: tl.float64,
@@ -170,9 +171,13 @@ def masked_loss_finish_kernel(
     if tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1:
         labeled = numeric.total(sums, parts, PARTS)
         unlabeled = numeric.total(sums + parts, parts, PARTS)
+        labeled_count = numeric.total(sums + 2 * parts, parts, PARTS)
+        unlabeled_count = numeric.total(sums + 3 * parts, parts, PARTS)
+        tl.store(counts, labeled_count.to(tl.int64))
+        tl.store(counts + 1, unlabeled_count.to(tl.int64))
         if MEAN:
-            labeled /= tl.maximum(numeric.total(sums + 2 * parts, parts, PARTS), 1.0)
-            unlabeled /= tl.maximum(numeric.total(sums + 3 * parts, parts, PARTS), 1.0)
+            labeled /= tl.maximum(labeled_count, 1.0)
+            unlabeled /= tl.maximum(unlabeled_count, 1.0)
         confidence = numeric.total(sums + 4 * parts, parts, PARTS) / tl.maximum(n, 1).to(tl.float64)
         penalty = numeric.total(penalties, programs, PARTS)
         total = labeled + _weighted(numeric.number(numbers, 1, unlabeled_weight), unlabeled)
@@ -207,12 +212,13 @@ def masked_loss_backward_kernel(
     prior,  # (K,) in ACC or None
     normalizer,  # (n, 2) in ACC
     p_mean,  # (K,) in ACC
+    counts,  # (2,) int64: labelled and unlabelled rows that count
     result,  # (n, K), written
     n, K, M, num_labeled, ignore_index, each, g_b, z_b, z_k, s_1, s_2, t_0, t_1, t_2, t_k,
     numbers,  # (4,) float64 as above, or None
     lam: tl.float64, unlabeled_weight: tl.float64, prior_weight: tl.float64,
     confidence_weight: tl.float64, MEAN: tl.constexpr, SOFT: tl.constexpr, CLAMP: tl.constexpr,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program i: rows i·each and on, `each` of them."""
     share = numeric.number(numbers, 0, lam)
@@ -227,22 +233,10 @@ def masked_loss_backward_kernel(
         _upstream(grad_total, grad_confidence, confidence_weight, ACC), rows
     )
     if MEAN:
-        labeled_count = tl.minimum(num_labeled, n)
-        unlabeled_count = n - labeled_count
-        if not SOFT:
-            seen = tl.zeros((COUNT,), tl.int32)
-            seen_labeled = tl.zeros((COUNT,), tl.int32)
-            for first in range(0, n, COUNT):
-                b = (first + tl.arange(0, COUNT)).to(tl.int64)
-                partner, _ = target_rows.partners(permutation, b, b < n, M)
-                valid = target_rows.counting(targets, b, partner, b < n, t_2, ignore_index,
-                                             permutation is not None)  # fmt: skip
-                seen += tl.where(valid, 1, 0)
-                seen_labeled += tl.where(valid & (b < num_labeled), 1, 0)
-            labeled_count = tl.sum(seen_labeled, 0)
-            unlabeled_count = tl.sum(seen, 0) - labeled_count
-        labeled_slope = numeric.divide(labeled_slope, tl.maximum(labeled_count, 1).to(ACC))
-        unlabeled_slope = numeric.divide(unlabeled_slope, tl.maximum(unlabeled_count, 1).to(ACC))
+        labeled_slope = numeric.divide(labeled_slope, tl.maximum(tl.load(counts), 1).to(ACC))
+        unlabeled_slope = numeric.divide(
+            unlabeled_slope, tl.maximum(tl.load(counts + 1), 1).to(ACC)
+        )
     begin = tl.program_id(0) * each
     last = tl.minimum(begin + each, n)
     for start in range(begin, last, ROWS):
@@ -333,7 +327,7 @@ def forward(
     soft = targets.is_floating_point()
     M = targets.shape[:-1].numel() if soft else len(targets)
     outputs = empty_outputs(logits)
-    *results, per_sample, normalizer, p_mean = outputs
+    *results, per_sample, normalizer, p_mean, counts = outputs
     blocks = -(-K // FINISH_CLASSES)
     penalties = logits.new_empty(blocks, dtype=torch.float64)
     arrived = logits.new_empty((), dtype=torch.int32)
@@ -353,7 +347,7 @@ def forward(
     )  # fmt: skip
     launch(
         masked_loss_finish_kernel, (blocks,), columns, sums, _dense(prior), penalties, arrived,
-        tuple(results), p_mean, numbers, n, K, programs, *values[1:], MEAN=mean,
+        tuple(results), p_mean, counts, numbers, n, K, programs, *values[1:], MEAN=mean,
         PARTS=FINISH_PARTS, CLASSES=FINISH_CLASSES, ACC=acc, num_warps=4,
     )  # fmt: skip
     return outputs
@@ -363,7 +357,7 @@ def forward(
 def backward(*arguments: Any) -> Tensor:
     """Arguments and result as in `reference/masked_loss.py`."""
     *grads, grad_per_sample, logits, targets, ratio, permutation, prior, scalars = arguments[:12]
-    normalizer, p_mean, num_labeled, clamp, ignore_index, mean = arguments[12:]
+    normalizer, p_mean, counts, num_labeled, clamp, ignore_index, mean = arguments[12:]
     n, K = logits.shape
     numbers, values = run_time(scalars)
     soft = targets.is_floating_point()
@@ -376,9 +370,9 @@ def backward(*arguments: Any) -> Tensor:
     launch(
         masked_loss_backward_kernel, (programs,), *grads, grad_per_sample, logits, targets,
         _dense(ratio), _dense(permutation), _dense(prior), normalizer.contiguous(),
-        p_mean.contiguous(), result, n, K, M, num_labeled, ignore_index, each,
-        0 if grad_per_sample is None else grad_per_sample.stride(0),
+        p_mean.contiguous(), counts.contiguous(), result, n, K, M, num_labeled, ignore_index,
+        each, 0 if grad_per_sample is None else grad_per_sample.stride(0),
         *_strides(logits, targets), numbers, *values, MEAN=mean, SOFT=soft, CLAMP=clamp,
-        COUNT=1024, ACC=triton_dtype(p_mean.dtype), **tile,
+        ACC=triton_dtype(p_mean.dtype), **tile,
     )  # fmt: skip
     return result

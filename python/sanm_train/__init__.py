@@ -4,6 +4,7 @@ from .config import ConfigError, TrainConfig
 from .models import Decoder
 from .recipes import RECIPES, Recipe, Step, register
 from .sanm import SANM, Batch, SANMLosses
+from .tracker import LabelQualityTracker
 from .train import Result, train
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Batch",
     "ConfigError",
     "Decoder",
+    "LabelQualityTracker",
     "Recipe",
     "Result",
     "SANMLosses",

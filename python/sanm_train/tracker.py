@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import Dataset
 
 import sanm_kernels as sk
 
 from . import distributed
+from .sanm import Batch, SANMLosses
 
 EPOCHS_AVERAGED = 5  # as DivideMix does at 90 % noise, the current one included
 UNSEEN = -torch.inf  # what a maximum over the processes leaves where any of them has a loss
-STATE = ("epochs", "clean_prob", "losses", "history")
+STATE = ("epochs", "clean_prob", "noted", "history")
+
+
+class Indexed(Dataset[Any]):
+    """`dataset` with each sample's position at its end: (image, label, index), or of samples that
+    are dictionaries the entry "index"."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # one without has no positions
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.dataset[index]
+        return {**sample, "index": index} if isinstance(sample, Mapping) else (*sample, index)
 
 
 class LabelQualityTracker:
@@ -26,9 +44,8 @@ class LabelQualityTracker:
         quality = LabelQualityTracker(len(train_set))
         for epoch in range(epochs):
             quality.refit()
-            for images, labels, index in loader:
-                losses = model(Batch(images, labels, quality[index], index))
-                quality.update(index, losses.sample_loss)
+            for images, labels, index in loader:  # of Indexed(train_set)
+                losses = quality.losses(model, images, labels, index)
 
     A sample is its position in the whole training set, whichever process, batch or epoch it comes
     in: what a sampler pads with is counted once, and a sample that an epoch leaves out keeps its
@@ -59,7 +76,7 @@ class LabelQualityTracker:
         self.epochs = 0  # that were merged
         self.clean_prob = torch.ones(num_samples)
         self.history = torch.empty(0, num_samples)  # of whole epochs, the last one last
-        self.losses = torch.full((num_samples,), UNSEEN)  # this process's in the present epoch
+        self.noted = torch.full((num_samples,), UNSEEN)  # this process's in the present epoch
 
     def __len__(self) -> int:
         return len(self.clean_prob)
@@ -68,6 +85,15 @@ class LabelQualityTracker:
         """The clean probability (B,) of the samples at `index` (B,)."""
         self._follow(index.device)
         return self.clean_prob[index]
+
+    def losses(
+        self, model: Callable[[Batch], SANMLosses], images: Tensor, targets: Tensor, index: Tensor
+    ) -> SANMLosses:
+        """The losses of `model`, a SANM or what wraps one, with the label quality of the samples at
+        `index` (B,), which are then updated."""
+        losses = model(Batch(images, targets, self[index], index))
+        self.update(index, losses.sample_loss)
+        return losses
 
     def update(self, index: Tensor, loss: Tensor) -> None:
         """Note the losses (B,), `SANMLosses.sample_loss`, of the samples at `index` (B,)."""
@@ -88,14 +114,14 @@ class LabelQualityTracker:
             )
         self._follow(loss.device)
         loss = loss.detach().float().nan_to_num(torch.inf, torch.inf, torch.inf)
-        self.losses[index.to(loss.device)] = loss
+        self.noted[index.to(loss.device)] = loss
 
     def refit(self) -> None:
         """Merge the epoch's losses, of all processes, and refit the label quality to them.
 
         Without a loss since the last time nothing changes, so that it may begin every epoch.
         """
-        merged = self.losses
+        merged = self.noted
         if distributed.size() > 1:
             dist.all_reduce(merged, dist.ReduceOp.MAX)
         seen = merged > UNSEEN
@@ -107,7 +133,7 @@ class LabelQualityTracker:
         before = self.history[-1] if len(self.history) else torch.nan
         epoch = torch.where(seen, merged, before)
         self.history = torch.cat([self.history, epoch[None]])[-self.kept :]
-        self.losses = torch.full_like(merged, UNSEEN)
+        self.noted = torch.full_like(merged, UNSEEN)
         self.epochs += 1
         if self.epochs >= self.warmup:
             self._fit()
@@ -141,9 +167,9 @@ class LabelQualityTracker:
 
     def _follow(self, device: torch.device) -> None:
         """Be where losses and indices are, so that no step waits for a copy."""
-        if device.type != "cpu" and self.losses.device != device:
-            self.clean_prob, self.losses, self.history = (
-                x.to(device) for x in (self.clean_prob, self.losses, self.history)
+        if device.type != "cpu" and self.noted.device != device:
+            self.clean_prob, self.noted, self.history = (
+                x.to(device) for x in (self.clean_prob, self.noted, self.history)
             )
 
     @staticmethod

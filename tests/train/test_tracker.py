@@ -6,11 +6,13 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from inputs import extended
 from ranks import run_ranks
 
 import sanm_kernels as sk
-from sanm_train import LabelQualityTracker
+from sanm_train import SANM, Batch, Indexed, LabelQualityTracker
+from sanm_train.models import SmallCNN
 
 N = 101
 
@@ -36,6 +38,27 @@ def test_it_is_the_mixture_over_the_epoch_s_losses():
     assert quality[torch.arange(0, N, 3)].max() < 0.1 and quality[torch.tensor([1, 2])].min() > 0.9
     quality.refit()  # nothing new
     assert torch.equal(quality[index], wanted[index]) and quality.epochs == 1
+
+
+def test_losses_are_the_model_s_and_noted():
+    torch.manual_seed(0)
+    sanm = SANM(SmallCNN(), image_shape=(1, 8, 8)).eval()
+    quality, index = LabelQualityTracker(N, warmup=1), torch.tensor([7, 3, 9])
+    quality.clean_prob = torch.rand(N)
+    images, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
+    losses = quality.losses(lambda batch: sanm(batch, generator=1), images, labels, index)
+    wanted = sanm(Batch(images, labels, quality.clean_prob[index], index), generator=1)
+    assert torch.equal(losses.total, wanted.total)
+    assert torch.equal(
+        quality.noted[index], F.cross_entropy(losses.logits, labels, reduction="none")
+    )
+    assert int((quality.noted > -torch.inf).sum()) == 3
+
+
+def test_positions_come_with_the_samples():
+    pairs = Indexed([("a", 0), ("b", 1)])
+    assert len(pairs) == 2 and pairs[1] == ("b", 1, 1)
+    assert Indexed([{"labels": 4}])[0] == {"labels": 4, "index": 0}
 
 
 def test_warmup_and_samples_that_are_left_out():

@@ -101,7 +101,7 @@ class SANM(nn.Module):
         if isinstance(model, WRAPPERS):
             raise ValueError(
                 f"model: {type(model).__name__} would see neither decoder nor losses; wrap the "
-                f"other way round, {type(model).__name__}(SANM(model, …))"
+                "other way round, DistributedDataParallel(SANM(model, …))"
             )
         self.model = model
         self.random_box, self.modulate = random_box, modulate

@@ -195,7 +195,9 @@ def test_soft_targets_are_taken():
 
 
 def test_wrapping_the_wrong_way_round_is_refused():
-    with pytest.raises(ValueError, match=r"wrap the other way round, DataParallel\(SANM\(model"):
+    with pytest.raises(
+        ValueError, match=r"wrap the other way round, DistributedDataParallel\(SANM\(model"
+    ):
         SANM(nn.DataParallel(SmallCNN()), "module.features")
     with pytest.raises(RuntimeError, match="a process for each device"):
         SANM(SmallCNN())._replicate_for_data_parallel()  # DataParallel does, on several devices

@@ -1,5 +1,7 @@
 """Kernels for self-supervised adversarial noisy masking (SANM): learning from noisy labels."""
 
+from torch import serialization
+
 from sanm_kernels.backends import available_backends, set_cpu_cache_limit, use_backend
 from sanm_kernels.config import MaskConfig
 from sanm_kernels.functional import activation_stats, masked_forward
@@ -15,6 +17,11 @@ from sanm_kernels.quality import LabelQuality, fit_label_quality
 from sanm_kernels.results import ActivationStats, MaskedForward
 
 __version__ = "0.1.0"
+
+# What may stand in a checkpoint: torch.load(weights_only=True) then makes them again.
+serialization.add_safe_globals(
+    [MaskConfig, ActivationStats, MaskedForward, LabelQuality, MaskedLoss]
+)
 
 __all__ = [
     "ActivationStats",

@@ -138,6 +138,11 @@ class MaskConfig:
             reconstruction_weight=0.3,
         )
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """From a pickle or a copy: validated too."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
     def replace(self, **changes: object) -> MaskConfig:
         """A copy with the given fields changed, validated anew."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

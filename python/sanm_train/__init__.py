@@ -4,6 +4,7 @@ from .config import ConfigError, TrainConfig
 from .models import Decoder
 from .recipes import RECIPES, Recipe, Step, register
 from .sanm import SANM, Batch, SANMLosses
+from .tracker import Indexed, LabelQualityTracker
 from .train import Result, train
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "Batch",
     "ConfigError",
     "Decoder",
+    "Indexed",
+    "LabelQualityTracker",
     "Recipe",
     "Result",
     "SANMLosses",

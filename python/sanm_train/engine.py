@@ -55,7 +55,7 @@ class Engine:
         if self.config.sync_batchnorm:
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
         if self.config.compile:
-            network.compile_model()
+            network.model.compile()
         module = LossModule(self.recipe, network)
         if distributed.size() == 1:
             return module

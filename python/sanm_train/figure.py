@@ -54,7 +54,7 @@ def save_figure(path: str | Path, result: Result, samples: int = 3, seed: int = 
     Raises:
         ValueError: the run's recipe or views leave something out that the figure shows.
     """
-    if not result.recipe.masking or len(result.recipe.networks[0].config.views) != 2:
+    if not result.recipe.masking or len(result.recipe.networks[0].mask_config.views) != 2:
         raise ValueError(f"the figure needs a SANM recipe with both views, got {result.config}")
     data = result.data
     clean = data.labels == data.true_labels
@@ -110,7 +110,7 @@ def explain(result: Result, chosen: Tensor, seed: int = 0) -> dict[str, Tensor]:
     energy = F.interpolate(energy, images.shape[2:], mode="bilinear", align_corners=False)
     shown = {"quality": quality, "image": augment.denormalize(images), "map": energy}
     shown |= {"before": targets, "peak": masked.stats.peak, "trough": masked.stats.trough}
-    for name in network.config.views:
+    for name in network.mask_config.views:
         for part in ("box", "targets", "ratio"):
             shown[f"{part}_{name}"] = getattr(masked, f"{part}_{name}")
         view = getattr(masked, f"images_{name}")

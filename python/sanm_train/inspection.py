@@ -139,7 +139,7 @@ def _predict(result: Result, predictions: Array) -> dict[str, Tensor]:
             views = recipe.augment.plain(next(images))
             logits, features = first.forward_features(views)
             all_logits = torch.stack([logits, *(network(views) for network in others)]).float()
-        stats = sk.activation_stats(features, data.image_size, config=first.config)
+        stats = sk.activation_stats(features, data.image_size, config=first.mask_config)
         mean = all_logits.softmax(2).mean(0)
         predictions[part.numpy()] = mean.cpu().numpy()
         found = {

@@ -154,7 +154,8 @@ class Decoder(nn.Module):
     Each stage convolves 3×3 and resizes bilinearly, by at most a factor of two. Sizes go from
     (h, w) to (H, W) in geometric steps, so any pair of sizes works, and since resizing leaves no
     gaps (strided transposed convolutions with small kernels do), every output pixel depends on
-    the map.
+    the map. Normalised within each sample, the result does not depend on how a batch is spread
+    over processes or accumulated.
 
     Args:
         map_shape: (C, h, w) of the feature map.
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False),
-                nn.BatchNorm2d(fan_out),
+                nn.GroupNorm(math.gcd(fan_out, 8), fan_out),
                 nn.LeakyReLU(0.1, inplace=True),
             )
             for fan_in, fan_out in pairwise(widths)

@@ -140,7 +140,7 @@ def _by_class(
 def _pictures(result: Result, chosen: Tensor) -> list[dict[str, Any]]:
     """Image and activation map as data URIs, and the boxes to be drawn over them."""
     shown = figure.explain(result, chosen)
-    views = result.recipe.networks[0].config.views
+    views = result.recipe.networks[0].mask_config.views
     images = shown["image"] if shown["image"].shape[1] >= 3 else shown["image"][:, [0, 0, 0]]
     return [
         {

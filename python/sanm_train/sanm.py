@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import sanm_kernels as sk
 
+from . import distributed
+from .features import Reader, like_parameters
 from .models import Decoder
+
+#: What goes around SANM, not into it.
+WRAPPERS = (DataParallel, DistributedDataParallel)
 
 
 class Batch(NamedTuple):
@@ -32,37 +37,48 @@ class Batch(NamedTuple):
 
 
 class SANMLosses(NamedTuple):
-    """`total` = `classification` + config.reconstruction_weight · `reconstruction`, 0-d tensors.
+    """`total` = `classification` + mask_config.reconstruction_weight · `reconstruction`, 0-d.
 
-    logits (B, K) are those of the unmasked images; masked is what `SANM.mask` returned.
+    logits (B, K) are those of the unmasked images, sample_loss (B,) their cross-entropies, without
+    gradient, which the label quality is fitted to; masked is what `SANM.mask` returned.
     """
 
     total: Tensor
     classification: Tensor
     reconstruction: Tensor
     logits: Tensor
+    sample_loss: Tensor
     masked: sk.MaskedForward[Tensor]
 
 
 class SANM(nn.Module):
     """Wraps a classifier so that it can be trained by adversarial noisy masking.
 
-    Called as a module it is the plain model. The feature map is read by a forward hook that lives
-    only during the call, so copying, pickling and `state_dict` see no trace of it.
+    Called with images it is the plain model, called with a `Batch` it returns the losses: so
+    DistributedDataParallel and all else that wraps a module's forward see the training step. The
+    feature map is read by a forward hook that keeps nothing once the call is over.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, K).
-        feature_layer: the module whose output is the last feature map (B, C, h, w), or its dotted
-            name; default `model.feature_layer`.
-        decoder: maps feature maps to images (B, C, H, W); None builds a `Decoder`.
-        config: the masking.
+        model: maps images (B, C, H, W) to logits (B, K), or to something with logits in it.
+        feature_layer: the module whose output is the last feature map, or its dotted name; default
+            `model.feature_layer`, else the last layer that gives one, with a warning that names it.
+        decoder: maps feature maps (B, C, h, w) to images (B, C, H, W); None builds a `Decoder`.
+        config: the masking; kept as `mask_config`.
         image_shape: (C, H, W). With it the decoder is built at once, and its parameters exist
             before an optimiser is made; without it the first batch decides.
+        layout: of the layer's output, "BCHW", "BHWC" (channels last, as Swin has it) or "BNC"
+            (tokens, as ViT has it, class and register tokens first); "auto" decides by the width of
+            the classifier and the image's aspect, and refuses where it cannot tell.
+        to_map: makes (B, C, h, w) of the layer's output where `layout` does not say how.
+        grid: (h, w) of tokens; default by the image's aspect.
+        logits: takes the logits out of what the model returns. By default it is the tensor itself,
+            `.logits` or "logits", or the first of a tuple or list. A module is trained as well.
         random_box: hide a random place instead of the peak and the trough (an ablation).
         modulate: False leaves the masked views' targets as they are (an ablation).
 
     Raises:
-        ValueError: no such layer; when the model runs, its output is not a (B, C, h, w) tensor.
+        ValueError: no such layer; when the model runs, no logits, or no feature map on which a
+            peak can be found. The message says what came, and which layers give a map.
         RuntimeError: when the model runs, the layer was not run.
     """
 
@@ -74,58 +90,62 @@ class SANM(nn.Module):
         config: sk.MaskConfig | None = None,
         image_shape: Sequence[int] | None = None,
         *,
+        layout: str = "auto",
+        to_map: Callable[[Any], Tensor] | None = None,
+        grid: Sequence[int] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
         random_box: bool = False,
         modulate: bool = True,
     ) -> None:
         super().__init__()
+        if isinstance(model, WRAPPERS):
+            raise ValueError(
+                f"model: {type(model).__name__} would see neither decoder nor losses; wrap the "
+                "other way round, DistributedDataParallel(SANM(model, …))"
+            )
         self.model = model
         self.random_box, self.modulate = random_box, modulate
-        self.config = sk.MaskConfig.paper() if config is None else config
-        self.feature_layer = _layer_name(model, feature_layer)
-        self._found: list[Tensor] = []
-        self._compiled = False
+        self.mask_config = sk.MaskConfig.paper() if config is None else config
+        self.reader = Reader(model, feature_layer, layout, to_map, grid, logits)
+        self.head = logits if isinstance(logits, nn.Module) else None
         self.decoder = decoder
         if decoder is None and image_shape is not None:
-            self._build_decoder(image_shape)
+            self._add_decoder(self.reader.map_shape(model, image_shape), image_shape)
+        elif self.reader.layer is None and image_shape is not None:
+            self.reader.map_shape(model, image_shape)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of the plain model; under autocast in float32, as losses want them."""
-        logits: Tensor = self.model(images)
-        self._found.clear()
-        return logits.float() if torch.is_autocast_enabled(images.device.type) else logits
+    @property
+    def feature_layer(self) -> str | None:
+        """The name of the layer that is read; None until one is found by a run."""
+        return self.reader.layer
+
+    @overload
+    def forward(self, batch: Tensor) -> Tensor: ...
+    @overload
+    def forward(
+        self, batch: Batch, generator: torch.Generator | int | Tensor | None = None
+    ) -> SANMLosses: ...
+    def forward(
+        self,
+        batch: Tensor | Batch,
+        generator: torch.Generator | int | Tensor | None = None,
+    ) -> Tensor | SANMLosses:
+        """Of images, logits (B, K) of the plain model, under autocast in float32, as losses want
+        them; of a `Batch`, `losses`."""
+        if not isinstance(batch, Tensor):
+            return self.losses(batch, generator)
+        return _full(self.reader.logits(self.model, batch))
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, K) and the last feature map (B, C, h, w) of one run of the model."""
-        self._found.clear()
-        handle = None if self._compiled else self._hook()
-        try:
-            logits = self.model(images)
-            found = list(self._found)
-        finally:
-            self._found.clear()
-            if handle is not None:
-                handle.remove()
-        name = f"feature_layer {self.feature_layer!r}"
-        if not found:
-            raise RuntimeError(f"{name} was not run by the model's forward")
-        features = found[-1]
-        if not isinstance(features, Tensor) or features.ndim != 4:
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{name} must give a feature map (B, C, h, w), got {got}")
-        if torch.is_autocast_enabled(images.device.type):
-            logits = logits.float()
-        return logits, features
+        logits, features = self.reader(self.model, images)
+        return _full(logits), features
 
-    def compile_model(self) -> None:
-        """`torch.compile` the model in place. The hook then stays, for it has to be compiled too:
-        a compiled model is not copied or pickled any more."""
-        self._hook()
-        self._compiled = True
-        self.model.compile()
-
-    def _hook(self) -> RemovableHandle:
-        layer = self.model.get_submodule(self.feature_layer)
-        return layer.register_forward_hook(lambda module, inputs, out: self._found.append(out))
+    def _replicate_for_data_parallel(self) -> SANM:
+        raise RuntimeError(
+            "DataParallel: SANM's losses are not the mean over its replicas; use "
+            "torch.nn.parallel.DistributedDataParallel, a process for each device"
+        )
 
     @torch.no_grad()
     def mask(
@@ -143,6 +163,7 @@ class SANM(nn.Module):
         features are computed when not given. clean_prob None stands for 1, "surely right".
         generator and options go to `sk.masked_forward`: num_classes, sample_index, draws, ...
         """
+        _check_targets(targets)
         if self.random_box:  # noise of the image's own size: any pixel may be the peak
             features = _noise(images, generator)
         elif features is None:
@@ -154,7 +175,7 @@ class SANM(nn.Module):
             targets,
             clean_prob,
             images=images,
-            config=self.config,
+            config=self.mask_config,
             generator=generator,
             **options,
         )
@@ -162,14 +183,30 @@ class SANM(nn.Module):
     def reconstruct(self, features: Tensor, image_shape: Sequence[int]) -> Tensor:
         """Images (B, …), each of `image_shape`, rebuilt from feature maps (B, C, h, w)."""
         if self.decoder is None:
-            self._add_decoder(features, image_shape)
+            if distributed.size() > 1:
+                raise RuntimeError(
+                    "image_shape: SANM needs it where several processes train, to build the "
+                    "decoder before the model is wrapped; got None"
+                )
+            self._add_decoder(features.shape[1:], image_shape)
+            if self.training and torch.is_grad_enabled():
+                warnings.warn(
+                    "the decoder was built by the first batch: an optimiser made before does not "
+                    "train it; give image_shape=, or call losses() once under torch.no_grad()",
+                    stacklevel=4,
+                )
         assert self.decoder is not None
-        rebuilt: Tensor = self.decoder(features)
+        like = next(self.decoder.parameters(), features)
+        rebuilt: Tensor = self.decoder(features.to(like.dtype))
         return rebuilt
 
-    def _add_decoder(self, features: Tensor, image_shape: Sequence[int]) -> None:
-        decoder = Decoder(features.shape[1:], image_shape)
-        self.decoder = decoder.to(features.device, features.dtype)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _add_decoder(self, map_shape: Sequence[int], image_shape: Sequence[int]) -> None:
+        """In the dtype and on the device of the model's parameters."""
+        like = like_parameters(self.model)
+        with torch.inference_mode(False):
+            decoder = Decoder(map_shape, image_shape).to(like.device, like.dtype)
+        self.decoder = decoder.train(self.training)
 
     def reconstruction_loss(
         self, masked: sk.MaskedForward[Tensor], images: Tensor
@@ -185,7 +222,9 @@ class SANM(nn.Module):
         return ratios if self.modulate else [torch.zeros_like(r) for r in ratios]
 
     def losses(
-        self, batch: Batch | tuple[Tensor, ...], generator: torch.Generator | int | None = None
+        self,
+        batch: Batch | tuple[Tensor, ...],
+        generator: torch.Generator | int | Tensor | None = None,
     ) -> SANMLosses:
         """Classification loss over the images and their masked views, and the reconstruction loss.
 
@@ -193,6 +232,8 @@ class SANM(nn.Module):
         views together. `batch` is a `Batch` or a tuple in its order.
         """
         images, targets, clean_prob, sample_index, _ = Batch(*batch)
+        if not torch.compiler.is_compiling():
+            self._check_wrapped()
         logits, features = self.forward_features(images)
         masked = self.mask(
             images,
@@ -211,23 +252,56 @@ class SANM(nn.Module):
             torch.cat([logits, view_logits]),
             targets.expand(1 + len(ratios), *targets.shape),
             ratio=torch.cat([logits.new_zeros(len(logits)), *ratios]),
-            drop=self.config.drop,
-        ).total
-        total = classification + self.config.reconstruction_weight * reconstruction
-        return SANMLosses(total, classification, reconstruction, logits, masked)
+            drop=self.mask_config.drop,
+        )
+        total = classification.total + self.mask_config.reconstruction_weight * reconstruction
+        return SANMLosses(
+            total,
+            classification.total,
+            reconstruction,
+            logits,
+            classification.per_sample[: len(logits)].detach(),
+            masked,
+        )
 
-    @torch.no_grad()
-    def _build_decoder(self, image_shape: Sequence[int]) -> None:
-        """Build the decoder by running the model once, in eval mode, on an empty image."""
-        like = next(self.model.parameters())
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            features = self.forward_features(like.new_zeros(1, *image_shape))[1]
-            self._add_decoder(features, image_shape)
-        finally:
-            for module, training in modes:  # one by one: some layers may be frozen in eval mode
-                module.training = training
+    def _check_wrapped(self) -> None:
+        """Warn where gradients of several processes would not be averaged."""
+        if distributed.size() == 1 or not (self.training and torch.is_grad_enabled()):
+            return
+        inside = DistributedDataParallel._get_active_ddp_module() is not None
+        if not inside and not any(hasattr(module, "_get_fsdp_state") for module in self.modules()):
+            warnings.warn(
+                "SANM: losses() outside of the forward of DistributedDataParallel, whose gradients "
+                "it then does not average over the processes; call the wrapped module itself, "
+                "ddp(batch), not ddp.module.losses(batch)",
+                stacklevel=4,
+            )
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits as losses want them: in float32 under autocast."""
+    return logits.float() if torch.is_autocast_enabled(logits.device.type) else logits
+
+
+def _check_targets(targets: Tensor) -> None:
+    """Soft targets (B, K) are distributions. Only on the CPU: elsewhere a look would wait."""
+    if targets.ndim != 2 or targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    sums = targets.sum(1, dtype=torch.float64)
+    bad = ((sums - 1).abs() > 1e-2) | (targets < 0).any(1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        several = bool(((targets == 0) | (targets == 1)).all())
+        raise ValueError(
+            f"targets: expected rows of probabilities that sum to 1, got a sum of {sums[row]:g} "
+            f"in row {row}"
+            + (
+                ": these look like multi-hot targets of a multi-label problem, which SANM is not "
+                "for: it takes one class per image, as indices (B,) or probabilities (B, K)"
+                if several
+                else "; divide each row by its sum, or apply softmax to logits"
+            )
+        )
 
 
 def _noise(images: Tensor, generator: torch.Generator | int | Tensor | None) -> Tensor:
@@ -242,23 +316,3 @@ def _noise(images: Tensor, generator: torch.Generator | int | Tensor | None) -> 
 def masked_views(masked: sk.MaskedForward) -> list[Tensor]:
     """The masked images that are there, in the order max, min."""
     return [view for view in (masked.images_max, masked.images_min) if view is not None]
-
-
-def _layer_name(model: nn.Module, layer: str | nn.Module | None) -> str:
-    """Dotted name of `layer` inside `model`."""
-    names = {name: module for name, module in model.named_modules() if name}
-    layer = getattr(model, "feature_layer", None) if layer is None else layer
-    if layer is None:
-        raise ValueError(
-            "feature_layer: name the module that gives the last feature map, "
-            f"one of {', '.join(names)}"
-        )
-    if isinstance(layer, nn.Module):
-        found = [name for name, module in names.items() if module is layer]
-        if not found:
-            raise ValueError(f"feature_layer: this {type(layer).__name__} is no part of the model")
-        layer = found[0]
-    if layer not in names:
-        near = difflib.get_close_matches(layer, names, 1) or list(names)[-1:]
-        raise ValueError(f"feature_layer: the model has no module {layer!r}; nearest: {near[0]!r}")
-    return str(layer)

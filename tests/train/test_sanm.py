@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sanm_kernels as sk
 from sanm_train.models import SmallCNN
-from sanm_train.sanm import SANM, Batch
+from sanm_train.sanm import SANM, Batch, SANMLosses
 
 
 def batch(size: int = 6, classes: int = 10) -> Batch:
@@ -25,23 +26,19 @@ def batch(size: int = 6, classes: int = 10) -> Batch:
     )
 
 
-def hooks(module: nn.Module) -> int:
-    return sum(len(m._forward_hooks) for m in module.modules())
-
-
 def test_forward_is_the_plain_model():
     model = SmallCNN().eval()
     images = batch().images
     assert torch.equal(SANM(model)(images), model(images))
 
 
-def test_hooks_do_not_outlive_the_call():
+def test_nothing_is_kept_after_a_call_and_copies_share_nothing():
     sanm = SANM(SmallCNN(), image_shape=(1, 8, 8))
     sanm.losses(batch(), generator=0).total.backward()
-    assert hooks(sanm) == 0
+    assert sanm.reader.tap.found is None
     with pytest.raises(RuntimeError):
         sanm.forward_features(torch.zeros(2, 3, 8, 8))  # wrong channels: the model itself fails
-    assert hooks(sanm) == 0
+    assert sanm.reader.tap.found is None and not sanm.reader.tap.on
 
     twin = copy.deepcopy(sanm).eval()
     pickled = pickle.loads(pickle.dumps(sanm)).eval()
@@ -62,29 +59,6 @@ def test_feature_layer_by_module_and_by_name():
     assert torch.equal(by_module, by_name)
 
 
-class Unused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused = nn.Linear(64, 3), nn.Linear(64, 3)
-
-    def forward(self, x):
-        return self.used(x.flatten(1))
-
-
-def test_feature_layer_errors():
-    with pytest.raises(ValueError, match="no module 'feature'; nearest: 'features'"):
-        SANM(SmallCNN(), "feature")
-    with pytest.raises(ValueError, match="name the module that gives the last feature map"):
-        SANM(Unused())
-    with pytest.raises(ValueError, match="this Linear is no part of the model"):
-        SANM(Unused(), nn.Linear(1, 1))
-    images = torch.zeros(2, 1, 8, 8)
-    with pytest.raises(RuntimeError, match="'unused' was not run"):
-        SANM(Unused(), "unused").forward_features(images)
-    with pytest.raises(ValueError, match=r"'used' must give a feature map .* got \(2, 3\)"):
-        SANM(Unused(), "used").forward_features(images)
-
-
 def test_losses_equal_their_definition():
     torch.manual_seed(0)
     config = sk.MaskConfig.paper().replace(ratio_low=0.1, ratio_high=0.2)
@@ -98,6 +72,8 @@ def test_losses_equal_their_definition():
     targets = torch.cat([one_hot, masked.targets_max, masked.targets_min])
     expected = -(targets * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(losses.classification, expected)
+    torch.testing.assert_close(losses.sample_loss, sk.sample_loss(sanm(images), labels).detach())
+    assert not losses.sample_loss.requires_grad
     rebuilt = sanm.decoder(sanm.forward_features(views)[1])
     expected = sum(F.mse_loss(part, images) for part in rebuilt.chunk(2))
     torch.testing.assert_close(losses.reconstruction, expected)
@@ -152,12 +128,102 @@ def test_random_boxes_come_from_the_generator():
     assert not torch.equal(boxes[0], boxes[2])
 
 
+def test_forward_of_a_batch_is_the_losses():
+    sanm = SANM(SmallCNN(), image_shape=(1, 8, 8)).eval()
+    called, asked = sanm(batch(), generator=3), sanm.losses(batch(), generator=3)
+    assert isinstance(called, SANMLosses) and torch.equal(called.total, asked.total)
+    assert torch.equal(sanm(batch().images), called.logits)
+
+
 def test_lazy_decoder_and_a_user_s_own():
     sanm = SANM(SmallCNN())
     assert sanm.decoder is None
-    sanm.losses(batch(), generator=0)
+    with pytest.warns(UserWarning, match="an optimiser made before does not train it"):
+        sanm.losses(batch(), generator=0)
     assert sanm.decoder.image_shape == (1, 8, 8)
     own = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(64, 1, 1))
     sanm = SANM(SmallCNN(), decoder=own, image_shape=(1, 8, 8))
     sanm.losses(batch(), generator=0)
     assert sanm.decoder is own
+
+
+@pytest.mark.parametrize(
+    "context", [torch.autocast("cpu", torch.bfloat16), torch.inference_mode()], ids=["amp", "inf"]
+)
+def test_a_decoder_built_by_a_batch_is_the_model_s_kind(context):
+    sanm = SANM(SmallCNN().double())
+    with context:
+        sanm.losses(batch()._replace(images=batch().images.double()), generator=0)
+    assert {p.dtype for p in sanm.decoder.parameters()} == {torch.float64}
+    assert not any(p.is_inference() for p in sanm.decoder.parameters())
+
+
+def test_half_a_model_gets_half_a_decoder():
+    sanm = SANM(SmallCNN().bfloat16(), image_shape=(1, 8, 8))
+    losses = sanm(batch()._replace(images=batch().images.bfloat16()), generator=0)
+    losses.total.backward()
+    assert {p.dtype for p in sanm.decoder.parameters()} == {torch.bfloat16}
+
+
+ROWS = torch.eye(10)[:6]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (ROWS + ROWS.roll(1, 1), "sum of 2 in row 0: these look like multi-hot targets of a multi"),
+        (torch.zeros(6, 10, dtype=torch.long), "look like multi-hot"),
+        (ROWS * 0.7, "sum of 0.7 in row 0; divide each row by its sum"),
+        (2 * ROWS - ROWS.roll(1, 1), "sum of 1 in row 0; divide"),
+        (ROWS.long(), "targets: expected float"),
+        (torch.full((6,), 10), r"targets: expected indices in \[0, 10\)"),
+        (torch.rand(6), "targets: expected an integer dtype"),
+    ],
+)
+def test_targets_are_checked(targets, message):
+    sanm = SANM(SmallCNN(), image_shape=(1, 8, 8))
+    with pytest.raises((ValueError, TypeError), match=message):
+        sanm(batch()._replace(targets=targets))
+
+
+def test_soft_targets_are_taken():
+    sanm = SANM(SmallCNN(), image_shape=(1, 8, 8)).eval()
+    hard = sanm(batch(), generator=0)
+    soft = sanm(batch()._replace(targets=F.one_hot(batch().targets, 10).float()), generator=0)
+    torch.testing.assert_close(soft.total, hard.total)
+    sanm(batch()._replace(targets=torch.rand(6, 10).softmax(1).half().float()))  # rounding is fine
+
+
+def test_wrapping_the_wrong_way_round_is_refused():
+    with pytest.raises(
+        ValueError, match=r"wrap the other way round, DistributedDataParallel\(SANM\(model"
+    ):
+        SANM(nn.DataParallel(SmallCNN()), "module.features")
+    with pytest.raises(RuntimeError, match="a process for each device"):
+        SANM(SmallCNN())._replicate_for_data_parallel()  # DataParallel does, on several devices
+
+
+def test_losses_under_checkpointing():
+    """Without reentry all is as without; with it the map has no gradient, which is said."""
+
+    class Checkpointed(SmallCNN):
+        reentrant = False
+
+        def forward(self, x):
+            features = checkpoint(self.features, x, use_reentrant=self.reentrant)
+            return self.linear(features.mean((2, 3)))
+
+    plain = SANM(SmallCNN(), image_shape=(1, 8, 8))
+    sanm = SANM(Checkpointed(), image_shape=(1, 8, 8))
+    sanm.load_state_dict(plain.state_dict())
+    for one in (plain, sanm):
+        one(batch(), generator=0).total.backward()
+    for a, b in zip(plain.parameters(), sanm.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    Checkpointed.reentrant = True
+    images = batch().images.requires_grad_()
+    with pytest.raises(RuntimeError, match="gave a map without gradient"):
+        sanm(batch()._replace(images=images))
+    sanm.model.features.requires_grad_(False)
+    sanm.model.reentrant = False
+    sanm(batch(), generator=0).total.backward()  # a frozen backbone is nothing wrong

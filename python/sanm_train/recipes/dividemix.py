@@ -122,10 +122,10 @@ class DivideMix(Recipe):
             num_labeled=labeled,
             unlabeled_weight=config.unlabeled_weight * ramp,
             prior_weight=config.prior_weight,
-            drop=network.config.drop,
+            drop=network.mask_config.drop,
         )
         return {
-            "loss": losses.total + network.config.reconstruction_weight * reconstruction,
+            "loss": losses.total + network.mask_config.reconstruction_weight * reconstruction,
             "labeled": losses.labeled,
             "unlabeled": losses.unlabeled,
             "prior": losses.prior,

@@ -47,7 +47,7 @@ class OnePass(Recipe):
             batch.clean_prob,
             classifier=(head.weight, head.bias),
             size=(images.shape[2], images.shape[3]),
-            config=network.config.replace(views=("max",)),
+            config=network.mask_config.replace(views=("max",)),
             generator=self.generator,
             sample_index=batch.sample_index,
         )

@@ -1,0 +1,70 @@
+"""Results and configurations that are copied, pickled, saved, and written to again."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from inputs import example
+from torch.utils._pytree import tree_map_only
+
+import sanm_kernels as sk
+
+
+def saved(x: object) -> object:
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+COPIES = {
+    "clone": lambda x: tree_map_only(torch.Tensor, torch.clone, x),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "torch.load": saved,
+}
+CONFIGS = [sk.MaskConfig.paper(), sk.MaskConfig.official_clothing1m().replace(views=("min",))]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["paper", "min"])
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("how", COPIES)
+def test_out_of_a_copy_is_written_to_or_refused(how, images, config):
+    f, t, q, x = example()
+    options = {"images": x} if images else {"size": x.shape[2:]}
+    first = sk.masked_forward(f, t, q, generator=0, config=config, **options)
+    wanted = sk.masked_forward(f, t, q, generator=1, config=config, **options)
+    out = COPIES[how](first)
+    if how in ("clone", "pickle"):  # whose parts share no memory with the buffers
+        with pytest.raises(ValueError, match="no longer a slice of its buffers"):
+            sk.masked_forward(f, t, q, generator=1, config=config, out=out, **options)
+        return
+    again = sk.masked_forward(f, t, q, generator=1, config=config, out=out, **options)
+    assert again is out
+    for name, value, other in zip(out._fields, out, wanted, strict=True):
+        values, others = (x if isinstance(x, tuple) else (x,) for x in (value, other))
+        for a, b in zip(values, others, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.load"])
+def test_configurations_and_results_come_back(how):
+    config = sk.MaskConfig.official_cifar().replace(fill="constant", fill_value=(0.1, 0.2, 0.3))
+    again = COPIES[how](config)
+    assert again == config and type(again) is sk.MaskConfig
+    quality = sk.fit_label_quality(torch.rand(50))
+    again = COPIES[how](quality)
+    assert type(again) is sk.LabelQuality
+    assert all(torch.equal(a, b) for a, b in zip(again, quality, strict=True))
+
+
+def test_a_configuration_that_was_tampered_with_is_refused():
+    config = sk.MaskConfig.paper()
+    object.__setattr__(config, "ratio_low", float("nan"))
+    with pytest.raises(ValueError, match="ratio_low: expected a finite number"):
+        saved(config)

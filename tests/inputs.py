@@ -89,8 +89,10 @@ def each(**axes: Iterable[object]) -> pytest.MarkDecorator:
 
 
 def _title(value: object) -> str:
-    """What pytest's -k can name: "3x5x7" for a shape."""
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """What pytest's -k can name: "3x5x7" for a shape, a function's name."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return getattr(value, "__name__", str(value))
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:

@@ -124,7 +124,7 @@ inline void check_masked_loss(const Tensor& logits, const Tensor& targets, const
   all(prior, "prior", {K}, acc_type(logits));
   if (permutation) all.indices(*permutation, "mix permutation", n);
   expect_numbers(scalars, "scalars", 4);
-  expect(num_labeled >= 0 && num_labeled <= n, "num_labeled: expected from 0 to the rows");
+  check_count(num_labeled, n, "num_labeled");
 }
 
 inline void check_masked_loss_backward(std::initializer_list<const OptTensor*> grads,
@@ -175,8 +175,7 @@ inline int64_t check_mixup_views(const std::vector<Tensor>& views, const Tensor&
     sizes.push_back(view.size(0));
   }
   const int64_t total = total_of(sizes, "views");
-  if (rows < 0 || rows > total)
-    value_error("rows: expected a number in [0, ", total, "], got ", rows);
+  check_count(rows, total, "rows");
   all.indices(permutation, "permutation", rows);
   expect_numbers(lam, "lam", 1);
   return total;

@@ -51,10 +51,6 @@ inline void check_count(int64_t x, int64_t most, const char* name) {
   if (x < 0 || x > most)
     value_error(name, ": expected a number in [0, ", most, "], got ", x);
 }
-inline void check_entries(const OptTensor& permutation, int64_t rows, const char* name) {
-  if (permutation && permutation->size(0) < rows)
-    value_error(name, ": expected at least ", rows, " entries, got ", permutation->size(0));
-}
 
 inline std::string shape_text(const int64_t* size, int64_t dim) {
   std::string text = "[";

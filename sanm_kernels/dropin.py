@@ -133,10 +133,10 @@ def _gradients(
     ctx: Any, labeled: Tensor | None, unlabeled: Tensor | None, confidence: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     ops, n_x, whole = ctx.given
-    logits, targets, normalizer, p_mean = ctx.saved_tensors
+    logits, targets, normalizer, p_mean, counts = ctx.saved_tensors
     gradient = ops.masked_loss_backward(
         None, labeled, unlabeled, None, confidence, None, logits, targets, None, None, None,
-        _SCALARS, normalizer, p_mean, n_x, True, -100, True,
+        _SCALARS, normalizer, p_mean, counts, n_x, True, -100, True,
     )  # fmt: skip
     if whole:
         return gradient, None, None, None
@@ -157,11 +157,11 @@ class _Losses(torch.autograd.Function):
         logits = first if second is None else torch.cat([first, second])
         operator = select("masked_loss", logits.device, None)
         with torch._C._AutoDispatchBelowAutograd():
-            _, labeled, unlabeled, _, confidence, _, normalizer, p_mean = operator(
+            _, labeled, unlabeled, _, confidence, _, normalizer, p_mean, counts = operator(
                 logits, targets, None, None, None, _SCALARS, n_x, True, -100, True
             )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, targets, normalizer, p_mean)
+        ctx.save_for_backward(logits, targets, normalizer, p_mean, counts)
         ctx.given = _BACKENDS[operator._overloadname], n_x, second is None
         return labeled, unlabeled, confidence
 

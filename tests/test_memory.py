@@ -250,7 +250,7 @@ settings = 3, True, False, False, True, 0, [0.0], 1.0, 0.1, 0.3, 0.1, 0.7, 1.3
 try:
     torch.ops.sanm_kernels.masked_forward.cpu(
         f, y, q, None, seed, None, None, None, None, 8, 8, {classes}, *settings)
-except RuntimeError as error:
+except ValueError as error:
     print("num_classes: expected from 2 to 2³¹ − 1" in str(error))
 """
     done = run(code, "")

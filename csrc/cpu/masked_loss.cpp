@@ -142,7 +142,6 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
   const Tensor logits = packed(logits_);
   const OptTensor prior = packed(prior_);
   const int64_t n = logits.size(0), K = logits.size(1), Kp = padded(K), nx = num_labeled;
-  check_count(nx, n, "num_labeled");
   const ScalarType type = acc_type(logits);
   const Tensor total = new_tensor({}, type), labeled = new_tensor({}, type),
                unlabeled = new_tensor({}, type), penalty = new_tensor({}, type),
@@ -274,7 +273,6 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
                counts = packed(counts_);
   const OptTensor grad_rows = packed(grad_per_sample);
   const int64_t n = logits.size(0), K = logits.size(1), nx = num_labeled;
-  check_count(nx, n, "num_labeled");
   const Tensor result = new_tensor({n, K}, logits.scalar_type());
   dispatch(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -62,7 +62,6 @@ class Targets {
     } else {
       index_rows();
     }
-    check_entries(permutation_, n, "mix permutation");
     if (partner_) check_indices(partner_, n, rows_, "mix permutation");
     if (r_) check_unit_interval(r_, rows_, "ratio");
     if (r_ && !labels_) find_largest();

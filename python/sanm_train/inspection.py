@@ -111,7 +111,6 @@ def sample_table(result: Result, predictions: Array) -> pa.Table:
     )
 
 
-@torch.no_grad()
 def _inert(table: Any) -> Any:
     """An Arrow table in which no text is one that a spreadsheet would run: an apostrophe in front
     makes it text."""
@@ -126,6 +125,7 @@ def _inert(table: Any) -> Any:
     return table
 
 
+@torch.no_grad()
 def _predict(result: Result, predictions: Array) -> dict[str, Tensor]:
     """The columns (N,) that come from the networks' outputs."""
     data, recipe = result.data, result.recipe

@@ -99,9 +99,10 @@ def keys(n, lam, weight, gamma):
     given = (t, r, meta(n, dtype=torch.int64), None, scalars)
     config = triton_kernels.PRESETS["paper"]._replace(ratio_gamma=gamma, ratio_low=gamma / 2)
     with launch.recording() as recorded:
-        *_, per_sample, normalizer, p_mean = masked_loss.forward(z, *given, n // 2, True, -1, True)
-        masked_loss.backward(meta(), *[None] * 5, z, *given, normalizer, p_mean, n // 2, True, -1,
-                             True)
+        settings = (n // 2, True, -1, True)
+        *_, per_sample, normalizer, p_mean, counts = masked_loss.forward(z, *given, *settings)
+        kept = (normalizer, p_mean, counts)
+        masked_loss.backward(meta(), *[None] * 5, z, *given, *kept, *settings)
         masked_forward.forward(meta(64, 512, 4, 4), meta(64, 10), meta(64), None,
                                meta(dtype=torch.int64), None, meta(64, 3, 32, 32), None, None, 32,
                                32, 10, *config)

@@ -319,7 +319,7 @@ def patch(module: ModuleType, *, force: bool = False, verbose: bool = True) -> P
     ``CrossEntropyLoss(reduction="none")``. Each is called on small random inputs and compared with
     ours: views, boxes, targets and the random numbers drawn to the last bit, losses and their
     gradients to float32 rounding, scikit-learn's mixtures to 1e-5. What agrees is replaced. The
-    weight that a `SemiLoss` returns goes on coming from itself, whatever its arguments are; a
+    weight that a `SemiLoss` returns is still its own, whatever its arguments are; a
     masking function may have its own γ and range of ratios. A function is replaced in all loaded
     modules that hold it, a class and an object in place, so that objects made before compute with
     ours too, and scikit-learn's class in `module` alone; what was put elsewhere before, such as a

@@ -207,7 +207,7 @@ def masked_forward(
         results.check_out(out, config, arguments, expected[channels_last])
         call("masked_forward_out", device, backend, *arguments, *out.buffers)
         if not torch.compiler.is_compiling():
-            # below autograd nobody counts: a graph that saved what was overwritten must not run
+            # autograd did not see the writing: a graph that saved what was overwritten must not run
             torch.autograd.graph.increment_version(out.buffers)
         return out
     outputs = call("masked_forward", device, backend, *arguments)

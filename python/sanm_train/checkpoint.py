@@ -63,7 +63,7 @@ def check_data(state: dict[str, Any], data: dict[str, Any]) -> None:
 
 
 def check_ranks(state: dict[str, Any]) -> None:
-    """A run goes on with as many processes as it had: each has its own samples."""
+    """A run resumes with as many processes as it had: each has its own samples."""
     saved, here = len(state["ranks"]), distributed.size()
     if saved != here:
         raise CheckpointError(

@@ -40,7 +40,7 @@ def compare(
 
     Args:
         out: folder for runs.csv, which gets a row after each run; runs it has already are not
-            repeated, so an interrupted table goes on where it was. settings.json says with which
+            repeated, so an interrupted table continues where it was. settings.json says with which
             settings; other ones need another folder.
         noises: kind and rate, as "symmetric:0.5".
         variants: name → settings of its own.

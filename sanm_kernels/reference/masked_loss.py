@@ -103,7 +103,7 @@ def forward(
     and how many labelled and unlabelled rows count (2,) int64.
 
     Where p̄ is so small that a p of some weight in it may have been rounded to 0, it is taken from
-    log p, and what stands in its place is its logarithm, which is negative.
+    log p, and its place has its logarithm, which is negative.
 
     logits (n, K); targets (…, K) floats or (M,) int64; ratio (M,); permutation (≥ n,) int64;
     prior (K,) in A, None for uniform; scalars (4,) float64 on the CPU

@@ -1,6 +1,6 @@
 """Section 1 of the method inside one program: energy, statistics, peak and trough of one sample.
 
-The energy map E (n = h·w cells) stands in a workspace of the program's own, so that bilinear
+The energy map E (n = h·w cells) is in a workspace of the program's own, so that bilinear
 upsampling can gather from it; `tl.debug_barrier` separates writing from reading.
 
 Peak and trough of the upsampled map U (H, W) are found without U. Its rows y fall into h + 1

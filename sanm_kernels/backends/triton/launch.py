@@ -19,7 +19,7 @@ from sanm_kernels.ops.base import library, without_autocast
 
 #: Whether kernels run on the CPU, through Triton's interpreter (TRITON_INTERPRET=1).
 INTERPRETED: bool = knobs.runtime.interpret
-#: Rows that a program holds at most: what it knows of a row stands in several threads' registers.
+#: Rows that a program holds at most: what it knows of a row is in several threads' registers.
 MOST_ROWS = 32
 
 Configuration = dict[str, int]

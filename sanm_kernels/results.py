@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypedDict
@@ -77,6 +77,10 @@ class MaskedForward(NamedTuple, Generic[Images, Logits]):
     buffers: tuple[Tensor, ...]
 
 
+#: Names of a result's tensors.
+PARTS = (*ActivationStats._fields, *MaskedForward._fields[1:-1])
+
+
 class Options(TypedDict, total=False):
     """The arguments of masked_forward that its result's type does not depend on."""
 
@@ -126,11 +130,21 @@ def unpack(
     )
 
 
+class Slice(NamedTuple):
+    """Where a result's tensor is in its buffers."""
+
+    buffer: int
+    offset: int  #: in bytes
+    look: tuple[Any, ...]
+
+
 class Expected(NamedTuple):
-    """What the buffers of `out` have to look like: as OUTPUTS, and as `_looks` sees them."""
+    """What `out` has to look like: its buffers as OUTPUTS and as `_looks` sees them, its parts."""
 
     outputs: tuple[Spec, ...]
     looks: list[tuple[Any, ...]]
+    slices: list[Slice | None]
+    bytes: list[int]
 
 
 def expect(
@@ -147,15 +161,42 @@ def expect(
         views, sets = len(config.views), config.draw_sets
         outputs = specs(features, targets, images, weight, num_classes, views, sets, channels_last)
         if torch.compiler.is_compiling():
-            return Expected(outputs, [])
-        looks = _looks([spec.empty(torch.device("meta")) for spec in outputs])
-        return Expected(outputs, [(*look[:-1], features.device) for look in looks])
+            return Expected(outputs, [], [], [])
+        with torch.inference_mode(False):  # where views would not know what they are of
+            buffers = tuple(spec.empty(torch.device("meta")) for spec in outputs)
+            result = unpack(config, buffers, images is not None, weight is not None)
+
+        def find(x: Tensor) -> Slice:
+            whole = x if x._base is None else x._base
+            number = next(i for i, buffer in enumerate(buffers) if buffer is whole)
+            offset = int(x.storage_offset()) * x.element_size() if x.numel() else 0
+            return Slice(number, offset, _part(x))
+
+        return Expected(
+            outputs,
+            [(*look[:-1], features.device) for look in _looks(buffers)],
+            [None if x is None else find(x) for x in _parts(result)],
+            [x.numel() * x.element_size() for x in buffers],
+        )
 
     return expected(False), expected(True)
 
 
 def _looks(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     return [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+
+
+def _parts(result: MaskedForward) -> tuple[Tensor | None, ...]:
+    """All tensors of a result but its buffers, in the order of PARTS."""
+    return (*result.stats, *result[1:-1])
+
+
+def _placed(result: MaskedForward) -> list[tuple[Any, ...] | None]:
+    return [None if x is None else (x.data_ptr(), _part(x)) for x in _parts(result)]
+
+
+def _part(x: Tensor) -> tuple[Any, ...]:
+    return x.numel(), x.stride(), x.dtype
 
 
 def check_out(
@@ -178,9 +219,20 @@ def check_out(
     if torch.compiler.is_compiling():
         _compare(out.buffers, expected.outputs, arguments[0].device)
         return
-    if _looks(out.buffers) != expected.looks:  # be it in strides of dimensions of length 1 alone
+    starts = [x.data_ptr() for x in out.buffers]
+    if _looks(out.buffers) == expected.looks:
+        slices = [
+            None if part is None else (starts[part.buffer] + part.offset, part.look)
+            for part in expected.slices
+        ]
+    else:  # be it in strides of dimensions of length 1 alone
         _compare(out.buffers, expected.outputs, arguments[0].device)
-    check_memory(out, OUTPUTS, tensors)
+        images, weight = arguments[TENSORS.index("images")], arguments[TENSORS.index("weight")]
+        slices = _placed(unpack(config, out.buffers, images is not None, weight is not None))
+    for name, found, wanted in zip(PARTS, _placed(out), slices, strict=True):
+        if found != wanted:
+            raise ValueError(f"out: its {name} is no longer a slice of its buffers")
+    _check_memory(starts, expected.bytes, tensors)
 
 
 def _compare(buffers: Sequence[Tensor], outputs: Sequence[Spec], device: torch.device) -> None:
@@ -198,33 +250,17 @@ def _compare(buffers: Sequence[Tensor], outputs: Sequence[Spec], device: torch.d
             )
 
 
-def check_memory(
-    out: MaskedForward, names: Sequence[str], arguments: Iterable[tuple[str, Tensor]]
+def _check_memory(
+    starts: Sequence[int], sizes: Sequence[int], arguments: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Writing to the buffers of `out`, called `names`, changes its own tensors and no others.
+    """OUTPUTS, of so many bytes from `starts` on, share no memory with each other or an argument.
 
     Raises:
-        ValueError: its tensors are no slices of the buffers, or a buffer shares memory with another
-            or with an argument.
+        ValueError: two do.
     """
-    look = [(x.data_ptr(), x.numel(), x.element_size(), x.stride(), x.dtype) for x in out.buffers]
-    tensors = (*out.stats, *out[1:-1])
-    views = tuple(kind for kind in VIEWS if getattr(out, f"box_{kind}") is not None)
-    for name, at, number, part, count in _slices(views, len(out.buffers[2])):
-        x = tensors[at]
-        if x is None:
-            continue
-        first, size, bytes, stride, dtype = look[number]
-        if not (
-            x.data_ptr() == first + part * (size // count) * bytes
-            and x.numel() * count == size
-            and x.stride() in (stride, stride[1:])
-            and x.dtype is dtype
-        ):
-            raise ValueError(f"out: its {name} is no longer a slice of its buffers")
     taken = sorted(
-        (first, first + size * bytes, name)  # dense, as the call has checked
-        for (first, size, bytes, *_), name in zip(look, names, strict=True)
+        (start, start + size, name)
+        for start, size, name in zip(starts, sizes, OUTPUTS, strict=True)
         if size
     )
     for (_, end, name), (first, _, other) in itertools.pairwise(taken):
@@ -235,20 +271,7 @@ def check_memory(
         if not x.is_contiguous() and size:
             size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
         end = first + size * x.element_size()
-        for start, stop, name in taken:
-            if start < end and first < stop:
-                raise ValueError(f"out: shares its {name} with the argument {argument}")
-
-
-@functools.cache
-def _slices(views: tuple[str, ...], sets: int) -> list[tuple[str, int, int, int, int]]:
-    """Of a result's tensors: name, place, number of the buffer, which part of it, of how many."""
-    names = (*ActivationStats._fields, *MaskedForward._fields[1:-1])
-    found = [*((0, k, 5) for k in range(5)), (1, 0, 2), (1, 1, 2)]
-    places = dict(zip(ActivationStats._fields, found, strict=True))
-    for v, kind in enumerate(views):
-        k, count = min(v, sets - 1), len(views)
-        places |= {f"ratio_{kind}": (2, k, sets), f"box_{kind}": (3, v, count)}
-        places |= {f"targets_{kind}": (4, k, sets), f"images_{kind}": (5, v, count)}
-    places |= {"images_masked": (5, 0, 1), "logits": (6, 0, 1), "loss": (7, 0, 1)}
-    return [(name, names.index(name), *place) for name, place in places.items()]
+        place = bisect.bisect_left(taken, (end,))  # of those that start before its end, the last
+        if place and size and first < taken[place - 1][1]:
+            name = taken[place - 1][2]
+            raise ValueError(f"out: shares its {name} with the argument {argument}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -68,3 +69,19 @@ def test_a_configuration_that_was_tampered_with_is_refused():
     object.__setattr__(config, "ratio_low", float("nan"))
     with pytest.raises(ValueError, match="ratio_low: expected a finite number"):
         saved(config)
+
+
+@pytest.mark.parametrize("batch, channels", [(2, 1), (1, 1), (0, 3)])
+def test_out_serves_both_memory_formats_where_they_are_the_same(batch, channels):
+    """Strides of a dimension of length 1, and those of no sample, do not matter."""
+    given = torch.randn(batch, 4, 3, 3), torch.zeros(batch, dtype=torch.int64), torch.rand(batch)
+    images = torch.rand(batch, channels, 8, 8)
+    options = {"num_classes": 5, "generator": 3}
+    formats = [torch.contiguous_format, torch.channels_last]
+    for first, second in itertools.product(formats, formats):
+        out = sk.masked_forward(*given, images=images.to(memory_format=first), **options)
+        again = images.to(memory_format=second)
+        expected = sk.masked_forward(*given, images=again, **options)
+        sk.masked_forward(*given, images=again, **options, out=out)
+        assert torch.equal(out.images_masked, expected.images_masked)
+        assert out.images_masked is out.buffers[5]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from inputs import DTYPES, LAYOUTS, lay_out
+from inputs import DTYPES, LAYOUTS, TRITON_DEVICE, lay_out
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -477,7 +477,8 @@ def repeated(
             results.append(run(inputs, backend))
         finally:
             torch.set_default_dtype(usual)
-        with ThreadPoolExecutor(2) as pool:
+        # Triton's interpreter changes its language, for all threads, while a kernel runs
+        with ThreadPoolExecutor(1 if (backend, TRITON_DEVICE) == ("triton", "cpu") else 2) as pool:
             results += pool.map(lambda _: run(inputs, backend), range(2))
         for other in results[1:]:
             for a, b in zip(tree_leaves(results[0]), tree_leaves(other), strict=True):

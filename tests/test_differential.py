@@ -15,7 +15,7 @@ from random_calls import FUNCTIONS, SMALL, random_call
 from sanm_kernels import backends
 
 #: Backend → its first call, how many make a test, and how many tests there are.
-CALLS = {"cpu": (0, 500, 20), "triton": (SMALL, 25, 8), "cuda": (SMALL, 100, 4)}
+CALLS = {"cpu": (0, 500, 10), "triton": (SMALL, 25, 8), "cuda": (SMALL, 100, 4)}
 BLOCKS = [
     pytest.param(backend, first + block * size, marks=extended if block else ())
     for backend, (first, size, blocks) in CALLS.items()

@@ -6,18 +6,15 @@ Same signatures, side effects and draws; public in `sanm_kernels.compat`.
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from sanm_kernels import validate
-from sanm_kernels.backends import call, select
+from sanm_kernels.backends import call
 from sanm_kernels.config import MaskConfig
 from sanm_kernels.functional import masked_forward
 from sanm_kernels.losses import masked_loss
-from sanm_kernels.ops.base import BACKENDS, Overloads, differentiable_once
 from sanm_kernels.results import MaskedForward
 
 #: Up to these a row is so short that torch's own functions are slow.
@@ -126,58 +123,26 @@ def attention_erase_map_clothing1m(
 
 #: λ = 1, and weights of 0 in the total, which is not used.
 _SCALARS = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-_BACKENDS = {name: Overloads(name) for name in BACKENDS}
 
 
-def _gradients(
-    ctx: Any, labeled: Tensor | None, unlabeled: Tensor | None, confidence: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    ops, n_x, whole = ctx.given
-    logits, targets, normalizer, p_mean, counts = ctx.saved_tensors
-    gradient = ops.masked_loss_backward(
-        None, labeled, unlabeled, None, confidence, None, logits, targets, None, None, None,
-        _SCALARS, normalizer, p_mean, counts, n_x, True, -100, True,
+def _losses(logits: Tensor, targets: Tensor, n_x: int) -> tuple[Tensor, Tensor, Tensor]:
+    """L_x, L_u and N () of plain rows (n, K), the first n_x of them labelled: `masked_loss` without
+    the checks of its arguments, which take as long as these small kernels."""
+    _, labeled, unlabeled, _, confidence, *_ = call(
+        "masked_loss", logits.device, None, logits, targets, None, None, None, _SCALARS, n_x, True,
+        -100, True,
     )  # fmt: skip
-    if whole:
-        return gradient, None, None, None
-    return gradient[:n_x], gradient[n_x:], None, None
-
-
-class _Losses(torch.autograd.Function):
-    """`masked_loss` of plain rows with no more around it than criteria need: L_x, L_u and N ().
-
-    Of logits (n, K), the first n_x of them labelled, given as `first`, or as the `second` rows
-    after the `first`. Small as they are, half of the time goes into what surrounds the kernels.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, first: Tensor, second: Tensor | None, targets: Tensor, n_x: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = first if second is None else torch.cat([first, second])
-        operator = select("masked_loss", logits.device, None)
-        with torch._C._AutoDispatchBelowAutograd():
-            _, labeled, unlabeled, _, confidence, _, normalizer, p_mean, counts = operator(
-                logits, targets, None, None, None, _SCALARS, n_x, True, -100, True
-            )
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, targets, normalizer, p_mean, counts)
-        ctx.given = _BACKENDS[operator._overloadname], n_x, second is None
-        return labeled, unlabeled, confidence
-
-    backward = staticmethod(differentiable_once("masked_loss", _gradients))
+    return labeled, unlabeled, confidence
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether :class:`_Losses` may be used: on rows of logits, and on nothing that torch traces."""
+    """Whether :func:`_losses` may be used: on rows of logits, outside of compiled graphs."""
     return (
         x.dim() == 2
         and x.shape[1] > 1
         and x.dtype in validate.FLOATS
         and x.layout is torch.strided
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
     )
 
 
@@ -200,9 +165,9 @@ def both_losses(
     if targets is None:
         targets = torch.cat([targets_x, targets_u])
     logits = _uncut(x, u)
-    first, second = (x, u) if logits is None else (logits, None)
-    labeled, unlabeled, _ = _Losses.apply(first, second, targets, shape[0])  # type: ignore[no-untyped-call]
-    return labeled, unlabeled
+    if logits is None:
+        logits = torch.cat([x, u])
+    return _losses(logits, targets, shape[0])[:2]
 
 
 def confidence(outputs: Tensor) -> Tensor:
@@ -212,8 +177,7 @@ def confidence(outputs: Tensor) -> Tensor:
     labels = torch.zeros(n, dtype=torch.int64, device=outputs.device)
     if not _plain(outputs):
         return masked_loss(outputs, labels).confidence
-    penalty: Tensor = _Losses.apply(outputs, None, labels, 0)[2]  # type: ignore[no-untyped-call]
-    return penalty
+    return _losses(outputs, labels, 0)[2]
 
 
 def _uncut(first: Tensor, second: Tensor) -> Tensor | None:

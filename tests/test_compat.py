@@ -117,8 +117,8 @@ def test_semi_loss_of_slices(cut, targets, monkeypatch):
     logits = torch.randn(11, 6, requires_grad=True)
     t = torch.softmax(torch.randn(11, 6), 1)
     whole = []
-    apply = dropin._Losses.apply
-    monkeypatch.setattr(dropin._Losses, "apply", lambda *a: whole.append(a[1] is None) or apply(*a))
+    call = dropin.call
+    monkeypatch.setattr(dropin, "call", lambda *a: whole.append(a[3] is x._base) or call(*a))
 
     def split(z, t):
         if cut == "swapped":

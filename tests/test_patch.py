@@ -108,7 +108,7 @@ def test_objects_and_other_modules_compute_with_ours_too(monkeypatch):
     other = script("their_utils", mask=erase, nothing=1)
     monkeypatch.setitem(sys.modules, other.__name__, other)
     given, calls = criterion_inputs(0), []
-    monkeypatch.setattr(dropin, "select", counted(dropin.select, calls))
+    monkeypatch.setattr(dropin, "call", counted(dropin.call, calls))
     with compat.patch(module, verbose=False) as done:
         assert other.mask is module.attention_erase_map is not erase
         assert "also in their_utils" in done.findings["attention_erase_map"].reason
@@ -232,7 +232,7 @@ def test_one_call_for_both_halves(K, apart, monkeypatch):
     halves = (z[:4] * 1, t[:4], z[4:] * 1, t[4:]) if apart else (z[:4], t[:4], z[4:], t[4:])
     expected = [*DivideMix()(*halves, *RAMP)]
     expected.append(torch.autograd.grad(expected[0] + expected[1], z, retain_graph=True)[0])
-    monkeypatch.setattr(dropin, "select", counted(dropin.select, calls))
+    monkeypatch.setattr(dropin, "call", counted(dropin.call, calls))
     with compat.patch(module, verbose=False):
         calls.clear()
         got = [*DivideMix()(*halves, *RAMP)]

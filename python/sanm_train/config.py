@@ -18,7 +18,7 @@ import torch
 import sanm_kernels as sk
 
 from .extra import extra
-from .files import replacing
+from .files import first_line, replacing
 from .noise import KINDS
 
 MASKS = {
@@ -169,7 +169,7 @@ class TrainConfig:
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ConfigError(f"device must be usable, got {self.device!r}: {reason}") from None
         if self.sync_batchnorm and torch.device(self.device).type != "cuda":
             raise ConfigError(f"sync_batchnorm needs a CUDA device, got {self.device!r}")

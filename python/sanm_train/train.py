@@ -127,7 +127,7 @@ def train(
         if saved is not None:
             _check_resumed(config, saved)
         result = build(dataclasses.replace(config, device=str(device)))
-        _check_ranks(config, result.fingerprint)
+        _check_ranks(config, result)
         if saved is not None:
             checkpoint.check_data(saved, result.fingerprint)
         _check_images(config, result.recipe.data)
@@ -327,10 +327,12 @@ def _check_resumed(config: TrainConfig, saved: dict[str, Any]) -> None:
             )
 
 
-def _check_ranks(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
+def _check_ranks(config: TrainConfig, result: Result) -> None:
     """Raise, on every rank, if two were started with other settings or read other data."""
+    if distributed.size() == 1:  # then the data are read only for a checkpoint
+        return
     own = {name: v for name, v in dataclasses.asdict(config).items() if name not in PER_RANK}
-    first, *others = distributed.gather((own, fingerprint))
+    first, *others = distributed.gather((own, result.fingerprint))
     for rank, other in enumerate(others, 1):
         for before, here in zip(first, other, strict=True):
             odd = [name for name in before if before[name] != here[name]]

@@ -112,6 +112,13 @@ inline void check_out(const Inputs& in, const Outputs& o) {
         fill_value                                                                               \
   }
 
+// What masked_forward_out writes to, likewise.
+#define SANM_OUT_PARAMETERS                                                                  \
+  Tensor stats, Tensor positions, Tensor ratio, Tensor boxes, Tensor targets_out,            \
+      Tensor views_out, Tensor logits, Tensor loss, Tensor pooled, Tensor visible
+#define SANM_OUTPUTS                                                                         \
+  Outputs { stats, positions, ratio, boxes, targets_out, views_out, logits, loss, pooled, visible }
+
 using MaskedForward =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -296,12 +296,9 @@ MaskedForward masked_forward(SANM_PARAMETERS) {
   return as_tuple(o);
 }
 
-void masked_forward_out(SANM_PARAMETERS, Tensor stats, Tensor positions, Tensor ratio, Tensor boxes,
-                        Tensor targets_out, Tensor views_out, Tensor logits, Tensor loss,
-                        Tensor pooled, Tensor visible) {
+void masked_forward_out(SANM_PARAMETERS, SANM_OUT_PARAMETERS) {
   const Inputs in = SANM_INPUTS;
-  const Outputs o{stats,     positions, ratio, boxes,  targets_out,
-                  views_out, logits,    loss,  pooled, visible};
+  const Outputs o = SANM_OUTPUTS;
   check_masked_forward(in);
   check_out(in, o);
   run(in, o);

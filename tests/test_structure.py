@@ -131,6 +131,30 @@ def test_training_and_examples_use_public_names_only(path: Path) -> None:
     assert used <= public, f"not public: {sorted(used - public)}"
 
 
+def test_reports_are_imported_in_commands_only() -> None:
+    def of_reports(tree: ast.AST) -> set[int]:
+        return {
+            node.lineno
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and "reports" in ast.unparse(node)
+        }
+
+    for path in TRAIN_FILES:
+        if path.parent.name == "reports":
+            continue
+        tree = ast.parse(path.read_text())
+        found = of_reports(tree)
+        if path == TRAIN / "cli.py":
+            assert found, "sees nothing"
+            found -= {
+                line
+                for node in tree.body
+                if isinstance(node, ast.FunctionDef)
+                for line in of_reports(node)
+            }
+        assert not found, f"{relative(path)} imports reports in lines {sorted(found)}"
+
+
 def test_tests_and_benchmarks_do_not_import_each_other() -> None:
     for folder, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
         for path in (ROOT / folder).rglob("*.py"):

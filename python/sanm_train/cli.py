@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .comparison import NOISES
+    from .reports.comparison import NOISES
 
     parser = argparse.ArgumentParser(
         prog="sanm", description="Training with wrong labels: SANM (Tu et al., CVPR 2023)."
@@ -143,7 +143,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def _train(options: argparse.Namespace) -> int:
     from .config import ConfigError, TrainConfig
-    from .report import print_table
+    from .reports.report import print_table
     from .train import CONFIG, check_free, train
 
     if options.resume and options.overwrite:
@@ -165,7 +165,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .demo import demo
+    from .reports.demo import demo
 
     settings = {"seed": options.seed, "limit": options.limit}
     if options.epochs is not None:
@@ -174,23 +174,23 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .inspection import inspect
+    from .reports.inspection import inspect
 
     inspect(options.run, options.out, device=options.device)
     return 0
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from .inspection import evaluate
+    from .reports.inspection import evaluate
 
     evaluate(options.run, device=options.device)
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from .comparison import compare
     from .config import check_choice
     from .recipes import RECIPES
+    from .reports.comparison import compare
 
     names = options.recipes or list(RECIPES)
     for name in names:
@@ -200,7 +200,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _ablate(options: argparse.Namespace) -> int:
-    from .comparison import ABLATION, compare
+    from .reports.comparison import ABLATION, compare
 
     settings = _settings(options)
     noise = f"{settings.pop('noise', 'symmetric')}:{settings.pop('rate', 0.5)}"

@@ -92,7 +92,7 @@ USES = {
     "images.ImageFiles(['a.png'], 8)": "pillow",
     "augment.Augment('cifar', torch.ones(3), torch.ones(3), (8, 8))": "kornia",
     "readers.read_manifest('a.csv')": "pyarrow",
-    "import sanm_train.report": "matplotlib",
+    "import sanm_train.reports.report": "matplotlib",
     "import sanm_train.progress": "rich",
 }
 

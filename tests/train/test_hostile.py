@@ -393,7 +393,7 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys, tmp_path, 
 def test_cells_that_a_spreadsheet_would_run_are_text():
     import pyarrow as pa
 
-    from sanm_train.inspection import _inert
+    from sanm_train.reports.inspection import _inert
 
     given = ["=1+1", "+a", "-a.png", "@x", "\tx", "a=b", "", None]
     expected = ["'=1+1", "'+a", "'-a.png", "'@x", "'\tx", "a=b", "", None]

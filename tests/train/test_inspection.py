@@ -17,12 +17,12 @@ from inputs import more
 from matplotlib.image import imread
 from pyarrow import parquet
 
-import sanm_train.figure
+import sanm_train.reports.figure
 from sanm_train import RECIPES, TrainConfig, train
 from sanm_train.checkpoint import NAME, CheckpointError
 from sanm_train.datasets import DATASETS, load_digits
 from sanm_train.images import TensorImages
-from sanm_train.inspection import evaluate, inspect
+from sanm_train.reports.inspection import evaluate, inspect
 from sanm_train.train import load_run
 
 CLASSES = ["null", 'a, "b"', "<b>bold</b>", "[red]é", "日本\n語", "&amp;", "'", "true", "NaN", ""]
@@ -341,7 +341,7 @@ def test_what_fails_leaves_the_old_report(odd, tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no figure")
 
-    monkeypatch.setattr(sanm_train.figure, "draw_history", fail)
+    monkeypatch.setattr(sanm_train.reports.figure, "draw_history", fail)
     with pytest.raises(RuntimeError, match="no figure"):
         inspect(odd, tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
@@ -354,7 +354,7 @@ def test_mixtures_are_drawn_over_the_losses_they_were_fitted_to(odd, tiny, avera
     settings = {"average_losses": True, "epochs": 4, "warmup": 1}
     result = train(tiny(**settings)) if averaged else load_run(odd)
     recipe = result.recipe
-    figure = sanm_train.figure.draw_mixtures(result)
+    figure = sanm_train.reports.figure.draw_mixtures(result)
     for k, axis in enumerate(figure.axes):
         epochs = recipe.history[:, k] if averaged else recipe.losses[k][None]
         assert len(epochs) == (4 if averaged else 1)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import sanm_kernels as sk
 
-from .extra import extra
-from .files import prepare_folder, replacing, reserve, write_csv
+from ..extra import extra
+from ..files import prepare_folder, replacing, reserve, write_csv
+from ..train import CONFIG, Result, load_run
 from .report import print_rows, share, write_report
-from .train import CONFIG, Result, load_run
 
 with extra():
     import pyarrow as pa

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..extra import extra
+from ..files import replacing
+from ..train import Result
 from . import figure
-from .extra import extra
-from .files import replacing
-from .train import Result
 
 with extra():
     import jinja2

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
+from ..config import TrainConfig
+from ..files import prepare_folder
+from ..train import check_free, train
 from .figure import save_figure
-from .files import prepare_folder
 from .inspection import inspect
 from .report import print_table
-from .train import check_free, train
 
 
 def demo(out: str | Path, overwrite: bool = False, **settings: Any) -> int:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import sanm_kernels as sk
 
-from .extra import extra
-from .files import replacing
-from .train import Result
+from ..extra import extra
+from ..files import replacing
+from ..train import Result
 
 with extra():
     from matplotlib.figure import Figure

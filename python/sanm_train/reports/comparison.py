@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, TrainConfig
-from .files import prepare_folder, replacing, write_csv
-from .recipes import RECIPES
-from .train import train
+from ..config import ConfigError, TrainConfig
+from ..files import prepare_folder, replacing, write_csv
+from ..recipes import RECIPES
+from ..train import train
 
 ABLATION: dict[str, dict[str, Any]] = {
     "ce": {"recipe": "ce"},

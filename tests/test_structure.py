@@ -155,6 +155,40 @@ def test_reports_are_imported_in_commands_only() -> None:
         assert not found, f"{relative(path)} imports reports in lines {sorted(found)}"
 
 
+def module_of(path: Path) -> str:
+    parts = path.relative_to(TRAIN.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The names of one circle of `graph`, or none."""
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return way[way.index(name) :]
+        if name in done:
+            return []
+        found = next(filter(None, (visit(other, [*way, name]) for other in graph[name])), [])
+        done.add(name)
+        return found
+
+    return next(filter(None, (visit(name, []) for name in graph)), [])
+
+
+def test_training_imports_itself_without_a_circle() -> None:
+    """Whoever imports whom, at the top of a file or inside a function."""
+    modules = {module_of(path): path for path in TRAIN_FILES}
+    graph = {}
+    for module, path in modules.items():
+        # What a name is imported from, where it is no module itself; `import a.b` as a.b.
+        found = {n if n in modules else n.rpartition(".")[0] for n in imports(path)}
+        graph[module] = found & set(modules)
+    assert sum(map(len, graph.values())) > 3 * len(graph), "sees too few imports"
+    assert not circle(graph), " → ".join(circle(graph))
+    assert circle(graph | {"sanm_train.errors": {"sanm_train.train"}}), "sees no circle"
+
+
 def test_tests_and_benchmarks_do_not_import_each_other() -> None:
     for folder, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
         for path in (ROOT / folder).rglob("*.py"):

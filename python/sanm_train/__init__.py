@@ -1,6 +1,7 @@
 """Training with wrong labels on `sanm_kernels`: the SANM wrapper, recipes and a command line."""
 
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
+from .errors import ConfigError
 from .models import Decoder
 from .recipes import RECIPES, Recipe, Step, register
 from .sanm import SANM, Batch, SANMLosses

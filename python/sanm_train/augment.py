@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .extra import extra
+from .registry import Registry
 
 GREY = 0.5  # what moves into view in the published policies
 
@@ -29,13 +30,12 @@ class Policy(NamedTuple):
     affine: bool = False
 
 
-POLICIES = {
-    "digits": Policy(flip=False, affine=True),
-    "crop": Policy(),
-    "cifar": Policy(auto="cifar10"),
-    "photos": Policy(),
-    "photos-auto": Policy(auto="imagenet"),
-}
+POLICIES: Registry[Policy] = Registry("augmentation")
+POLICIES["digits"] = Policy(flip=False, affine=True)
+POLICIES["crop"] = Policy()
+POLICIES["cifar"] = Policy(auto="cifar10")
+POLICIES["photos"] = Policy()
+POLICIES["photos-auto"] = Policy(auto="imagenet")
 
 
 def _view(make: Callable[[Augment, Tensor], Tensor]) -> Callable[[Augment, Tensor], Tensor]:

@@ -11,23 +11,30 @@ import sys
 import typing
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from inspect import getfile
 from pathlib import Path
 from typing import Any
 
+from .config import CHOICES, TrainConfig, chosen, groups, read_layers
+from .errors import ConfigError, check_choice
+from .extra import MissingPackage
+from .recipes import RECIPES
+from .registry import REGISTRIES
+
+SETTING = "setting "  # before the names of what goes into the configuration
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    from .config import ConfigError
-    from .extra import MissingPackage
-
     for stream in (sys.stdout, sys.stderr):  # in ASCII or Latin-1 too
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for modules of a user's, as python -m has it
     warnings.showwarning = _show_warning
     try:
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        options = _parser(words).parse_args(words)
         status = int(options.command(options))
         sys.stdout.flush()
         return status
@@ -48,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, which for some commands depends on the recipe, data set and network chosen."""
     from .reports.comparison import NOISES
 
     parser = argparse.ArgumentParser(
@@ -66,13 +74,15 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("--out", type=_path, default=default, required=not out, help=shown)
         return added
 
+    here = words[0] if words else ""
     train = command(_train, "train", "train one recipe on one data set", "")
-    train.add_argument("--preset", help="published settings to start from, e.g. cifar10-sym50")
-    train.add_argument("--config", type=Path, help="YAML file of settings, over the preset")
-    train.add_argument("--resume", action="store_true", help="go on where the run in --out was")
+    _add_source(train)
     train.add_argument("--overwrite", action="store_true", help="replace a run already in --out")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
-    _add_settings(train)
+    if here == "train":
+        options = _early(words)
+        _, config = read_layers(_file(options), options.preset, _settings(options))
+        _add_settings(train, [config])
 
     demo = command(_demo, "demo", "ce against sanm-dividemix on noisy digits", "sanm-demo")
     demo.add_argument("--epochs", type=int, help="epochs of both runs")
@@ -96,8 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     ablate = command(_ablate, "ablate", "table of sanm-dividemix without its parts", "sanm-ablate")
     for added in (table, ablate):
         added.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (%(default)s)")
-    _add_settings(table, without=("recipe", "seed", "noise", "rate"))
-    _add_settings(ablate, without=("recipe", "seed", "views", "box", "modulate", "reconstruct"))
+    if here in ("compare", "ablate"):
+        settings = _settings(_early(words))
+        chosen(settings)  # makes the imports, which may bring recipes
+        configs = [chosen({**settings, "recipe": recipe}) for recipe in RECIPES]
+        _add_settings(table, configs, ("recipe", "seed", "noise", "rate"))
+        without = ("recipe", "seed", "views", "box", "modulate", "reconstruct")
+        _add_settings(ablate, configs, without)
 
     # No word is an option of this parser, not even --help: all of them are benchmarks.run's.
     text = "the repository's benchmarks; takes the options of python -m benchmarks.run"
@@ -115,45 +130,88 @@ def _version() -> str:
     return f"sanm {sanm_kernels.__version__} (torch {torch.__version__}, Python {python})"
 
 
-def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """One option for each field of TrainConfig; only those given end up in the namespace."""
-    from .config import TrainConfig
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    """The options that say which other ones there are."""
+    parser.add_argument("--preset", help="published settings to start from, e.g. cifar10-sym50")
+    parser.add_argument("--config", type=Path, help="YAML file of settings, over the preset")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in --out was")
 
-    types = typing.get_type_hints(TrainConfig)
-    for entry in fields(TrainConfig):
-        if entry.name in without:
-            continue
-        kind = types[entry.name]
-        name, text = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
-        shown = "" if entry.default in (None, "") else f" (default: {entry.default})"
-        extra: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + shown}
-        if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **extra)
-        else:
-            plain = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))
-            parser.add_argument(name, type=plain, metavar=plain.__name__.upper(), **extra)
+
+def _early(words: Sequence[str]) -> argparse.Namespace:
+    """The options that choose settings, which are options in turn."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_source(parser)
+    parser.add_argument("--out", type=Path, default=Path())
+    for name in CHOICES:
+        parser.add_argument(f"--{name}", dest=SETTING + name, default=argparse.SUPPRESS)
+    try:
+        return parser.parse_known_args(words)[0]
+    except argparse.ArgumentError:  # which the real parser will name
+        return parser.parse_args([])
+
+
+def _file(options: argparse.Namespace) -> Path | None:
+    """The file of settings: of a run to be resumed, unless others are named, its own."""
+    from .train import CONFIG
+
+    kept: Path = options.out / CONFIG
+    named = options.config is not None or options.preset is not None
+    return options.config if named or not options.resume or not kept.exists() else kept
+
+
+def _add_settings(
+    parser: argparse.ArgumentParser,
+    configs: Sequence[type[TrainConfig]],
+    without: Sequence[str] = (),
+) -> None:
+    """One option for each setting of `configs`; only those given end up in the namespace."""
+    done = {"imports", *without}
+    for config in configs:
+        types = typing.get_type_hints(config)
+        for title, entries in groups(config):
+            new = [entry for entry in entries if entry.name not in done]
+            group = parser.add_argument_group(title) if new else None
+            for entry in new:
+                done.add(entry.name)
+                _add_setting(group, entry, types[entry.name])
+
+
+def _add_setting(group: Any, entry: Any, kind: Any) -> None:
+    plain = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))
+    text = entry.metadata.get("help", "")
+    if entry.default not in (None, "", ()):
+        text += f" (default: {entry.default})"
+    names = {
+        "dest": SETTING + entry.name,
+        "default": argparse.SUPPRESS,
+        "help": text.strip().replace("%", "%%"),
+    }
+    option = "--" + entry.name.replace("_", "-")
+    known = REGISTRIES.get(entry.name) or entry.metadata.get("choices")
+    if plain is bool:
+        group.add_argument(option, action=argparse.BooleanOptionalAction, **names)
+    else:
+        shown = "{" + ",".join(known) + "}" if known else plain.__name__.upper()
+        group.add_argument(option, type=plain, metavar=shown, **names)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    from .config import TrainConfig
-
-    names = {entry.name for entry in fields(TrainConfig)}
-    return {name: value for name, value in vars(options).items() if name in names}
+    return {
+        name.removeprefix(SETTING): value
+        for name, value in vars(options).items()
+        if name.startswith(SETTING)
+    }
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .config import ConfigError, TrainConfig
     from .reports.report import print_table
-    from .train import CONFIG, check_free, train
+    from .train import check_free, train
 
     if options.resume and options.overwrite:
         raise ConfigError("resume and overwrite exclude each other")
     if not (options.resume or options.overwrite):
         check_free(options.out, "--resume continues, --overwrite replaces it")
-    file, kept = options.config, options.out / CONFIG
-    if options.resume and file is None and options.preset is None and kept.exists():
-        file = kept
-    config = TrainConfig.read(file, options.preset, **_settings(options))
+    config = TrainConfig.read(_file(options), options.preset, **_settings(options))
     result = train(config, options.out, progress=not options.quiet, resume=options.resume)
     if result.interrupted:
         done = f"{len(result.history)} of {config.epochs} epochs"
@@ -188,8 +246,6 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from .config import check_choice
-    from .recipes import RECIPES
     from .reports.comparison import compare
 
     names = options.recipes or list(RECIPES)
@@ -224,8 +280,6 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _seeds(options: argparse.Namespace) -> range:
-    from .config import ConfigError
-
     if options.seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {options.seeds}")
     return range(options.seeds)

@@ -1,25 +1,32 @@
-"""Every setting of a training run, and its validation before anything starts."""
+"""Every setting of a training run, and its validation before anything starts.
+
+Recipes, data sets and networks bring settings of their own, as frozen dataclasses that extend
+`TrainConfig`. `TrainConfig(recipe=…, dataset=…, model=…)` has those of the three it names.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
+import importlib
+import inspect
 import math
 import reprlib
 import typing
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import sanm_kernels as sk
 
-from .extra import extra
+from .errors import ConfigError, check_choice, nearest
+from .extra import MissingPackage, extra
 from .files import first_line, replacing
 from .noise import KINDS
+from .registry import REGISTRIES
 
 MASKS = {
     # On 8×8 pixels the paper's ratios hide one to six of them, so Clothing1M's larger ones serve.
@@ -33,46 +40,52 @@ MASKS = {
 VIEWS = {"both": ("max", "min"), "max": ("max",), "min": ("min",)}
 BOXES = ("activation", "random")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHOICES = ("dataset", "recipe", "model")  # which have settings of their own
 PRESETS = Path(__file__).with_name("presets.yaml")
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, what was expected and what came."""
-
-
-def setting(default: Any, help: str, **limits: float) -> Any:
+def setting(default: Any, help: str, choices: Iterable[str] = (), **limits: float) -> Any:
     """A dataclass field; help becomes the command line's. limits: low, high, above (exclusive)."""
-    return field(default=default, metadata={"help": help, "limits": limits})
+    about = {"help": help, "choices": tuple(choices), "limits": limits}
+    return field(default=default, metadata=about)
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one run; the defaults suit the 8×8 digits, CIFAR's are in docs."""
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """what is trained, on what"""
 
     recipe: str = setting("sanm-dividemix", "training method")
     dataset: str = setting("digits", "data set")
-    data_root: str = setting("", "folder (or manifest) with the data set (not for digits)")
-    test_root: str = setting("", "manifest: that of the test images")
+    model: str = setting("", "network; empty: the data set's own")
+    imports: tuple[str, ...] = setting((), "modules that register recipes, data sets or networks")
+    data_root: str = setting("", "folder (or manifest) with the data set")
     image_size: int = setting(0, "side of the images networks see; 0: the data set's own", low=0)
+    augmentation: str = setting("", "augmentation; empty: the data set's own")
+    pretrained: str = setting("", "file with a state dict all networks start from, as in C2D")
+    limit: int = setting(0, "use only the first N training samples; 0: all", low=0)
     max_unreadable: float = setting(
         0.05, "share of unreadable images, of a sample, above which no run starts", low=0, high=1
     )
     workers: int = setting(2, "processes that read image files; 0: the training process", low=0)
-    augmentation: str = setting("", "augmentation; empty: the data set's own")
-    model: str = setting("", "network; empty: the data set's own")
-    pretrained: str = setting("", "file with a state dict all networks start from, as in C2D")
-    noise: str = setting(
-        "", f"label noise: {', '.join(KINDS)}; empty: symmetric for digits and CIFAR, else none"
-    )
-    noise_file: str = setting("", "noise file: a CIFAR-N label file")
-    noise_set: str = setting("", "noise file: which of its label sets, e.g. worse_label")
+    seed: int = setting(0, "seed of noise, networks, order and augmentation", low=0, high=2**32 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSettings:
+    """label noise that is added"""
+
+    noise: str = setting("none", "label noise", KINDS)
     rate: float = setting(0.5, "share of labels redrawn, in [0, 1]", low=0, high=1)
     include_true: bool = setting(False, "symmetric noise may redraw the true class")
-    seed: int = setting(0, "seed of noise, networks, order and augmentation", low=0, high=2**32 - 1)
-    limit: int = setting(0, "use only the first N training samples; 0: all", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings:
+    """the machine"""
+
     device: str = setting("cpu", "torch device")
     threads: int = setting(1, "CPU threads; small networks gain nothing from more", low=1)
-    precision: str = setting("float32", "autocast: " + ", ".join(PRECISIONS))
+    precision: str = setting("float32", "autocast", PRECISIONS)
     channels_last: bool = setting(True, "memory format of networks and images")
     compile: bool = setting(False, "torch.compile the networks")
     sync_batchnorm: bool = setting(False, "batch statistics over all processes (GPUs only)")
@@ -80,6 +93,12 @@ class TrainConfig:
         1000, "steps between checkpoints inside an epoch; 0: only at its end", low=0
     )
     tensorboard: bool = setting(False, "metrics for TensorBoard as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserSettings:
+    """epochs, batches, optimiser"""
+
     epochs: int = setting(60, "passes over the training set", low=1)
     batch_size: int = setting(
         64,
@@ -98,72 +117,73 @@ class TrainConfig:
     momentum: float = setting(0.9, "SGD momentum", low=0)
     weight_decay: float = setting(5e-4, "SGD weight decay", low=0)
 
+
+@dataclass(frozen=True, kw_only=True)
+class QualitySettings:
+    """label quality"""
+
     warmup: int = setting(10, "epochs of plain cross-entropy first", low=0)
-    warmup_clip: float = setting(1.0, "DivideMix: clip in the warm-up", low=0)
-    confidence_weight: float | None = setting(
-        None, "DivideMix: ν of the warm-up; default: 1 for asymmetric noise, else 0", low=0
-    )
     threshold: float = setting(
         0.5, "clean probability above which a sample counts as labelled", low=0, high=1
     )
     average_losses: bool = setting(False, "label quality from the last five epochs' mean loss")
     temperature: float = setting(0.5, "T that sharpens guessed and refined targets", above=0)
-    train_guess_views: bool = setting(False, "DivideMix: train on the two guessing views too")
-    weak_views: int = setting(1, "DivideMix: weak views to train on (CIFAR: 2)", low=0)
-    strong_views: int = setting(1, "DivideMix: strong views to train on (CIFAR: 2)", low=0)
-    unlabeled_rows: bool = setting(True, "DivideMix: train on the unlabelled samples' rows")
-    alpha: float = setting(4.0, "mixup: λ ~ Beta(alpha, alpha)", above=0)
-    unlabeled_weight: float = setting(25.0, "λ_u of the unlabelled loss", low=0)
-    ramp: float = setting(16.0, "epochs over which λ_u grows from 0 after the warm-up", low=0)
-    prior_weight: float = setting(1.0, "ρ of the prior penalty", low=0)
-    elr_weight: float = setting(3.0, "ELR: λ of the penalty (CIFAR-10: 3, CIFAR-100: 7)", low=0)
-    elr_momentum: float = setting(
-        0.7, "ELR: β of the running targets (CIFAR-10: 0.7, CIFAR-100: 0.9)", low=0, high=1
-    )
 
-    mask: str = setting("small-images", "masking, where not set below: " + ", ".join(MASKS))
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSettings:
+    """masking, of the recipes with SANM"""
+
+    mask: str = setting("paper", "masking, where not set below", MASKS)
     ratio_low: float | None = setting(None, "lo of the masking ratio")
     ratio_high: float | None = setting(None, "hi of the masking ratio")
     ratio_gamma: float | None = setting(None, "γ: how much more is masked of doubtful labels")
     reconstruction_weight: float | None = setting(None, "weight of the reconstruction loss")
-    views: str = setting("both", "masked views: " + ", ".join(VIEWS))
-    box: str = setting("activation", "where to mask: " + ", ".join(BOXES))
+    views: str = setting("both", "masked views", VIEWS)
+    box: str = setting("activation", "where to mask", BOXES)
     modulate: bool = setting(True, "soften the masked views' targets")
     reconstruct: bool = setting(True, "train on the reconstruction loss")
 
-    def __post_init__(self) -> None:
-        from .augment import POLICIES
-        from .datasets import DATASETS, check_root
-        from .models import MODELS
-        from .recipes import RECIPES
 
-        for entry in fields(self):
-            value = _typed(entry.name, getattr(self, entry.name), "settings")
-            object.__setattr__(self, entry.name, value)
-        if not self.noise and (self.noise_file or self.noise_set):
-            object.__setattr__(self, "noise", "file")
-        if not self.noise:
-            clean = self.dataset in ("digits", "cifar10", "cifar100")
-            object.__setattr__(self, "noise", "symmetric" if clean else "none")
-        choices: dict[str, Iterable[str]] = {
-            "recipe": RECIPES,
-            "dataset": DATASETS,
-            "model": ("", *MODELS),
-            "augmentation": ("", *POLICIES),
-            "noise": KINDS,
-            "precision": PRECISIONS,
-            "mask": MASKS,
-            "views": VIEWS,
-            "box": BOXES,
-        }
-        for name, known in choices.items():
-            check_choice(name, getattr(self, name), known)
-        for entry in fields(self):
-            _check(entry.name, getattr(self, entry.name), **entry.metadata["limits"])
-        for name in ("noise_file", "noise_set"):
-            if getattr(self, name) and self.noise != "file":
-                raise ConfigError(f"{name} goes with noise file, got noise {self.noise}")
-        check_root(self)
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    MaskSettings, QualitySettings, OptimiserSettings, MachineSettings, NoiseSettings, RunSettings
+):
+    """Settings of one run, those of its recipe, data set and network among them.
+
+    Raises:
+        ConfigError: a setting is unknown (the nearest is named), of the wrong type, or cannot be
+            used.
+    """
+
+    def __new__(cls, **settings: Any) -> TrainConfig:
+        if cls is TrainConfig:
+            cls = chosen(settings)
+            _check_names(settings, cls, "settings")
+        return object.__new__(cls)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (asdict(self),)
+
+    def __post_init__(self) -> None:
+        for name, entry in settings_of(type(self)).items():
+            value = _typed(name, getattr(self, name), "settings", type(self))
+            object.__setattr__(self, name, value)
+            if entry.metadata.get("choices"):
+                check_choice(name, value, entry.metadata["choices"])
+            _check(name, value, **entry.metadata.get("limits", {}))
+        if type(self) is not chosen(asdict(self)):
+            raise ConfigError("recipe, dataset and model bring settings: make a new TrainConfig")
+        if self.augmentation:
+            REGISTRIES["augmentation"].check(self.augmentation)
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ConfigError for settings that cannot be used together; called before a run. Own
+        settings override it, and call `super().check()`."""
+        if self.noise == "file" and not hasattr(self, "noise_file"):
+            those = " and ".join(_owners("noise_file"))
+            raise ConfigError(f"noise file is for {those}, not for {self.dataset}")
         if self.pretrained and not Path(self.pretrained).is_file():
             raise ConfigError(f"pretrained must be a file, got {self.pretrained!r}")
         try:
@@ -177,7 +197,6 @@ class TrainConfig:
             self.mask_config  # noqa: B018  (validates the masking)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        RECIPES[self.recipe].check(self)
 
     @classmethod
     def read(
@@ -186,18 +205,18 @@ class TrainConfig:
         preset: str | None = None,
         **settings: Any,
     ) -> TrainConfig:
-        """The named preset, over it the YAML file at `path`, over that `settings`.
+        """The named preset, over it the YAML file at `path`, over that `settings`. What a preset
+        says of other recipes, data sets and networks than the chosen ones is left out.
 
         Raises:
-            ConfigError: the file cannot be read, or a setting is unknown (the nearest is named), of
-                the wrong type, or cannot be used.
+            ConfigError: as `TrainConfig`, or the file cannot be read.
         """
-        layers = [({} if preset is None else read_preset(preset), "preset")]
-        layers += [({} if path is None else _read_yaml(Path(path)), str(path))]
+        layers, kind = read_layers(path, preset, settings)
         merged: dict[str, Any] = {}
-        for layer, source in [*layers, (settings, "settings")]:
-            merged |= {name: _typed(name, value, source) for name, value in layer.items()}
-        return cls(**merged)
+        for source, layer in layers.items():
+            _check_names(layer, kind, source)
+            merged |= {name: _typed(name, value, source, kind) for name, value in layer.items()}
+        return kind(**merged)
 
     def write(self, path: str | Path) -> None:
         """Every setting as YAML, for `read`."""
@@ -220,6 +239,151 @@ class TrainConfig:
         if not self.reconstruct:
             changes["reconstruction_weight"] = 0.0
         return MASKS[self.mask]().replace(views=VIEWS[self.views], **changes)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _cached(function: F) -> F:
+    """`functools.cache`, to which mypy lets no class of a dataclass."""
+    return functools.cache(function)  # type: ignore[return-value]
+
+
+# --- which settings there are -------------------------------------------------------------------
+
+
+def read_layers(
+    path: str | Path | None, preset: str | None, settings: Mapping[str, Any]
+) -> tuple[dict[str, Mapping[str, Any]], type[TrainConfig]]:
+    """What is said by preset, file and settings, by source, and the class of what they choose."""
+    layers: dict[str, Mapping[str, Any]] = {
+        "preset": {} if preset is None else read_preset(preset),
+        str(path): {} if path is None else _read_yaml(Path(path)),
+        "settings": settings,
+    }
+    names: dict[str, Any] = {}
+    for source, layer in layers.items():
+        names |= {
+            name: _typed(name, layer[name], source, TrainConfig)
+            for name in ("imports", *CHOICES)
+            if name in layer
+        }
+    kind = chosen(names)
+    return layers | {"preset": fitting(layers["preset"], kind)}, kind
+
+
+def chosen(settings: Mapping[str, Any]) -> type[TrainConfig]:
+    """`TrainConfig` with the settings of the recipe, data set and network that `settings` name,
+    after the imports have been made. Data sets may change defaults of all others."""
+    import_modules(_typed("imports", settings.get("imports", ()), "settings", TrainConfig))
+    parts: list[type[TrainConfig]] = []
+    for kind in CHOICES:
+        # The default network is the data set's.
+        default = getattr((parts or [TrainConfig])[0], kind)
+        name = _typed(kind, settings.get(kind, default), "settings", TrainConfig)
+        if kind == "model":
+            name = name or default
+        if name or kind != "model":
+            REGISTRIES[kind].check(name)
+        parts.append(REGISTRIES[kind].configs.get(name, TrainConfig))
+    return _joined(tuple(dict.fromkeys(part for part in parts if part is not TrainConfig)))
+
+
+@_cached
+def _joined(parts: tuple[type[TrainConfig], ...]) -> type[TrainConfig]:
+    """One class of all `parts`; of defaults that several change, the first one's hold."""
+    own: dict[str, tuple[str, Any, Any]] = {}
+    for part in reversed(parts):
+        for name, entry in settings_of(part).items():
+            common = settings_of(TrainConfig).get(name)
+            if common is not None and common.default == entry.default:
+                continue
+            if name in own and common is None:
+                raise ConfigError(f"{name} is a setting of both, {own[name][1]} and {part}")
+            again = field(default=entry.default, metadata=entry.metadata)
+            own[name] = (name, _types(part)[name], again)
+    return make_dataclass(
+        "TrainConfig",
+        own.values(),
+        bases=(*parts, TrainConfig),
+        frozen=True,
+        kw_only=True,
+        namespace={"__module__": __name__},
+    )
+
+
+@_cached
+def settings_of(config: type[TrainConfig]) -> dict[str, Any]:
+    """The fields of a class of settings by name. One that only changes a default keeps its help."""
+    found = {}
+    for entry in fields(config):
+        if not entry.metadata:
+            about = (k.__dict__.get("__dataclass_fields__", {}) for k in config.__mro__[1:])
+            entry.metadata = next(
+                (f[entry.name].metadata for f in about if entry.name in f), entry.metadata
+            )
+        found[entry.name] = entry
+    return found
+
+
+def groups(config: type[TrainConfig]) -> Iterator[tuple[str, list[Any]]]:
+    """Titles and fields of a class's settings: a group are those that one class defines first."""
+    left = settings_of(config)
+    for part in reversed(config.__mro__[:-1]):
+        own = [left[name] for name in inspect.get_annotations(part) if name in left]
+        left = {name: entry for name, entry in left.items() if entry not in own}
+        if own:
+            yield (part.__doc__ or part.__name__).partition("\n")[0], own
+
+
+def fitting(settings: Mapping[str, Any], config: type[TrainConfig]) -> dict[str, Any]:
+    """`settings` without those of recipes, data sets and networks that are not in `config`."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in settings_of(config) or not _owners(name)
+    }
+
+
+def _owners(name: str) -> list[str]:
+    """The recipes, data sets and networks that have a setting `name` of their own."""
+    return [
+        owner
+        for registry in REGISTRIES.values()
+        for owner, config in registry.configs.items()
+        if name in settings_of(config) and name not in settings_of(TrainConfig)
+    ]
+
+
+def _check_names(settings: Mapping[str, Any], config: type[TrainConfig], source: str) -> None:
+    known = settings_of(config)
+    for name in settings:
+        if name in known:
+            continue
+        if owners := _owners(name):
+            raise ConfigError(f"{source}: {name} is a setting of {', '.join(owners)} only")
+        raise ConfigError(
+            f"{source}: there is no setting {reprlib.repr(name)}{nearest(name, known)}"
+        )
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules of a user's, which register what they define."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except MissingPackage:
+            raise
+        except Exception as error:  # whatever the module does
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ConfigError(f"imports: {name!r} cannot be imported: {reason}") from error
+
+
+def _rebuild(settings: dict[str, Any]) -> TrainConfig:
+    return TrainConfig(**settings)
+
+
+# --- what they may be ---------------------------------------------------------------------------
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -245,25 +409,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return found
 
 
-@functools.cache
-def _types() -> dict[str, Any]:
-    return typing.get_type_hints(TrainConfig)
+@_cached
+def _types(config: type[TrainConfig]) -> dict[str, Any]:
+    return typing.get_type_hints(config)
 
 
-def _typed(name: str, value: Any, source: str) -> Any:
-    """`value` as the type of the setting `name`; whole numbers serve as floats."""
-    types = _types()
-    if name not in types:
-        near = difflib.get_close_matches(reprlib.repr(name), types, 1, 0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{source}: there is no setting {reprlib.repr(name)}{hint}")
-    allowed = typing.get_args(types[name]) or (types[name],)
+def _typed(name: str, value: Any, source: str, config: type[TrainConfig]) -> Any:
+    """`value` as the type of the setting `name`; whole numbers serve as floats, lists as tuples."""
+    kind = _types(config)[name]
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise ConfigError(f"{source}: {name} must be a list of names, got {reprlib.repr(value)}")
+    allowed = typing.get_args(kind) or (kind,)
     if value is None and type(None) in allowed:
         return None
     kind = next(t for t in allowed if t is not type(None))
     # YAML 1.1 takes 1e-3, which has no dot, for a string.
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if type(value) is not kind:
         raise ConfigError(
@@ -288,15 +452,3 @@ def _check(
         raise ConfigError(f"{name} must be above {above}, got {value}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite, got {value}")
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise a ConfigError that names the nearest choice unless `value` is one of `choices`."""
-    known = list(choices)
-    if value in known:
-        return
-    near = difflib.get_close_matches(value, known, 1, 0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(
-        f"{name} must be one of {', '.join(k for k in known if k)}; got {value!r}{hint}"
-    )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import ConfigError, TrainConfig, check_choice
+from .config import TrainConfig, setting
 from .data import Dataset, in_memory
+from .errors import ConfigError, DataError, check_choice
 from .extra import extra
 from .images import ImageFiles
 from .readers import (
     CIFAR10_FILES,
     CIFAR100_FILES,
-    DataError,
     Records,
     clothing1m_lists,
     read_animal10n,
@@ -28,11 +28,115 @@ from .readers import (
     read_folder,
     read_manifest,
 )
+from .registry import Registry
+
+DATASETS: Registry[Callable[[TrainConfig], Dataset]] = Registry("dataset")
 
 # Mean and standard deviation of ImageNet's pixels, which published weights were trained with.
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 
 
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig(TrainConfig):
+    model: str = "small-cnn"
+    augmentation: str = "digits"
+    noise: str = "symmetric"
+    mask: str = "small-images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rooted(TrainConfig):
+    """A data set in a folder."""
+
+    def needs(self) -> tuple[str, ...]:
+        """Files and folders that must lie in data_root."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        super().check()
+        root, needed = Path(self.data_root), self.needs()
+        if not (self.data_root and root.is_dir()):
+            raise ConfigError(
+                f"data_root must be the folder that holds {needed[0]} and others for "
+                f"{self.dataset}, got {self.data_root!r}"
+                + (": no such folder" if self.data_root else "")
+            )
+        missing = [entry for entry in needed if not (root / entry).exists()]
+        if missing:
+            raise ConfigError(
+                f"data_root: {self.dataset} needs {', '.join(missing)} in {root}, not found"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CIFARConfig(Rooted):
+    """CIFAR"""
+
+    model: str = "preact-resnet18"
+    augmentation: str = "cifar"
+    noise: str = ""  # symmetric, or a file where one is named
+    noise_file: str = setting("", "noise file: a CIFAR-N label file")
+    noise_set: str = setting("", "noise file: which of its label sets, e.g. worse_label")
+
+    def __post_init__(self) -> None:
+        if not self.noise:
+            file = self.noise_file or self.noise_set
+            object.__setattr__(self, "noise", "file" if file else "symmetric")
+        super().__post_init__()
+
+    def needs(self) -> tuple[str, ...]:
+        return CIFAR100_FILES if self.dataset == "cifar100" else CIFAR10_FILES
+
+    def check(self) -> None:
+        for name in ("noise_file", "noise_set"):
+            if getattr(self, name) and self.noise != "file":
+                raise ConfigError(f"{name} goes with noise file, got noise {self.noise}")
+        if self.noise == "file" and not Path(self.noise_file).is_file():
+            raise ConfigError(f"noise_file must be a file, got {self.noise_file!r}")
+        super().check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotosConfig(TrainConfig):
+    model: str = "resnet50"
+    augmentation: str = "photos"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clothing1MConfig(Rooted, PhotosConfig):
+    def needs(self) -> tuple[str, ...]:
+        root = Path(self.data_root)
+        lists = clothing1m_lists(root).relative_to(root)
+        names = ("noisy_train_key_list", "clean_test_key_list", "noisy_label_kv", "clean_label_kv")
+        return tuple(str(lists / f"{name}.txt") for name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Animal10NConfig(Rooted, PhotosConfig):
+    def needs(self) -> tuple[str, ...]:
+        return ("training", "testing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig(Rooted, PhotosConfig):
+    def needs(self) -> tuple[str, ...]:
+        return ("train", _test_folder(Path(self.data_root)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestConfig(PhotosConfig):
+    """manifest"""
+
+    test_root: str = setting("", "manifest of the test images")
+
+    def check(self) -> None:
+        super().check()
+        for name in ("data_root", "test_root"):
+            if not Path(getattr(self, name)).is_file():
+                raise ConfigError(f"{name} must be a file, got {getattr(self, name)!r}")
+
+
+@DATASETS.register("digits", DigitsConfig)
 def load_digits(config: TrainConfig) -> Dataset:
     """scikit-learn's 1,797 digits, 8×8, split once and for all into 1,347 and 450 by class.
 
@@ -56,13 +160,15 @@ def load_digits(config: TrainConfig) -> Dataset:
     )
 
 
-def load_cifar10(config: TrainConfig) -> Dataset:
+@DATASETS.register("cifar10", CIFARConfig)
+def load_cifar10(config: CIFARConfig) -> Dataset:
     """CIFAR-10 below `data_root`. Confusions are the usual ones (Patrini et al., 2017):
     truck → automobile, bird → airplane, deer → horse, cat ↔ dog."""
     return _cifar(config, read_cifar10, 10, lambda _: {9: 1, 2: 0, 4: 7, 3: 5, 5: 3})
 
 
-def load_cifar100(config: TrainConfig) -> Dataset:
+@DATASETS.register("cifar100", CIFARConfig)
+def load_cifar100(config: CIFARConfig) -> Dataset:
     """CIFAR-100 below `data_root`. Each class is confused with the next of its superclass, the
     last one with the first (Patrini et al., 2017)."""
 
@@ -75,18 +181,21 @@ def load_cifar100(config: TrainConfig) -> Dataset:
     return _cifar(config, read_cifar100, 100, next_in_superclass)
 
 
+@DATASETS.register("clothing1m", Clothing1MConfig)
 def load_clothing1m(config: TrainConfig) -> Dataset:
     """Clothing1M: the million noisy labels to train on, the clean test set."""
     train, test = (read_clothing1m(config.data_root, s) for s in ("noisy_train", "clean_test"))
     return _files(config, train, test, 14)
 
 
+@DATASETS.register("animal10n", Animal10NConfig)
 def load_animal10n(config: TrainConfig) -> Dataset:
     """Animal-10N, seen at 64 pixels."""
     train, test = (read_animal10n(config.data_root, s) for s in ("training", "testing"))
     return _files(config, train, test, 10, size=64)
 
 
+@DATASETS.register("folder", FolderConfig)
 def load_folder(config: TrainConfig) -> Dataset:
     """Image folders: `data_root`/train and `data_root`/test (or val), a sub-folder per class."""
     root = Path(config.data_root)
@@ -98,7 +207,8 @@ def load_folder(config: TrainConfig) -> Dataset:
     return _files(config, train, test, len(classes))
 
 
-def load_manifest(config: TrainConfig) -> Dataset:
+@DATASETS.register("manifest", ManifestConfig)
+def load_manifest(config: ManifestConfig) -> Dataset:
     """Any images listed in tables: `data_root` those to train on, `test_root` those to test on."""
     train = read_manifest(config.data_root)
     classes = train.metadata.get("classes")
@@ -124,7 +234,7 @@ def _held(
 
 
 def _cifar(
-    config: TrainConfig,
+    config: CIFARConfig,
     read: Callable[[str, str], Records],
     num_classes: int,
     confusions: Callable[[Records], dict[int, int]],
@@ -187,54 +297,5 @@ def _files(
     )
 
 
-DATASETS: dict[str, Callable[[TrainConfig], Dataset]] = {
-    "digits": load_digits,
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
-    "clothing1m": load_clothing1m,
-    "animal10n": load_animal10n,
-    "folder": load_folder,
-    "manifest": load_manifest,
-}
-
-
 def _test_folder(root: Path) -> str:
     return "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
-
-
-def _needed(dataset: str, root: Path) -> tuple[str, ...]:
-    """Files and folders that a data set needs below its root."""
-    if dataset == "clothing1m":
-        lists = clothing1m_lists(root).relative_to(root)
-        names = ("noisy_train_key_list", "clean_test_key_list", "noisy_label_kv", "clean_label_kv")
-        return tuple(str(lists / f"{name}.txt") for name in names)
-    return {
-        "cifar10": CIFAR10_FILES,
-        "cifar100": CIFAR100_FILES,
-        "animal10n": ("training", "testing"),
-        "folder": ("train", _test_folder(root)),
-    }.get(dataset, ())
-
-
-def check_root(config: TrainConfig) -> None:
-    """Raise a ConfigError that names what is missing of the data set, before anything is read."""
-    name = config.dataset
-    files = {"data_root": config.data_root, "test_root": config.test_root}
-    files = files if name == "manifest" else {}
-    if config.noise == "file":
-        if name not in ("cifar10", "cifar100"):
-            raise ConfigError(f"noise file is for cifar10 and cifar100, not for {name}")
-        files["noise_file"] = config.noise_file
-    for key, file in files.items():
-        if not Path(file).is_file():
-            raise ConfigError(f"{key} must be a file, got {file!r}")
-    root = Path(config.data_root)
-    needed = _needed(name, root)
-    if needed and not (config.data_root and root.is_dir()):
-        raise ConfigError(
-            f"data_root must be the folder that holds {needed[0]} and others for {name}, got "
-            f"{config.data_root!r}" + (": no such folder" if config.data_root else "")
-        )
-    missing = [entry for entry in needed if not (root / entry).exists()]
-    if missing:
-        raise ConfigError(f"data_root: {name} needs {', '.join(missing)} in {root}, not found")

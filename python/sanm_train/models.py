@@ -9,6 +9,10 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .registry import Registry
+
+MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
+
 
 class PreActBlock(nn.Module):
     """Pre-activation residual block (He et al., 2016): BN-ReLU-conv twice, plus a shortcut."""
@@ -30,6 +34,7 @@ class PreActBlock(nn.Module):
         return residual + shortcut
 
 
+@MODELS.register("preact-resnet18")
 class PreActResNet18(nn.Module):
     """PreAct ResNet-18 for 32×32 images; its last feature map is 512×4×4.
 
@@ -86,6 +91,7 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(x)) + shortcut)
 
 
+@MODELS.register("resnet50")
 class ResNet50(nn.Module):
     """ResNet-50, whose last feature map is 2048 × H/32 × W/32. Its state dict has torchvision's
     names, so that published weights can be loaded.
@@ -122,6 +128,7 @@ class ResNet50(nn.Module):
         return logits
 
 
+@MODELS.register("small-cnn")
 class SmallCNN(nn.Module):
     """Four convolutions for 8×8 digits; its last feature map is 4·width × 4 × 4."""
 
@@ -200,13 +207,6 @@ class Decoder(nn.Module):
             features = F.interpolate(stage(features), size, mode="bilinear", align_corners=False)
         images: Tensor = self.output(features)
         return images
-
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "small-cnn": SmallCNN,
-    "preact-resnet18": PreActResNet18,
-    "resnet50": ResNet50,
-}
 
 
 def classifier(model: nn.Module) -> nn.Linear:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .errors import ConfigError
 from .files import first_line
 from .models import classifier
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import ConfigError, check_choice
+from .errors import DataError, check_choice
 from .extra import extra
 from .files import first_line
 
@@ -33,10 +33,6 @@ ANIMALS = (
     "cat", "lynx", "wolf", "coyote", "cheetah",
     "jaguar", "chimpanzee", "orangutan", "hamster", "guinea pig",
 )  # fmt: skip
-
-
-class DataError(ConfigError):
-    """A data set that cannot be read; the message names the file or folder and what is wrong."""
 
 
 class Records(NamedTuple):

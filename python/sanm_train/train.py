@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, distributed
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
 from .data import Dataset, generator
 from .datasets import DATASETS
 from .engine import Engine, seed_everything
+from .errors import ConfigError, DataError
 from .extra import extra
 from .files import locked, prepare_folder, remove_partial, write_csv
 from .images import unreadable
-from .readers import DataError
 from .recipes import RECIPES, Recipe
 
 METRICS, CONFIG = "metrics.csv", "config.yaml"
@@ -75,7 +75,7 @@ class Result:
         if not bool((self.data.true_labels >= 0).any()):
             wrong = "the right labels are not known"
         if config.noise in ("none", "file"):
-            return f"{'no noise added' if config.noise == 'none' else config.noise_set}, {wrong}"
+            return f"{getattr(config, 'noise_set', '') or 'no noise added'}, {wrong}"
         drawn = {True: " (true class included)", False: " (true class excluded)"}
         how = drawn[config.include_true] if config.noise == "symmetric" else ""
         return f"{config.rate:.0%} {config.noise} noise{how}, {wrong}"

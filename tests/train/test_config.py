@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import re
+from dataclasses import asdict
 
 import pytest
 import yaml
 
 from sanm_train import TrainConfig
-from sanm_train.config import PRESETS, ConfigError, read_preset
+from sanm_train.config import PRESETS, chosen, fitting, read_preset
+from sanm_train.errors import ConfigError
 from sanm_train.train import CONFIG
 
 NAMES = list(yaml.safe_load(PRESETS.read_text()))
@@ -26,7 +30,7 @@ def test_every_setting_survives_writing_and_reading(tmp_path):
     config.write(tmp_path / CONFIG)
     assert TrainConfig.read(tmp_path / CONFIG) == config
     saved = yaml.safe_load((tmp_path / CONFIG).read_text())
-    assert list(saved) == [entry.name for entry in dataclasses.fields(TrainConfig)]
+    assert list(saved) == [entry.name for entry in dataclasses.fields(config)]
 
 
 def test_options_over_file_over_preset_over_defaults(tmp_path):
@@ -40,8 +44,8 @@ def test_options_over_file_over_preset_over_defaults(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_is_valid(name):
     settings = read_preset(name)
-    settings |= {"dataset": "digits", "noise": "symmetric", "noise_set": ""}  # needs no files
-    TrainConfig.read(None, None, **settings)
+    settings |= {"dataset": "digits", "noise": "symmetric"}  # needs no files
+    TrainConfig.read(None, None, **fitting(settings, chosen(settings)))
 
 
 def test_presets_have_the_published_constants():
@@ -77,7 +81,17 @@ def test_presets_have_the_published_constants():
         ("seed: 4294967296", r"seed must be in \[0, 4294967295\], got 4294967296"),
         ("lr: .inf", r"lr must be finite, got inf"),
         ("confidence_weight: -1", r"confidence_weight must be at least 0, got -1"),
-        ("noise: none\nnoise_set: worse_label", "noise_set goes with noise file, got noise none"),
+        (
+            "dataset: cifar10\nnoise: none\nnoise_set: worse_label",
+            "noise_set goes with noise file, got noise none",
+        ),
+        ("noise_set: worse_label", "noise_set is a setting of cifar10, cifar100 only$"),
+        (
+            "recipe: ce\nalpha: 4.0",
+            "settings.yaml: alpha is a setting of dividemix, sanm-divi",
+        ),
+        ("imports: os", "imports must be a list of names, got 'os'"),
+        ("imports: [no_such_module]", "'no_such_module' cannot be imported: ModuleNotFoundError"),
         ("rate: 2", r"rate must be in \[0, 1\], got 2"),
         ("precision: half", r"precision must be one of float32, bfloat16, float16; got 'half'"),
         ("augmentation: crops", r"augmentation must be one of .*did you mean 'crop'"),
@@ -87,6 +101,22 @@ def test_mistakes_in_files(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         TrainConfig.read(write(tmp_path, text))
     assert "\n" not in str(error.value)
+
+
+def test_settings_of_recipe_data_set_and_network_come_with_their_names(tmp_path):
+    assert {"elr_weight", "lr"} <= set(asdict(TrainConfig(recipe="elr")))
+    assert not {"elr_weight", "alpha"} & set(asdict(TrainConfig(recipe="ce")))
+    with pytest.raises(ConfigError, match="elr_weight is a setting of elr, sanm-elr only"):
+        TrainConfig(recipe="ce", elr_weight=1.0)
+    with pytest.raises(ConfigError, match="no setting 'epoch'; did you mean 'epochs'"):
+        TrainConfig(epoch=1)
+    # a preset's settings of another recipe are left out
+    assert TrainConfig.read(None, "digits", recipe="ce").recipe == "ce"
+    config = TrainConfig(recipe="elr", elr_weight=2.0)
+    assert dataclasses.replace(config, lr=0.1).elr_weight == 2.0
+    assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
+    with pytest.raises(ConfigError, match="make a new TrainConfig"):
+        dataclasses.replace(config, recipe="sanm-dividemix")
 
 
 def test_missing_file_and_unknown_preset(tmp_path):

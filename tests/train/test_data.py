@@ -21,11 +21,10 @@ from real_formats import (
 
 from sanm_train import RECIPES, Recipe, TrainConfig, register, train
 from sanm_train.augment import Augment
-from sanm_train.config import ConfigError
 from sanm_train.data import batches, endless
 from sanm_train.datasets import DATASETS
+from sanm_train.errors import ConfigError, DataError
 from sanm_train.noise import add_noise
-from sanm_train.readers import DataError
 
 LABELS = torch.randint(10, (5000,), generator=torch.Generator().manual_seed(0))
 

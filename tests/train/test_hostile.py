@@ -16,10 +16,9 @@ from real_formats import tag
 
 from sanm_train import TrainConfig, checkpoint, readers, train
 from sanm_train.cli import main
-from sanm_train.config import ConfigError
+from sanm_train.errors import ConfigError, DataError
 from sanm_train.files import locked, replacing, reserve
 from sanm_train.images import read_image
-from sanm_train.readers import DataError
 from sanm_train.train import CONFIG, METRICS, load_run
 
 

@@ -21,8 +21,7 @@ from real_formats import (
 )
 
 from sanm_train import readers
-from sanm_train.config import ConfigError
-from sanm_train.readers import DataError
+from sanm_train.errors import ConfigError, DataError
 
 
 def paths_of(records) -> list[str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import sanm_train
 from sanm_train import RECIPES, Batch, Recipe, TrainConfig, register, train
-from sanm_train.config import ConfigError
+from sanm_train.errors import ConfigError
 from sanm_train.models import PreActResNet18, SmallCNN, classifier
 from sanm_train.train import build as build_run
 

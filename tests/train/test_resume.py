@@ -16,7 +16,7 @@ from inputs import more
 
 from sanm_train import RECIPES, TrainConfig, checkpoint, train
 from sanm_train.cli import main
-from sanm_train.config import ConfigError
+from sanm_train.errors import ConfigError
 from sanm_train.train import CONFIG, METRICS, load_run
 
 FIRST = "sanm-dividemix"

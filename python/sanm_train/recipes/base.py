@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,22 +13,26 @@ import sanm_kernels as sk
 
 from .. import distributed
 from ..augment import Augment
+from ..config import TrainConfig
 from ..data import Dataset, batches, generator
 from ..images import Images
 from ..models import build_model
 from ..pretrained import load_pretrained
+from ..registry import Registry
 from ..sanm import SANM, Batch
 
-if TYPE_CHECKING:
-    from ..config import TrainConfig
-
-RECIPES: dict[str, type[Recipe]] = {}
+RECIPES: Registry[type[Recipe]] = Registry("recipe")
 Losses = dict[str, Tensor]
 HISTORY = 5  # epochs whose losses `average_losses` averages, as DivideMix does at 90 % noise
 
 
-def register(name: str) -> Callable[[type[Recipe]], type[Recipe]]:
+def register(
+    name: str, config: type[TrainConfig] | None = None
+) -> Callable[[type[Recipe]], type[Recipe]]:
     """Class decorator: make a recipe known to `TrainConfig(recipe=name)` and `--recipe name`.
+
+    Args:
+        config: its own settings, a frozen dataclass that extends `TrainConfig`.
 
     Raises:
         TypeError: what it decorates is no subclass of `Recipe`.
@@ -39,11 +43,7 @@ def register(name: str) -> Callable[[type[Recipe]], type[Recipe]]:
     def add(recipe: type[Recipe]) -> type[Recipe]:
         if not (isinstance(recipe, type) and issubclass(recipe, Recipe)):
             raise TypeError(f"register({name!r}): expected a subclass of Recipe, got {recipe!r}")
-        known = RECIPES.get(name, recipe)
-        if (known.__module__, known.__qualname__) != (recipe.__module__, recipe.__qualname__):
-            raise ValueError(f"register({name!r}): {known.__qualname__} has that name already")
-        RECIPES[name] = recipe
-        return recipe
+        return RECIPES.register(name, config)(recipe)
 
     return add
 
@@ -104,10 +104,6 @@ class Recipe:
         #: Samples of all ranks, and this rank's share of a batch in one backward pass.
         self.total = int(self._total(len(data)))
         self.share = config.batch_size // (data.shards * config.accumulate)
-
-    @classmethod
-    def check(cls, config: TrainConfig) -> None:
-        """Raise a ConfigError for settings this recipe cannot be run with; called before a run."""
 
     def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
         """The value to minimise as "loss", and any others to log, from images in [0, 1]."""

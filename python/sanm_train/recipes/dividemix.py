@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,13 +11,31 @@ from torch import Tensor
 import sanm_kernels as sk
 
 from .. import distributed
-from ..config import TrainConfig
+from ..config import TrainConfig, setting
 from ..data import Dataset, endless
 from ..sanm import SANM, Batch, masked_views
 from .base import Losses, Recipe, Step, register
 
 
-@register("dividemix")
+@dataclass(frozen=True, kw_only=True)
+class DivideMixConfig(TrainConfig):
+    """DivideMix"""
+
+    warmup_clip: float = setting(1.0, "clip in the warm-up", low=0)
+    confidence_weight: float | None = setting(
+        None, "ν of the warm-up; default: 1 for asymmetric noise, else 0", low=0
+    )
+    train_guess_views: bool = setting(False, "train on the two guessing views too")
+    weak_views: int = setting(1, "weak views to train on (CIFAR: 2)", low=0)
+    strong_views: int = setting(1, "strong views to train on (CIFAR: 2)", low=0)
+    unlabeled_rows: bool = setting(True, "train on the unlabelled samples' rows")
+    alpha: float = setting(4.0, "mixup: λ ~ Beta(alpha, alpha)", above=0)
+    unlabeled_weight: float = setting(25.0, "λ_u of the unlabelled loss", low=0)
+    ramp: float = setting(16.0, "epochs over which λ_u grows from 0 after the warm-up", low=0)
+    prior_weight: float = setting(1.0, "ρ of the prior penalty", low=0)
+
+
+@register("dividemix", DivideMixConfig)
 class DivideMix(Recipe):
     """Two networks, each split into labelled and unlabelled samples by the other's losses.
 
@@ -24,10 +43,11 @@ class DivideMix(Recipe):
     training, mixed with one another; SANM adds the masked views of the first guessing view.
     """
 
+    config: DivideMixConfig
     num_networks = 2
     uses_quality = True
 
-    def __init__(self, config: TrainConfig, data: Dataset) -> None:
+    def __init__(self, config: DivideMixConfig, data: Dataset) -> None:
         super().__init__(config, data)
         # Whether each network's epoch is a divided one; otherwise it is plain cross-entropy.
         self.divided = [False] * self.num_networks
@@ -153,7 +173,7 @@ class DivideMix(Recipe):
         return torch.cat([refined, guessed]), features
 
 
-@register("sanm-dividemix")
+@register("sanm-dividemix", DivideMixConfig)
 class SANMDivideMix(DivideMix):
     """DivideMix with masked views, modulated targets and reconstruction."""
 

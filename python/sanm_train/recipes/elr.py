@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import TrainConfig, setting
 from ..data import Dataset
 from ..sanm import SANM, Batch
 from .base import Losses, Recipe, register
@@ -14,7 +16,17 @@ from .base import Losses, Recipe, register
 CLAMP = 1e-4  # as the authors: keeps log(1 − ⟨t, p⟩) finite when the network is certain
 
 
-@register("elr")
+@dataclass(frozen=True, kw_only=True)
+class ELRConfig(TrainConfig):
+    """early-learning regularisation"""
+
+    elr_weight: float = setting(3.0, "λ of the penalty (CIFAR-10: 3, CIFAR-100: 7)", low=0)
+    elr_momentum: float = setting(
+        0.7, "β of the running targets (CIFAR-10: 0.7, CIFAR-100: 0.9)", low=0, high=1
+    )
+
+
+@register("elr", ELRConfig)
 class EarlyLearning(Recipe):
     """Cross-entropy + λ · mean log(1 − ⟨t, p⟩), t a running mean of each sample's predictions.
 
@@ -24,9 +36,10 @@ class EarlyLearning(Recipe):
     Attributes: ensemble (N, K), the targets t of this rank's samples, by position.
     """
 
+    config: ELRConfig
     persistent = (*Recipe.persistent, "ensemble")
 
-    def __init__(self, config: TrainConfig, data: Dataset) -> None:
+    def __init__(self, config: ELRConfig, data: Dataset) -> None:
         super().__init__(config, data)
         self.ensemble = torch.zeros(len(data), data.num_classes, device=data.labels.device)
 
@@ -56,7 +69,7 @@ class EarlyLearning(Recipe):
         return torch.log1p(-(targets * predicted).sum(1)).mean()
 
 
-@register("sanm-elr")
+@register("sanm-elr", ELRConfig)
 class SANMEarlyLearning(EarlyLearning):
     """After a warm-up, masked views and reconstruction, as `sanm-ce` has them.
 

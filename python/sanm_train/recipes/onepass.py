@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 
 import sanm_kernels as sk
 
-from ..config import ConfigError, TrainConfig
+from ..config import TrainConfig
+from ..errors import ConfigError
 from ..models import classifier
 from ..sanm import SANM, Batch
 from .base import Losses, Recipe, register
 
 
-@register("sanm-onepass")
+@dataclass(frozen=True, kw_only=True)
+class OnePassConfig(TrainConfig):
+    """sanm-onepass"""
+
+    def check(self) -> None:
+        super().check()
+        if self.views == "min":
+            raise ConfigError("views must be both or max for sanm-onepass, which hides the peak")
+        if self.box == "random":
+            raise ConfigError("box must be activation for sanm-onepass: the map itself is masked")
+
+
+@register("sanm-onepass", OnePassConfig)
 class OnePass(Recipe):
     """After a warm-up, the mean of two cross-entropies from one feature map.
 
@@ -26,13 +41,6 @@ class OnePass(Recipe):
     """
 
     uses_quality = True
-
-    @classmethod
-    def check(cls, config: TrainConfig) -> None:
-        if config.views == "min":
-            raise ConfigError("views must be both or max for sanm-onepass, which hides the peak")
-        if config.box == "random":
-            raise ConfigError("box must be activation for sanm-onepass: the map itself is masked")
 
     def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
         images = self.augment.weak(batch.images)

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError, TrainConfig
+from ..config import TrainConfig, chosen, fitting
+from ..errors import ConfigError
 from ..files import prepare_folder, replacing, write_csv
 from ..recipes import RECIPES
 from ..train import train
@@ -55,8 +56,8 @@ def compare(
     variants = {name: {"recipe": name} for name in RECIPES} if variants is None else variants
     cells = [(noise, *_noise(noise)) for noise in noises]
     configs = {  # all of them are checked before the first one runs
-        (noise, name, seed): TrainConfig(
-            **{**settings, "noise": kind, "rate": rate, "seed": seed, **changes}
+        (noise, name, seed): _config(
+            {**settings, "noise": kind, "rate": rate, "seed": seed, **changes}
         )
         for seed in seeds
         for noise, kind, rate in cells
@@ -95,6 +96,11 @@ def compare(
         wrong = statistics.mean(float(row["wrong_labels"]) for row in cell)
         print_rows(f"{noise}, {wrong:.1%} wrong labels, mean ± deviation over seeds", table)
     return 0
+
+
+def _config(settings: dict[str, Any]) -> TrainConfig:
+    """Without the settings of other recipes."""
+    return TrainConfig(**fitting(settings, chosen(settings)))
 
 
 def _noise(text: str) -> tuple[str, float]:

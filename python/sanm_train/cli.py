@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import os
 import platform
@@ -11,7 +10,6 @@ import sys
 import typing
 import warnings
 from collections.abc import Sequence
-from inspect import getfile
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +111,6 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         _add_settings(table, configs, ("recipe", "seed", "noise", "rate"))
         without = ("recipe", "seed", "views", "box", "modulate", "reconstruct")
         _add_settings(ablate, configs, without)
-
-    # No word is an option of this parser, not even --help: all of them are benchmarks.run's.
-    text = "the repository's benchmarks; takes the options of python -m benchmarks.run"
-    bench = command(_bench, "bench", text, add_help=False, prefix_chars="\0")
-    bench.add_argument("words", nargs="*")
     return parser
 
 
@@ -261,22 +254,6 @@ def _ablate(options: argparse.Namespace) -> int:
     settings = _settings(options)
     noise = f"{settings.pop('noise', 'symmetric')}:{settings.pop('rate', 0.5)}"
     return compare(options.out, _seeds(options), [noise], ABLATION, **settings)
-
-
-def _bench(options: argparse.Namespace) -> int:
-    """`benchmarks.run` of the checkout that this package is imported from, or else of this folder:
-    the benchmarks are no part of the wheel."""
-    import sanm_kernels
-
-    beside = Path(getfile(sanm_kernels)).resolve().parents[1]
-    roots = [f for f in (beside, Path.cwd()) if (f / "benchmarks/run.py").is_file()]
-    if not roots:
-        raise FileNotFoundError(
-            "the benchmarks stand in the repository, not in the installed package: "
-            "run sanm bench in the root of a checkout"
-        )
-    sys.path.insert(0, str(roots[0]))
-    return int(importlib.import_module("benchmarks.run").main(options.words))
 
 
 def _seeds(options: argparse.Namespace) -> range:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
-import subprocess
-import sys
 
 import pytest
-from inputs import extended
 
-import sanm_kernels
 from sanm_train.cli import main
 
 TINY = ["--epochs", "2", "--warmup", "1", "--limit", "130", "--quiet"]
@@ -138,65 +133,3 @@ def test_compare_goes_on_where_it_was(tmp_path, capsys):
     assert "noises must be like symmetric:0.5, got 'symmetric'" in capsys.readouterr().err
     assert main([*arguments[:4], "sanm", "--epochs", "1"]) == 2
     assert "recipes must be one of" in capsys.readouterr().err
-
-
-@extended
-def test_bench_runs_the_benchmarks_of_the_checkout_from_any_folder(tmp_path):
-    """In a process of its own: benchmarks switch the garbage collector off."""
-    words = ["--quick", "--no-compile", "--ops", "sample_loss", "--out", "here/x.json"]
-    command = [sys.executable, "-m", "sanm_train", "bench", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "here/x.json").read_text())
-    assert record["quick"] and [case["op"] for case in record["cases"]] == ["sample_loss"]
-
-
-@pytest.mark.parametrize(
-    ("words", "status", "message"),
-    [
-        (["--help"], 0, "usage: python -m benchmarks.run"),
-        (["--quick", "--ops", "nonsense"], 2, "invalid choice: 'nonsense'"),
-    ],
-)
-def test_bench_passes_all_options_on(words, status, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", *words])
-    assert stop.value.code == status
-    assert message in "".join(capsys.readouterr())
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--quick", "--ops", "masked_loss"]])
-def test_bench_needs_a_checkout(arguments, tmp_path, monkeypatch, capsys):
-    installed = tmp_path / "site-packages/sanm_kernels/__init__.py"
-    monkeypatch.setattr(sanm_kernels, "__file__", str(installed))
-    monkeypatch.chdir(tmp_path)
-    assert main(["bench", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("sanm: error: the benchmarks stand in the repository")
-    assert "checkout" in error and error.count("\n") == 1
-
-
-def test_bench_takes_the_present_folder_and_ctrl_c_ends_it(tmp_path, monkeypatch, capsys):
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks/__init__.py").write_text("")
-    (tmp_path / "benchmarks/run.py").write_text(
-        "def main(words):\n"
-        "    print(words)\n"
-        "    if '--stop' in words:\n"
-        "        raise KeyboardInterrupt\n"
-        "    return 7\n"
-    )
-    monkeypatch.setattr(sanm_kernels, "__file__", str(tmp_path / "lib/sanm_kernels/__init__.py"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    for name in [n for n in sys.modules if n.partition(".")[0] == "benchmarks"]:
-        monkeypatch.delitem(sys.modules, name)
-    words = ["--quick", "--ops", "a", "b", "-x", "--out=c"]
-    try:
-        assert main(["bench", *words]) == 7
-        assert main(["bench", "--stop"]) == 130
-    finally:
-        for name in ("benchmarks.run", "benchmarks"):
-            sys.modules.pop(name, None)
-    assert capsys.readouterr().out == f"{words}\n['--stop']\n"

@@ -89,8 +89,8 @@ def random_images(batch: int, steps: int) -> Recipe:
     seed_everything(config.seed)
     pixels = torch.randint(256, (2 * batch * (steps + SKIPPED), 3, 32, 32), dtype=torch.uint8)
     given = (pixels, torch.randint(10, (len(pixels),)))
-    more = {"num_classes": 10, "model": config.model, "augmentation": config.augmentation}
-    return RECIPES[config.recipe](config, in_memory("random", given, given, "cpu", **more))
+    data = in_memory("random", given, given, "cpu", num_classes=10)
+    return RECIPES[config.recipe](config, data)
 
 
 def measure(clock: Clock, recipe: Recipe, steps: int) -> list[dict[str, float]]:

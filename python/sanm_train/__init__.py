@@ -1,18 +1,23 @@
 """Training with wrong labels on `sanm_kernels`: the SANM wrapper, recipes and a command line."""
 
-from .config import TrainConfig
+from .config import TrainConfig, setting
+from .data import Dataset, in_memory
+from .datasets import DATASETS, register_dataset
 from .errors import ConfigError
-from .models import Decoder
+from .models import MODELS, Decoder, register_model
 from .recipes import RECIPES, Recipe, Step, register
 from .sanm import SANM, Batch, SANMLosses
 from .tracker import Indexed, LabelQualityTracker
 from .train import Result, train
 
 __all__ = [
+    "DATASETS",
+    "MODELS",
     "RECIPES",
     "SANM",
     "Batch",
     "ConfigError",
+    "Dataset",
     "Decoder",
     "Indexed",
     "LabelQualityTracker",
@@ -21,6 +26,10 @@ __all__ = [
     "SANMLosses",
     "Step",
     "TrainConfig",
+    "in_memory",
     "register",
+    "register_dataset",
+    "register_model",
+    "setting",
     "train",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import CHOICES, TrainConfig, chosen, groups, read_layers
+from .config import CHOICES, TrainConfig, chosen, groups, import_modules, read_layers
 from .errors import ConfigError, check_choice
 from .extra import MissingPackage
 from .recipes import RECIPES
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
         options = _parser(words).parse_args(words)
+        import_modules(_settings(options).get("imports", ()))
         status = int(options.command(options))
         sys.stdout.flush()
         return status
@@ -94,6 +95,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     ):
         added = command(function, name, help)
         added.add_argument("run", type=_path, help="folder of a run")
+        _add_import(added)
         added.add_argument("--device", default="cpu", help="torch device (%(default)s)")
         if function is _inspect:
             added.add_argument("--out", type=_path, help="folder (default: RUN/inspect)")
@@ -104,9 +106,10 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     ablate = command(_ablate, "ablate", "table of sanm-dividemix without its parts", "sanm-ablate")
     for added in (table, ablate):
         added.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (%(default)s)")
+        _add_import(added)
     if here in ("compare", "ablate"):
         settings = _settings(_early(words))
-        chosen(settings)  # makes the imports, which may bring recipes
+        import_modules(settings.get("imports", ()))  # which may bring recipes
         configs = [chosen({**settings, "recipe": recipe}) for recipe in RECIPES]
         _add_settings(table, configs, ("recipe", "seed", "noise", "rate"))
         without = ("recipe", "seed", "views", "box", "modulate", "reconstruct")
@@ -123,8 +126,20 @@ def _version() -> str:
     return f"sanm {sanm_kernels.__version__} (torch {torch.__version__}, Python {python})"
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import",
+        dest=SETTING + "imports",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="MODULE",
+        help="module that registers recipes, data sets or networks; may be repeated",
+    )
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
     """The options that say which other ones there are."""
+    _add_import(parser)
     parser.add_argument("--preset", help="published settings to start from, e.g. cifar10-sym50")
     parser.add_argument("--config", type=Path, help="YAML file of settings, over the preset")
     parser.add_argument("--resume", action="store_true", help="go on where the run in --out was")

@@ -56,11 +56,11 @@ class RunSettings:
 
     recipe: str = setting("sanm-dividemix", "training method")
     dataset: str = setting("digits", "data set")
-    model: str = setting("", "network; empty: the data set's own")
+    model: str = setting("", "network")
     imports: tuple[str, ...] = setting((), "modules that register recipes, data sets or networks")
     data_root: str = setting("", "folder (or manifest) with the data set")
     image_size: int = setting(0, "side of the images networks see; 0: the data set's own", low=0)
-    augmentation: str = setting("", "augmentation; empty: the data set's own")
+    augmentation: str = setting("crop", "augmentation")
     pretrained: str = setting("", "file with a state dict all networks start from, as in C2D")
     limit: int = setting(0, "use only the first N training samples; 0: all", low=0)
     max_unreadable: float = setting(
@@ -174,8 +174,7 @@ class TrainConfig(
             _check(name, value, **entry.metadata.get("limits", {}))
         if type(self) is not chosen(asdict(self)):
             raise ConfigError("recipe, dataset and model bring settings: make a new TrainConfig")
-        if self.augmentation:
-            REGISTRIES["augmentation"].check(self.augmentation)
+        REGISTRIES["augmentation"].check(self.augmentation)
         self.check()
 
     def check(self) -> None:
@@ -261,15 +260,16 @@ def read_layers(
         str(path): {} if path is None else _read_yaml(Path(path)),
         "settings": settings,
     }
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"imports": ()}
     for source, layer in layers.items():
-        names |= {
-            name: _typed(name, layer[name], source, TrainConfig)
-            for name in ("imports", *CHOICES)
-            if name in layer
-        }
+        imports = _typed("imports", layer.get("imports", ()), source, TrainConfig)
+        names |= {k: _typed(k, layer[k], source, TrainConfig) for k in CHOICES if k in layer}
+        names["imports"] = (*names["imports"], *imports)  # a file's and an option's
+    names["imports"] = tuple(dict.fromkeys(names["imports"]))
     kind = chosen(names)
-    return layers | {"preset": fitting(layers["preset"], kind)}, kind
+    layers["preset"] = fitting(layers["preset"], kind)
+    layers["settings"] = {**settings, "imports": names["imports"]}
+    return layers, kind
 
 
 def chosen(settings: Mapping[str, Any]) -> type[TrainConfig]:
@@ -281,10 +281,9 @@ def chosen(settings: Mapping[str, Any]) -> type[TrainConfig]:
         # The default network is the data set's.
         default = getattr((parts or [TrainConfig])[0], kind)
         name = _typed(kind, settings.get(kind, default), "settings", TrainConfig)
-        if kind == "model":
-            name = name or default
-        if name or kind != "model":
-            REGISTRIES[kind].check(name)
+        if not name:
+            raise ConfigError(f"{kind} must be named, as the data set has no default")
+        REGISTRIES[kind].check(name)
         parts.append(REGISTRIES[kind].configs.get(name, TrainConfig))
     return _joined(tuple(dict.fromkeys(part for part in parts if part is not TrainConfig)))
 
@@ -334,6 +333,12 @@ def groups(config: type[TrainConfig]) -> Iterator[tuple[str, list[Any]]]:
         left = {name: entry for name, entry in left.items() if entry not in own}
         if own:
             yield (part.__doc__ or part.__name__).partition("\n")[0], own
+
+
+def own_settings(config: TrainConfig, part: type[TrainConfig]) -> dict[str, Any]:
+    """What `config` says of the settings that `part` adds to those of all runs."""
+    added = settings_of(part).keys() - settings_of(TrainConfig).keys()
+    return {name: getattr(config, name) for name in sorted(added)}
 
 
 def fitting(settings: Mapping[str, Any], config: type[TrainConfig]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ class Dataset:
     """Training and test images with integer labels (N,) on the images' device.
 
     labels are the given, possibly wrong ones; true_labels what is known to be right, −1 where
-    nothing is. mean and std are the pixels' (C,). augmentation names a policy of `augment`;
-    image_size (H, W) is what it cuts the images to. index (N,) are the samples' positions in the
-    training set as it was read, of which this may be one of several `shards`.
+    nothing is. mean and std are the pixels' (C,). image_size (H, W) is what augmentation cuts the
+    images to. index (N,) are the samples' positions in the training set as it was read, of which
+    this may be one of several `shards`.
     """
 
     name: str
@@ -33,8 +33,6 @@ class Dataset:
     num_classes: int
     mean: Tensor
     std: Tensor
-    model: str
-    augmentation: str
     image_size: tuple[int, int]
     index: Tensor
     shards: int = 1

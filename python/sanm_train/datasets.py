@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .readers import (
 from .registry import Registry
 
 DATASETS: Registry[Callable[[TrainConfig], Dataset]] = Registry("dataset")
+register_dataset = DATASETS.register
 
 # Mean and standard deviation of ImageNet's pixels, which published weights were trained with.
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
@@ -44,32 +45,22 @@ class DigitsConfig(TrainConfig):
     mask: str = "small-images"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rooted(TrainConfig):
-    """A data set in a folder."""
-
-    def needs(self) -> tuple[str, ...]:
-        """Files and folders that must lie in data_root."""
-        raise NotImplementedError
-
-    def check(self) -> None:
-        super().check()
-        root, needed = Path(self.data_root), self.needs()
-        if not (self.data_root and root.is_dir()):
-            raise ConfigError(
-                f"data_root must be the folder that holds {needed[0]} and others for "
-                f"{self.dataset}, got {self.data_root!r}"
-                + (": no such folder" if self.data_root else "")
-            )
-        missing = [entry for entry in needed if not (root / entry).exists()]
-        if missing:
-            raise ConfigError(
-                f"data_root: {self.dataset} needs {', '.join(missing)} in {root}, not found"
-            )
+def check_root(config: TrainConfig, needed: Sequence[str]) -> None:
+    """Raise a ConfigError that names what is missing in data_root of the files and folders
+    `needed`."""
+    name, root = config.dataset, Path(config.data_root)
+    if not (config.data_root and root.is_dir()):
+        raise ConfigError(
+            f"data_root must be the folder that holds {needed[0]} and others for {name}, got "
+            f"{config.data_root!r}" + (": no such folder" if config.data_root else "")
+        )
+    missing = [entry for entry in needed if not (root / entry).exists()]
+    if missing:
+        raise ConfigError(f"data_root: {name} needs {', '.join(missing)} in {root}, not found")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CIFARConfig(Rooted):
+class CIFARConfig(TrainConfig):
     """CIFAR"""
 
     model: str = "preact-resnet18"
@@ -84,9 +75,6 @@ class CIFARConfig(Rooted):
             object.__setattr__(self, "noise", "file" if file else "symmetric")
         super().__post_init__()
 
-    def needs(self) -> tuple[str, ...]:
-        return CIFAR100_FILES if self.dataset == "cifar100" else CIFAR10_FILES
-
     def check(self) -> None:
         for name in ("noise_file", "noise_set"):
             if getattr(self, name) and self.noise != "file":
@@ -94,6 +82,7 @@ class CIFARConfig(Rooted):
         if self.noise == "file" and not Path(self.noise_file).is_file():
             raise ConfigError(f"noise_file must be a file, got {self.noise_file!r}")
         super().check()
+        check_root(self, CIFAR100_FILES if self.dataset == "cifar100" else CIFAR10_FILES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,24 +92,27 @@ class PhotosConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clothing1MConfig(Rooted, PhotosConfig):
-    def needs(self) -> tuple[str, ...]:
+class Clothing1MConfig(PhotosConfig):
+    def check(self) -> None:
+        super().check()
         root = Path(self.data_root)
         lists = clothing1m_lists(root).relative_to(root)
         names = ("noisy_train_key_list", "clean_test_key_list", "noisy_label_kv", "clean_label_kv")
-        return tuple(str(lists / f"{name}.txt") for name in names)
+        check_root(self, [str(lists / f"{name}.txt") for name in names])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Animal10NConfig(Rooted, PhotosConfig):
-    def needs(self) -> tuple[str, ...]:
-        return ("training", "testing")
+class Animal10NConfig(PhotosConfig):
+    def check(self) -> None:
+        super().check()
+        check_root(self, ("training", "testing"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderConfig(Rooted, PhotosConfig):
-    def needs(self) -> tuple[str, ...]:
-        return ("train", _test_folder(Path(self.data_root)))
+class FolderConfig(PhotosConfig):
+    def check(self) -> None:
+        super().check()
+        check_root(self, ("train", _test_folder(Path(self.data_root))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +146,6 @@ def load_digits(config: TrainConfig) -> Dataset:
         (torch.as_tensor(train_x).float()[:, None], torch.as_tensor(train_y).long()),
         (torch.as_tensor(test_x).float()[:, None], torch.as_tensor(test_y).long()),
         num_classes=10,
-        model="small-cnn",
-        augmentation="digits",
         confusions={2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
     )
 
@@ -245,8 +235,6 @@ def _cifar(
         (train.items, train.labels),
         (test.items, test.labels),
         num_classes=num_classes,
-        model="preact-resnet18",
-        augmentation="cifar",
         classes=train.metadata.get("classes"),
         confusions=confusions(train),
     )
@@ -289,8 +277,6 @@ def _files(
         num_classes=num_classes,
         mean=mean,
         std=std,
-        model="resnet50",
-        augmentation="photos",
         image_size=(size, size),
         index=torch.arange(len(train.labels), device=config.device),
         classes=train.metadata.get("classes"),

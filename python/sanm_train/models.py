@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import TrainConfig, own_settings, setting
 from .registry import Registry
 
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
+register_model = MODELS.register
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreActResNet18Config(TrainConfig):
+    """preact-resnet18"""
+
+    width: int = setting(64, "channels of the first stage; the last has 8 times as many", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallCNNConfig(TrainConfig):
+    """small-cnn"""
+
+    width: int = setting(16, "channels of the first layer; the last has 4 times as many", low=1)
 
 
 class PreActBlock(nn.Module):
@@ -34,7 +51,7 @@ class PreActBlock(nn.Module):
         return residual + shortcut
 
 
-@MODELS.register("preact-resnet18")
+@MODELS.register("preact-resnet18", PreActResNet18Config)
 class PreActResNet18(nn.Module):
     """PreAct ResNet-18 for 32×32 images; its last feature map is 512×4×4.
 
@@ -128,7 +145,7 @@ class ResNet50(nn.Module):
         return logits
 
 
-@MODELS.register("small-cnn")
+@MODELS.register("small-cnn", SmallCNNConfig)
 class SmallCNN(nn.Module):
     """Four convolutions for 8×8 digits; its last feature map is 4·width × 4 × 4."""
 
@@ -227,6 +244,7 @@ def classifier(model: nn.Module) -> nn.Linear:
     return found[0]
 
 
-def build_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    """The named network of `MODELS` with a fresh initialisation."""
-    return MODELS[name](in_channels=in_channels, num_classes=num_classes)
+def build_model(config: TrainConfig, in_channels: int, num_classes: int) -> nn.Module:
+    """The run's network with a fresh initialisation; it gets its own settings as arguments."""
+    own = own_settings(config, MODELS.configs.get(config.model, TrainConfig))
+    return MODELS[config.model](in_channels=in_channels, num_classes=num_classes, **own)

@@ -31,7 +31,7 @@ LEFT = (checkpoint.NAME, METRICS, CONFIG, "tensorboard", "inspect")  # by a run 
 PER_RANK = {"device", "threads", "workers"}  # settings in which ranks may differ
 LOOKED_AT = 256  # images that are read before a run starts, of each process
 ANYTIME = {"workers", "threads", "device", "checkpoint_steps", "tensorboard", "lr"}
-RESOLVED = {"model", "augmentation", "image_size"}  # by the data set, where they are not given
+RESOLVED = {"image_size"}  # by the data set, where they are not given
 
 
 @dataclass
@@ -193,12 +193,7 @@ def build(config: TrainConfig) -> Result:
     order = torch.randperm(len(data), generator=generator(config.seed, "shards"))
     shard = data.select(order).shard(distributed.rank(), ranks)
     seed_everything(config.seed)
-    config = dataclasses.replace(
-        config,
-        model=config.model or data.model,
-        augmentation=config.augmentation or data.augmentation,
-        image_size=config.image_size or data.image_size[0],
-    )
+    config = dataclasses.replace(config, image_size=config.image_size or data.image_size[0])
     return Result(config, data, RECIPES[config.recipe](config, shard))
 
 

@@ -20,7 +20,7 @@ from pyarrow import parquet
 import sanm_train.reports.figure
 from sanm_train import RECIPES, TrainConfig, train
 from sanm_train.checkpoint import NAME, CheckpointError
-from sanm_train.datasets import DATASETS, load_digits
+from sanm_train.datasets import DATASETS, DigitsConfig, load_digits
 from sanm_train.images import TensorImages
 from sanm_train.reports.inspection import evaluate, inspect
 from sanm_train.train import load_run
@@ -60,6 +60,7 @@ def odd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "odd", load_odd)
+        patch.setitem(DATASETS.configs, "odd", DigitsConfig)
         settings = {"noise": "symmetric", "rate": 0.4, "warmup": 1, "batch_size": 32}
         train(TrainConfig(dataset="odd", epochs=3, lr=0.05, eval_batch_size=64, **settings), folder)
         assert inspect(folder) == folder / "inspect" / "report.html"

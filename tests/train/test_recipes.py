@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import sanm_train
-from sanm_train import RECIPES, Batch, Recipe, TrainConfig, register, train
+from sanm_train import DATASETS, MODELS, RECIPES, Batch, Recipe, TrainConfig, register, train
 from sanm_train.errors import ConfigError
 from sanm_train.models import PreActResNet18, SmallCNN, classifier
 from sanm_train.train import build as build_run
@@ -184,16 +184,18 @@ def test_register_refuses_what_it_cannot_use():
 
 def test_examples_of_the_docs_run():
     examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
-    known = dict(RECIPES)
+    known, names = dict(RECIPES), {"__name__": "docs"}
     try:
         assert examples
         for example in examples:
-            exec(compile(example, DOCS.name, "exec"), {"__name__": "docs"})
+            exec(compile(example, DOCS.name, "exec", dont_inherit=True), names)
         added = set(RECIPES) - set(known)
-        assert len(added) == 1 and "recipe" in DOCS.read_text()
+        assert added == {"smooth"} and {"stripes"} <= {*DATASETS} and {"plain"} <= {*MODELS}
     finally:
-        RECIPES.clear()
-        RECIPES.update(known)
+        for registry in (RECIPES, DATASETS, MODELS):
+            for name in ("smooth", "stripes", "plain"):
+                registry.pop(name, None)
+                registry.configs.pop(name, None)
 
 
 def test_docs_list_every_recipe():

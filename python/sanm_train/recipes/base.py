@@ -195,7 +195,7 @@ class Recipe:
 
     def _build_network(self) -> SANM:
         config, data = self.config, self.data
-        model = build_model(config.model, data.image_shape[0], data.num_classes)
+        model = build_model(config, data.image_shape[0], data.num_classes)
         network = SANM(
             model.to(data.labels.device),
             config=config.mask_config,

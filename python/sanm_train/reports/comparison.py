@@ -129,6 +129,7 @@ def _check_settings(path: Path, variants: dict[str, dict[str, Any]], started: bo
     """
     own = ("noise", "rate", "seed")
     new = {name: {k: v for k, v in s.items() if k not in own} for name, s in variants.items()}
+    new = json.loads(json.dumps(new))  # tuples become lists
     try:
         old = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:

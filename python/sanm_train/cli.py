@@ -195,7 +195,8 @@ def _add_setting(group: Any, entry: Any, kind: Any) -> None:
         "help": text.strip().replace("%", "%%"),
     }
     option = "--" + entry.name.replace("_", "-")
-    known = REGISTRIES.get(entry.name) or entry.metadata.get("choices")
+    registry = REGISTRIES.get(entry.name)
+    known = registry.names() if registry else entry.metadata.get("choices")
     if plain is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, **names)
     else:

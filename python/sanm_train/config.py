@@ -143,6 +143,7 @@ class MaskSettings:
     box: str = setting("activation", "where to mask", BOXES)
     modulate: bool = setting(True, "soften the masked views' targets")
     reconstruct: bool = setting(True, "train on the reconstruction loss")
+    feature_layer: str = setting("", "layer whose map is masked; empty: the last that gives one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,7 @@ class TrainConfig(
             raise ConfigError("recipe, dataset and model bring settings: make a new TrainConfig")
         REGISTRIES["augmentation"].check(self.augmentation)
         self.check()
+        REGISTRIES["model"].ready(self.model)
 
     def check(self) -> None:
         """Raise a ConfigError for settings that cannot be used together; called before a run. Own

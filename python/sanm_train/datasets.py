@@ -87,7 +87,7 @@ class CIFARConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PhotosConfig(TrainConfig):
-    model: str = "resnet50"
+    model: str = "torchvision:resnet50"
     augmentation: str = "photos"
 
 

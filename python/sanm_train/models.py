@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TrainConfig, own_settings, setting
-from .registry import Registry
+from .libraries import Networks
 
-MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
+MODELS = Networks("model")
 register_model = MODELS.register
 
 
@@ -82,66 +82,6 @@ class PreActResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         logits: Tensor = self.linear(x.mean((2, 3)))
-        return logits
-
-
-class Bottleneck(nn.Module):
-    """Residual block (He et al., 2016): 1×1, 3×3 with the stride, 1×1 convolutions."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * channels)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or in_channels != 4 * channels:
-            shortcut = nn.Conv2d(in_channels, 4 * channels, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(x)) + shortcut)
-
-
-@MODELS.register("resnet50")
-class ResNet50(nn.Module):
-    """ResNet-50, whose last feature map is 2048 × H/32 × W/32. Its state dict has torchvision's
-    names, so that published weights can be loaded.
-
-    Args:
-        in_channels: channels of the images.
-        num_classes: K.
-    """
-
-    feature_layer = "layer4"
-    classifier_layer = "fc"
-
-    def __init__(self, in_channels: int = 3, num_classes: int = 1000) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = self._stage(64, 64, 3, 1)
-        self.layer2 = self._stage(256, 128, 4, 2)
-        self.layer3 = self._stage(512, 256, 6, 2)
-        self.layer4 = self._stage(1024, 512, 3, 2)
-        self.fc = nn.Linear(2048, num_classes)
-
-    @staticmethod
-    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-        first = Bottleneck(in_channels, channels, stride)
-        return nn.Sequential(
-            first, *(Bottleneck(4 * channels, channels, 1) for _ in range(blocks - 1))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        logits: Tensor = self.fc(x.mean((2, 3)))
         return logits
 
 
@@ -244,7 +184,9 @@ def classifier(model: nn.Module) -> nn.Linear:
     return found[0]
 
 
-def build_model(config: TrainConfig, in_channels: int, num_classes: int) -> nn.Module:
-    """The run's network with a fresh initialisation; it gets its own settings as arguments."""
+def build_model(
+    config: TrainConfig, in_channels: int, num_classes: int, image_size: tuple[int, int]
+) -> nn.Module:
+    """The run's network with a fresh initialisation."""
     own = own_settings(config, MODELS.configs.get(config.model, TrainConfig))
-    return MODELS[config.model](in_channels=in_channels, num_classes=num_classes, **own)
+    return MODELS.build(config.model, in_channels, num_classes, image_size, **own)

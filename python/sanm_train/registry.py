@@ -47,9 +47,16 @@ class Registry(dict[str, T]):
 
         return add
 
+    def names(self) -> list[str]:
+        """What is known, for messages and help."""
+        return list(self)
+
     def check(self, name: str) -> None:
         """Raise a ConfigError that names the nearest unless `name` is known."""
-        check_choice(self.kind, name, self)
+        check_choice(self.kind, name, self.names())
+
+    def ready(self, name: str) -> None:
+        """Raise a ConfigError if `name` is known, but cannot be used here."""
 
 
 def _place(entry: object) -> tuple[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 
 from sanm_train import TrainConfig
@@ -15,3 +18,21 @@ def tiny():
         return TrainConfig(**{"epochs": 2, "warmup": 1, "limit": 130, "batch_size": 32, **settings})
 
     return make
+
+
+@pytest.fixture
+def torchvision(monkeypatch):
+    """A module that stands for torchvision: knows names, and gives networks what it was asked."""
+    from sanm_train.models import PreActResNet18
+
+    def get_model(name, weights, **asked):
+        model = PreActResNet18(3, asked["num_classes"], width=4)
+        model.asked = {"name": name, "weights": weights, **asked}
+        return model
+
+    module = ModuleType("torchvision")
+    module.models = SimpleNamespace(
+        list_models=lambda: ["resnet50", "resnet18", "vit_b_16"], get_model=get_model
+    )
+    monkeypatch.setitem(sys.modules, "torchvision", module)
+    return module

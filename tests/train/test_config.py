@@ -42,7 +42,7 @@ def test_options_over_file_over_preset_over_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_preset_is_valid(name):
+def test_every_preset_is_valid(name, torchvision):
     settings = read_preset(name)
     settings |= {"dataset": "digits", "noise": "symmetric"}  # needs no files
     TrainConfig.read(None, None, **fitting(settings, chosen(settings)))

@@ -70,7 +70,8 @@ def test_noise_errors():
 
 def load(name, **settings):
     """A data set as a run would load it, without noise where that is not given."""
-    config = TrainConfig(recipe="ce", dataset=name, **{"noise": "none", **settings})
+    chosen = {"noise": "none", "model": "small-cnn", **settings}
+    config = TrainConfig(recipe="ce", dataset=name, **chosen)
     return DATASETS[name](config)
 
 
@@ -303,7 +304,7 @@ def test_what_is_missing_is_found_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError, match="noise_file must be a file, got 'x'"):
         TrainConfig(dataset="cifar100", noise="file", noise_file="x", **root)
     with pytest.raises(ConfigError, match="noise file is for cifar10 and cifar100, not for digits"):
-        TrainConfig(noise="file", noise_file=missing)
+        TrainConfig(noise="file")
 
 
 def test_batches_never_leave_a_remainder_of_one():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sanm_train.models import Decoder, PreActResNet18, ResNet50, SmallCNN, classifier
+from sanm_train.models import Decoder, PreActResNet18, SmallCNN, classifier
 from sanm_train.sanm import SANM
 
 SIZES = [
@@ -43,7 +43,6 @@ def test_decoder_names_the_shape_it_was_built_for():
     [
         (SmallCNN(), (1, 8, 8), (64, 4, 4)),
         (PreActResNet18(num_classes=7), (3, 32, 32), (512, 4, 4)),
-        (ResNet50(num_classes=14), (3, 64, 96), (2048, 2, 3)),
     ],
 )
 def test_feature_maps(model, image, features):
@@ -52,27 +51,3 @@ def test_feature_maps(model, image, features):
     assert found.shape == (2, *features)
     assert logits.shape == (2, classifier(model).out_features)
     assert sanm.decoder(found).shape == (2, *image)
-
-
-def test_resnet50_is_the_published_one():
-    """Names, shapes and strides that published weights have."""
-    model = ResNet50()
-    state = model.state_dict()
-    assert sum(p.numel() for p in model.parameters()) == 25_557_032
-    assert len(state) == 53 + 53 * 5 + 2
-    assert {key.partition(".")[0] for key in state} == {
-        *("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
-    }
-    shapes = {
-        "conv1.weight": (64, 3, 7, 7),
-        "bn1.running_var": (64,),
-        "layer1.0.conv1.weight": (64, 64, 1, 1),
-        "layer1.0.downsample.0.weight": (256, 64, 1, 1),
-        "layer1.0.downsample.1.running_mean": (256,),
-        "layer3.5.conv2.weight": (256, 256, 3, 3),
-        "layer4.2.bn3.bias": (2048,),
-        "fc.weight": (1000, 2048),
-    }
-    assert {key: tuple(state[key].shape) for key in shapes} == shapes
-    first = model.layer2[0]
-    assert [c.stride[0] for c in (first.conv1, first.conv2, first.downsample[0])] == [1, 2, 2]

@@ -195,9 +195,11 @@ class Recipe:
 
     def _build_network(self) -> SANM:
         config, data = self.config, self.data
-        model = build_model(config, data.image_shape[0], data.num_classes)
+        channels, *_ = data.image_shape
+        model = build_model(config, channels, data.num_classes, data.image_size)
         network = SANM(
             model.to(data.labels.device),
+            config.feature_layer or None,
             config=config.mask_config,
             image_shape=data.image_shape if self.masking else None,
             random_box=config.box == "random",

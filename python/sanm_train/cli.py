@@ -13,8 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import CHOICES, TrainConfig, chosen, groups, import_modules, read_layers
-from .errors import ConfigError, check_choice
+from .config import (
+    CHOICES,
+    TrainConfig,
+    chosen,
+    groups,
+    import_modules,
+    owners,
+    preset_names,
+    read_layers,
+    read_preset,
+    settings_of,
+)
+from .errors import ConfigError, check_choice, nearest
 from .extra import MissingPackage
 from .recipes import RECIPES
 from .registry import REGISTRIES
@@ -32,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
-        options = _parser(words).parse_args(words)
+        parser = _parser(words)
+        options, unknown = parser.parse_known_args(words)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{_advice(options, unknown)}")
         import_modules(_settings(options).get("imports", ()))
         status = int(options.command(options))
         sys.stdout.flush()
@@ -82,6 +96,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         options = _early(words)
         _, config = read_layers(_file(options), options.preset, _settings(options))
         _add_settings(train, [config])
+        train.set_defaults(chosen=config)
+
+    command(_list, "list", "recipes, data sets, networks, augmentations and presets")
 
     demo = command(_demo, "demo", "ce against sanm-dividemix on noisy digits", "sanm-demo")
     demo.add_argument("--epochs", type=int, help="epochs of both runs")
@@ -96,7 +113,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         added = command(function, name, help)
         added.add_argument("run", type=_path, help="folder of a run")
         _add_import(added)
-        added.add_argument("--device", default="cpu", help="torch device (%(default)s)")
+        added.add_argument("--device", default="auto", help="torch device (%(default)s)")
         if function is _inspect:
             added.add_argument("--out", type=_path, help="folder (default: RUN/inspect)")
 
@@ -140,7 +157,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 def _add_source(parser: argparse.ArgumentParser) -> None:
     """The options that say which other ones there are."""
     _add_import(parser)
-    parser.add_argument("--preset", help="published settings to start from, e.g. cifar10-sym50")
+    parser.add_argument("--preset", help="published settings to start from (see sanm list)")
     parser.add_argument("--config", type=Path, help="YAML file of settings, over the preset")
     parser.add_argument("--resume", action="store_true", help="go on where the run in --out was")
 
@@ -204,6 +221,18 @@ def _add_setting(group: Any, entry: Any, kind: Any) -> None:
         group.add_argument(option, type=plain, metavar=shown, **names)
 
 
+def _advice(options: argparse.Namespace, unknown: Sequence[str]) -> str:
+    """What is said of the first unknown option: whose it is, or which known one is nearest."""
+    names = [w.partition("=")[0][2:].replace("-", "_") for w in unknown if w.startswith("--")]
+    if not names or not hasattr(options, "chosen"):
+        return ""
+    whose = owners(names[0])
+    if whose:
+        return f"; --{names[0].replace('_', '-')} is a setting of {', '.join(whose)} only"
+    known = (name.replace("_", "-") for name in settings_of(options.chosen))
+    return nearest(names[0].replace("_", "-"), known)
+
+
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name.removeprefix(SETTING): value
@@ -228,6 +257,23 @@ def _train(options: argparse.Namespace) -> int:
         return 130
     if int(os.environ.get("RANK", "0")) == 0:
         print_table([result])
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    for title, registry in REGISTRIES.items():
+        print(f"--{title}")
+        for name in registry.names():
+            about = getattr(registry.get(name), "__doc__", None) or ""
+            shown = about.strip().partition("\n")[0] if callable(registry.get(name)) else ""
+            print(f"  {name:<26} {shown}".rstrip())
+    print("--preset")
+    for name in preset_names():
+        preset = read_preset(name)
+        recipe = preset.get("recipe", TrainConfig.recipe)
+        noise = preset.get("noise_set") or preset.get("noise", "")
+        noise += f" {preset['rate']:.0%}" if noise in ("symmetric", "asymmetric") else ""
+        print(f"  {name:<26} {recipe} on {preset['dataset']}, {noise}".rstrip(", "))
     return 0
 
 

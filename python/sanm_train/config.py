@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import math
+import os
 import reprlib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,8 +84,8 @@ class NoiseSettings:
 class MachineSettings:
     """the machine"""
 
-    device: str = setting("cpu", "torch device")
-    threads: int = setting(1, "CPU threads; small networks gain nothing from more", low=1)
+    device: str = setting("auto", "torch device; auto: a GPU if one can be used, else the CPU")
+    threads: int = setting(0, "CPU threads of a process; 0: its share of the machine's", low=0)
     precision: str = setting("float32", "autocast", PRECISIONS)
     channels_last: bool = setting(True, "memory format of networks and images")
     compile: bool = setting(False, "torch.compile the networks")
@@ -173,6 +174,10 @@ class TrainConfig(
             if entry.metadata.get("choices"):
                 check_choice(name, value, entry.metadata["choices"])
             _check(name, value, **entry.metadata.get("limits", {}))
+        if self.device == "auto":
+            object.__setattr__(self, "device", _device())
+        if not self.threads:
+            object.__setattr__(self, "threads", _threads())
         if type(self) is not chosen(asdict(self)):
             raise ConfigError("recipe, dataset and model bring settings: make a new TrainConfig")
         REGISTRIES["augmentation"].check(self.augmentation)
@@ -183,7 +188,7 @@ class TrainConfig(
         """Raise a ConfigError for settings that cannot be used together; called before a run. Own
         settings override it, and call `super().check()`."""
         if self.noise == "file" and not hasattr(self, "noise_file"):
-            those = " and ".join(_owners("noise_file"))
+            those = " and ".join(owners("noise_file"))
             raise ConfigError(f"noise file is for {those}, not for {self.dataset}")
         if self.pretrained and not Path(self.pretrained).is_file():
             raise ConfigError(f"pretrained must be a file, got {self.pretrained!r}")
@@ -318,11 +323,10 @@ def settings_of(config: type[TrainConfig]) -> dict[str, Any]:
     """The fields of a class of settings by name. One that only changes a default keeps its help."""
     found = {}
     for entry in fields(config):
-        if not entry.metadata:
-            about = (k.__dict__.get("__dataclass_fields__", {}) for k in config.__mro__[1:])
-            entry.metadata = next(
-                (f[entry.name].metadata for f in about if entry.name in f), entry.metadata
-            )
+        for part in config.__mro__[1:]:
+            above = getattr(part, "__dataclass_fields__", {}).get(entry.name)
+            if above is not None and not entry.metadata:
+                entry.metadata = above.metadata
         found[entry.name] = entry
     return found
 
@@ -348,11 +352,11 @@ def fitting(settings: Mapping[str, Any], config: type[TrainConfig]) -> dict[str,
     return {
         name: value
         for name, value in settings.items()
-        if name in settings_of(config) or not _owners(name)
+        if name in settings_of(config) or not owners(name)
     }
 
 
-def _owners(name: str) -> list[str]:
+def owners(name: str) -> list[str]:
     """The recipes, data sets and networks that have a setting `name` of their own."""
     return [
         owner
@@ -367,8 +371,8 @@ def _check_names(settings: Mapping[str, Any], config: type[TrainConfig], source:
     for name in settings:
         if name in known:
             continue
-        if owners := _owners(name):
-            raise ConfigError(f"{source}: {name} is a setting of {', '.join(owners)} only")
+        if whose := owners(name):
+            raise ConfigError(f"{source}: {name} is a setting of {', '.join(whose)} only")
         raise ConfigError(
             f"{source}: there is no setting {reprlib.repr(name)}{nearest(name, known)}"
         )
@@ -386,11 +390,28 @@ def import_modules(names: Iterable[str]) -> None:
             raise ConfigError(f"imports: {name!r} cannot be imported: {reason}") from error
 
 
+def _device() -> str:
+    try:
+        return "cuda" if torch.cuda.is_available() and torch.zeros(1, device="cuda") == 0 else "cpu"
+    except RuntimeError:  # it is there, but no kernel runs
+        return "cpu"
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def _rebuild(settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**settings)
 
 
 # --- what they may be ---------------------------------------------------------------------------
+
+
+def preset_names() -> list[str]:
+    """The presets that there are."""
+    return list(_read_yaml(PRESETS))
 
 
 def read_preset(name: str) -> dict[str, Any]:

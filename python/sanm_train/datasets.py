@@ -43,6 +43,7 @@ class DigitsConfig(TrainConfig):
     augmentation: str = "digits"
     noise: str = "symmetric"
     mask: str = "small-images"
+    threads: int = 1  # more gain nothing
 
 
 def check_root(config: TrainConfig, needed: Sequence[str]) -> None:
@@ -66,6 +67,9 @@ class CIFARConfig(TrainConfig):
     model: str = "preact-resnet18"
     augmentation: str = "cifar"
     noise: str = ""  # symmetric, or a file where one is named
+    epochs: int = 360
+    lr_drop: float = 0.4166  # epoch 150
+    batch_size: int = 128
     noise_file: str = setting("", "noise file: a CIFAR-N label file")
     noise_set: str = setting("", "noise file: which of its label sets, e.g. worse_label")
 
@@ -89,6 +93,9 @@ class CIFARConfig(TrainConfig):
 class PhotosConfig(TrainConfig):
     model: str = "torchvision:resnet50"
     augmentation: str = "photos"
+    epochs: int = 80
+    lr_drop: float = 0.5
+    weight_decay: float = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -217,7 +217,8 @@ def load_run(folder: str | Path, device: str = "cpu") -> Result:
         network.load_state_dict(state)
     recipe.mixtures = saved["mixtures"]
     for name in ("quality", "losses", "history"):
-        setattr(recipe, name, torch.cat([rank[name] for rank in saved["ranks"]], -1).to(device))
+        parts = [rank[name] for rank in saved["ranks"]]
+        setattr(recipe, name, torch.cat(parts, -1).to(config.device))
     result.history = list(saved["history"])
     _collect(result)
     return result

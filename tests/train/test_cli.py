@@ -8,6 +8,7 @@ import re
 import pytest
 
 from sanm_train.cli import main
+from sanm_train.registry import REGISTRIES
 
 TINY = ["--epochs", "2", "--warmup", "1", "--limit", "130", "--quiet"]
 
@@ -63,6 +64,55 @@ def test_unknown_option_and_missing_command(capsys):
             main(arguments)
         assert stop.value.code == 2
     assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("--batchsize=3", "did you mean 'batch-size'"),
+        ("--elr-weight", "--elr-weight is a setting of elr, sanm-elr only"),
+        ("--noise-file", "--noise-file is a setting of cifar10, cifar100 only"),
+        ("--zzzz", "unrecognized arguments: --zzzz\n"),
+    ],
+)
+def test_unknown_options_are_told_from_those_of_others(option, advice, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--out", "x", option])
+    assert stop.value.code == 2 and advice in capsys.readouterr().err
+
+
+def help_of(words, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--help"])
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_has_the_settings_of_what_is_chosen(capsys, tmp_path):
+    page = help_of(["train", "--recipe", "elr", "--dataset", "folder"], capsys)
+    assert "early-learning regularisation: --elr-weight FLOAT λ of the penalty" in page
+    assert "--alpha" not in page
+    assert "--noise {none,symmetric,asymmetric,file} label noise (default: none)" in page
+    assert "masking, where not set below (default: paper)" in page
+    assert "passes over the training set (default: 80)" in page
+    assert "network (default: torchvision:resnet50)" in page
+    page = help_of(["train"], capsys)
+    assert "(default: small-images)" in page and "--alpha" in page and "--elr-weight" not in page
+    (tmp_path / "a.yaml").write_text("recipe: elr\n")
+    assert "--elr-weight" in help_of(["train", "--config", str(tmp_path / "a.yaml")], capsys)
+    assert "--noise-set" in help_of(["train", "--preset", "cifar10n-worse"], capsys)
+    page = help_of(["compare"], capsys)
+    assert "--elr-weight" in page and "--alpha" in page and "--rate" not in page
+
+
+def test_list_has_all_there_is(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for registry in REGISTRIES.values():
+        for name in registry.names():
+            assert re.search(rf"^  {re.escape(name)}( |$)", printed, re.M), name
+    assert "cifar10n-worse             sanm-dividemix on cifar10, worse_label\n" in printed
+    assert "clothing1m                 sanm-dividemix on clothing1m, none\n" in printed
 
 
 def test_train_inspect_and_eval(tmp_path, capsys):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import pickle
 import re
 from dataclasses import asdict
 
 import pytest
+import torch
 import yaml
 
 from sanm_train import TrainConfig
@@ -117,6 +119,36 @@ def test_settings_of_recipe_data_set_and_network_come_with_their_names(tmp_path)
     assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
     with pytest.raises(ConfigError, match="make a new TrainConfig"):
         dataclasses.replace(config, recipe="sanm-dividemix")
+
+
+def test_defaults_of_data_sets_and_of_the_machine(tmp_path, torchvision, monkeypatch):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+    photos = TrainConfig(dataset="folder", data_root=str(tmp_path))
+    assert (photos.mask, photos.noise, photos.model) == ("paper", "none", "torchvision:resnet50")
+    assert (photos.epochs, photos.augmentation) == (80, "photos")
+    assert (TrainConfig().mask, TrainConfig().noise) == ("small-images", "symmetric")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6))
+    here = {"dataset": "folder", "data_root": str(tmp_path)}
+    assert TrainConfig().threads == 1 and TrainConfig(**here).threads == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert TrainConfig(**here).threads == 1 and TrainConfig(threads=3).threads == 3
+    assert TrainConfig().device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_gpu_is_taken_only_if_kernels_run_on_it(there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+
+    def zeros(*_, **__):
+        assert there
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert TrainConfig().device == "cpu"
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: 0)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: 0)
+    assert TrainConfig().device == ("cuda" if there else "cpu")
 
 
 def test_missing_file_and_unknown_preset(tmp_path):

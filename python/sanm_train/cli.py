@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # in ASCII or Latin-1 too
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for modules of a user's, as python -m has it
     warnings.showwarning = _show_warning
     try:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # for modules of a user's, as python -m has it
         words = sys.argv[1:] if arguments is None else list(arguments)
         parser = _parser(words)
         options, unknown = parser.parse_known_args(words)

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -157,6 +157,10 @@ class TrainConfig(
         ConfigError: a setting is unknown (the nearest is named), of the wrong type, or cannot be
             used.
     """
+
+    if TYPE_CHECKING:  # who else knows which settings there are
+
+        def __init__(self, **settings: Any) -> None: ...
 
     def __new__(cls, **settings: Any) -> TrainConfig:
         if cls is TrainConfig:

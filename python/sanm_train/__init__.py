@@ -1,12 +1,13 @@
 """Training with wrong labels on `sanm_kernels`: the SANM wrapper, recipes and a command line."""
 
-from .config import TrainConfig, setting
+from .config import TrainConfig
 from .data import Dataset, in_memory
 from .datasets import DATASETS, register_dataset
 from .errors import ConfigError
 from .models import MODELS, Decoder, register_model
 from .recipes import RECIPES, Recipe, Step, register
 from .sanm import SANM, Batch, SANMLosses
+from .settings import setting
 from .tracker import Indexed, LabelQualityTracker
 from .train import Result, train
 

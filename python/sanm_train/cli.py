@@ -13,22 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import (
-    CHOICES,
-    TrainConfig,
-    chosen,
-    groups,
-    import_modules,
-    owners,
-    preset_names,
-    read_layers,
-    read_preset,
-    settings_of,
-)
+from .config import TrainConfig, preset_names, read_preset, sources
 from .errors import ConfigError, check_choice, nearest
 from .extra import MissingPackage
 from .recipes import RECIPES
 from .registry import REGISTRIES
+from .settings import groups, import_modules, owners, settings_of
 
 SETTING = "setting "  # before the names of what goes into the configuration
 
@@ -94,7 +84,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     if here == "train":
         options = _early(words)
-        _, config = read_layers(_file(options), options.preset, _settings(options))
+        said = sources(_file(options), options.preset, _settings(options))
+        _, config = TrainConfig.layers(said)
         _add_settings(train, [config])
         train.set_defaults(chosen=config)
 
@@ -127,7 +118,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     if here in ("compare", "ablate"):
         settings = _settings(_early(words))
         import_modules(settings.get("imports", ()))  # which may bring recipes
-        configs = [chosen({**settings, "recipe": recipe}) for recipe in RECIPES]
+        configs = [TrainConfig.chosen({**settings, "recipe": recipe}) for recipe in RECIPES]
         _add_settings(table, configs, ("recipe", "seed", "noise", "rate"))
         without = ("recipe", "seed", "views", "box", "modulate", "reconstruct")
         _add_settings(ablate, configs, without)
@@ -167,7 +158,7 @@ def _early(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_source(parser)
     parser.add_argument("--out", type=Path, default=Path())
-    for name in CHOICES:
+    for name in TrainConfig.choices:
         parser.add_argument(f"--{name}", dest=SETTING + name, default=argparse.SUPPRESS)
     try:
         return parser.parse_known_args(words)[0]

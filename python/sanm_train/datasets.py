@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import TrainConfig, setting
+from .config import TrainConfig
 from .data import Dataset, in_memory
 from .errors import ConfigError, DataError, check_choice
 from .extra import extra
@@ -29,6 +29,7 @@ from .readers import (
     read_manifest,
 )
 from .registry import Registry
+from .settings import setting
 
 DATASETS: Registry[Callable[[TrainConfig], Dataset]] = Registry("dataset")
 register_dataset = DATASETS.register

@@ -10,8 +10,9 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import TrainConfig, own_settings, setting
+from .config import TrainConfig
 from .libraries import Networks
+from .settings import own_settings, setting
 
 MODELS = Networks("model")
 register_model = MODELS.register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import check_choice
 
@@ -20,7 +20,7 @@ class Registry(dict[str, T]):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.configs: dict[str, type] = {}
+        self.configs: dict[str, Any] = {}
         REGISTRIES[kind] = self
 
     def register(self, name: str, config: type | None = None) -> Callable[[U], U]:

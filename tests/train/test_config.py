@@ -7,15 +7,16 @@ import dataclasses
 import os
 import pickle
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
 import yaml
 
-from sanm_train import TrainConfig
-from sanm_train.config import PRESETS, chosen, fitting, read_preset
+from sanm_train import MODELS, TrainConfig
+from sanm_train.config import PRESETS, read_preset
 from sanm_train.errors import ConfigError
+from sanm_train.settings import fitting, settings_of
 from sanm_train.train import CONFIG
 
 NAMES = list(yaml.safe_load(PRESETS.read_text()))
@@ -47,7 +48,7 @@ def test_options_over_file_over_preset_over_defaults(tmp_path):
 def test_every_preset_is_valid(name, torchvision):
     settings = read_preset(name)
     settings |= {"dataset": "digits", "noise": "symmetric"}  # needs no files
-    TrainConfig.read(None, None, **fitting(settings, chosen(settings)))
+    TrainConfig.read(None, None, **fitting(settings, TrainConfig.chosen(settings)))
 
 
 def test_presets_have_the_published_constants():
@@ -117,7 +118,7 @@ def test_settings_of_recipe_data_set_and_network_come_with_their_names(tmp_path)
     config = TrainConfig(recipe="elr", elr_weight=2.0)
     assert dataclasses.replace(config, lr=0.1).elr_weight == 2.0
     assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
-    with pytest.raises(ConfigError, match="make a new TrainConfig"):
+    with pytest.raises(ConfigError, match="bring settings: make new settings"):
         dataclasses.replace(config, recipe="sanm-dividemix")
 
 
@@ -156,3 +157,24 @@ def test_missing_file_and_unknown_preset(tmp_path):
         TrainConfig.read(tmp_path / "no.yaml")
     with pytest.raises(ConfigError, match="did you mean 'cifar10-sym50'"):
         TrainConfig.read(preset="cifar10-sym-50")
+
+
+def test_two_parts_cannot_share_the_name_of_a_setting(monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Wide(TrainConfig):
+        alpha: float = 0.5
+
+    monkeypatch.setitem(MODELS, "wide", lambda **_: None)
+    monkeypatch.setitem(MODELS.configs, "wide", Wide)
+    assert TrainConfig(recipe="ce", model="wide").alpha == 0.5
+    with pytest.raises(ConfigError, match="Wide and DivideMixConfig have both"):
+        TrainConfig(model="wide")
+
+
+def test_a_setting_must_have_a_default():
+    @dataclass(frozen=True, kw_only=True)
+    class Bare(TrainConfig):
+        strength: float
+
+    with pytest.raises(TypeError, match=r"Bare\.strength must have a default"):
+        settings_of(Bare)

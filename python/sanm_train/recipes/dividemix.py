@@ -11,9 +11,10 @@ from torch import Tensor
 import sanm_kernels as sk
 
 from .. import distributed
-from ..config import TrainConfig, setting
+from ..config import TrainConfig
 from ..data import Dataset, endless
 from ..sanm import SANM, Batch, masked_views
+from ..settings import setting
 from .base import Losses, Recipe, Step, register
 
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import TrainConfig, setting
+from ..config import TrainConfig
 from ..data import Dataset
 from ..sanm import SANM, Batch
+from ..settings import setting
 from .base import Losses, Recipe, register
 
 CLAMP = 1e-4  # as the authors: keeps log(1 − ⟨t, p⟩) finite when the network is certain

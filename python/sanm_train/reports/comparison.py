@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig, chosen, fitting
+from ..config import TrainConfig
 from ..errors import ConfigError
 from ..files import prepare_folder, replacing, write_csv
 from ..recipes import RECIPES
+from ..settings import fitting
 from ..train import train
 
 ABLATION: dict[str, dict[str, Any]] = {
@@ -100,7 +101,7 @@ def compare(
 
 def _config(settings: dict[str, Any]) -> TrainConfig:
     """Without the settings of other recipes."""
-    return TrainConfig(**fitting(settings, chosen(settings)))
+    return TrainConfig(**fitting(settings, TrainConfig.chosen(settings)))
 
 
 def _noise(text: str) -> tuple[str, float]:

@@ -44,7 +44,7 @@ def _hugging_face(
     transformers: Any, name: str, channels: int, classes: int, image_size: tuple[int, int]
 ) -> nn.Module:
     about = {"num_labels": classes, "num_channels": channels}
-    if os.path.exists(name):
+    if _is_folder(name):
         read = transformers.AutoConfig.from_pretrained
         config = read(name, local_files_only=True, **about)
     else:
@@ -52,6 +52,10 @@ def _hugging_face(
     if hasattr(config, "image_size"):
         config.image_size = image_size[0]
     return transformers.AutoModelForImageClassification.from_config(config)
+
+
+def _is_folder(name: str) -> bool:
+    return os.path.isfile(os.path.join(name, "config.json"))
 
 
 def _kinds(transformers: Any) -> list[str]:
@@ -79,7 +83,7 @@ class Networks(Registry[Callable[..., nn.Module]]):
         return [*self, *FORMS]
 
     def check(self, name: str) -> None:
-        if ":" not in name or name in FORMS:
+        if ":" not in name:  # the others are `ready` or not
             super().check(name)
 
     def ready(self, name: str) -> None:
@@ -101,7 +105,7 @@ class Networks(Registry[Callable[..., nn.Module]]):
                 f"{library.package}; or name another --model, as timm:resnet50 of timm"
             ) from None
         known = library.names(module)
-        if own not in known and not (prefix == "hf" and os.path.exists(own)):
+        if own not in known and not (prefix == "hf" and _is_folder(own)):
             raise ConfigError(f"model: {library.package} has no {own!r}{nearest(own, known)}")
 
     def build(

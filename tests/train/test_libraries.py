@@ -55,6 +55,7 @@ def test_hugging_face_configurations_by_type_and_from_a_folder(monkeypatch, tmp_
     asked = {"num_labels": 7, "num_channels": 1}
     vit = MODELS.build("hf:vit", 1, 7, (64, 64))
     assert vit == asked | {"name": "vit", "image_size": 64}
+    (tmp_path / "config.json").write_text("{}")
     own = MODELS.build(f"hf:{tmp_path}", 1, 7, (64, 64))
     assert own == asked | {"name": str(tmp_path), "local_files_only": True}
     with pytest.raises(ConfigError, match="transformers has no 'bit'; did you mean 'vit'"):

@@ -36,7 +36,7 @@ napoleon_use_rtype = False  # what is returned is said in prose
 napoleon_custom_sections = [("Attributes", "params_style")]  # "a, b: …" names two of them
 
 nitpicky = True  # a reference that leads nowhere is a warning, and every warning an error
-ELSEWHERE = r"Tensor|(torch|pathlib|collections|types|sanm_train\.(data|images))\..*"
+ELSEWHERE = r"Tensor|(torch|pathlib|collections|types|sanm_train\.(data|images|registry))\..*"
 nitpick_ignore_regex = [("py:.*", ELSEWHERE)]
 
 

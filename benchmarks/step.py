@@ -84,7 +84,7 @@ class Clock:
 
 def random_images(batch: int, steps: int) -> Recipe:
     """Held in memory, about twice as many as the steps need."""
-    settings = {"dataset": "digits", "batch_size": batch, "warmup": 0, "ramp": 0.0}
+    settings = {"dataset": "digits", "batch_size": batch, "warmup": 0, "ramp": 0.0, "device": "cpu"}
     config = TrainConfig(**read_preset("cifar10") | settings)
     seed_everything(config.seed)
     pixels = torch.randint(256, (2 * batch * (steps + SKIPPED), 3, 32, 32), dtype=torch.uint8)
@@ -131,7 +131,7 @@ def main() -> None:
     clock.watch(OURS, sk, *CALLS)
     clock.watch(NETWORKS, torch.Tensor, "backward")
     for name, recipe, number in (
-        ("digits", build(TrainConfig(warmup=0, ramp=0.0)).recipe, 6 * steps),
+        ("digits", build(TrainConfig(warmup=0, ramp=0.0, device="cpu")).recipe, 6 * steps),
         ("random 32×32 images", random_images(options.batch, steps), steps),
     ):
         found, config = measure(clock, recipe, number), recipe.config

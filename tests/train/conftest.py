@@ -7,7 +7,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from sanm_train import TrainConfig
+from sanm_train import TrainConfig, config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def on_the_cpu():
+    """Where these tests train, also on a machine with a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_device", lambda: "cpu")
+        yield
 
 
 @pytest.fixture

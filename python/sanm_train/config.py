@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -151,6 +151,10 @@ class TrainConfig(
     """
 
     choices = ("dataset", "recipe", "model")
+
+    if TYPE_CHECKING:  # which settings there are depends on the choices
+
+        def __init__(self, **settings: Any) -> None: ...
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .errors import ConfigError, check_choice, nearest
 from .extra import MissingPackage, extra
@@ -51,10 +51,6 @@ class Settings:
 
     choices: ClassVar[tuple[str, ...]] = ()  # the first one's defaults hold over the others'
     root: ClassVar[type[Settings]]
-
-    if TYPE_CHECKING:  # which settings there are depends on the choices
-
-        def __init__(self, **settings: Any) -> None: ...
 
     def __init_subclass__(cls) -> None:
         if not hasattr(cls, "root"):

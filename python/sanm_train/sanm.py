@@ -21,6 +21,11 @@ from .models import Decoder
 WRAPPERS = (DataParallel, DistributedDataParallel)
 
 
+#: Losses (B,) of logits (B, K) on soft targets (B, K), given rows (B,), `Batch.row` or positions in
+#: the batch, and which view the logits are of: "image", "max" (the peak is hidden) or "min".
+Criterion = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+
+
 class Batch(NamedTuple):
     """One batch of training samples.
 
@@ -123,17 +128,21 @@ class SANM(nn.Module):
     def forward(self, batch: Tensor) -> Tensor: ...
     @overload
     def forward(
-        self, batch: Batch, generator: torch.Generator | int | Tensor | None = None
+        self,
+        batch: Batch,
+        generator: torch.Generator | int | Tensor | None = None,
+        criterion: Criterion | None = None,
     ) -> SANMLosses: ...
     def forward(
         self,
         batch: Tensor | Batch,
         generator: torch.Generator | int | Tensor | None = None,
+        criterion: Criterion | None = None,
     ) -> Tensor | SANMLosses:
         """Of images, logits (B, K) of the plain model, under autocast in float32, as losses want
         them; of a `Batch`, `losses`."""
         if not isinstance(batch, Tensor):
-            return self.losses(batch, generator)
+            return self.losses(batch, generator, criterion)
         return _full(self.reader.logits(self.model, batch))
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,13 +234,20 @@ class SANM(nn.Module):
         self,
         batch: Batch | tuple[Tensor, ...],
         generator: torch.Generator | int | Tensor | None = None,
+        criterion: Criterion | None = None,
     ) -> SANMLosses:
         """Classification loss over the images and their masked views, and the reconstruction loss.
 
         Masked views carry the modulated targets. Two runs of the model: the images, then the
         views together. `batch` is a `Batch` or a tuple in its order.
+
+        Args:
+            criterion: called once for each view, the images first, for its loss (B,) per sample or
+                0-d; the classification loss is the mean over all views. None: cross-entropy, fused.
+                A criterion that withstands wrong labels has to train the masked views as well:
+                their targets are as wrong as the images'.
         """
-        images, targets, clean_prob, sample_index, _ = Batch(*batch)
+        images, targets, clean_prob, sample_index, row = Batch(*batch)
         if not torch.compiler.is_compiling():
             self._check_wrapped()
         logits, features = self.forward_features(images)
@@ -245,22 +261,37 @@ class SANM(nn.Module):
             sample_index=sample_index,
         )
         reconstruction, view_logits = self.reconstruction_loss(masked, images)
-        ratios = self.view_ratios(masked)
         if targets.ndim == 1:
             targets = F.one_hot(targets.long(), logits.shape[1]).to(logits.dtype)
-        classification = sk.masked_loss(
-            torch.cat([logits, view_logits]),
-            targets.expand(1 + len(ratios), *targets.shape),
-            ratio=torch.cat([logits.new_zeros(len(logits)), *ratios]),
-            drop=self.mask_config.drop,
-        )
-        total = classification.total + self.mask_config.reconstruction_weight * reconstruction
+        if criterion is None:
+            ratios = self.view_ratios(masked)
+            found = sk.masked_loss(
+                torch.cat([logits, view_logits]),
+                targets.expand(1 + len(ratios), *targets.shape),
+                ratio=torch.cat([logits.new_zeros(len(logits)), *ratios]),
+                drop=self.mask_config.drop,
+            )
+            classification = found.total
+            sample_loss = found.per_sample[: len(logits)].detach()
+        else:
+            rows = torch.arange(len(images), device=images.device) if row is None else row
+            views = {"image": targets, "max": masked.targets_max, "min": masked.targets_min}
+            views = {
+                view: t if self.modulate else targets for view, t in views.items() if t is not None
+            }
+            parts = torch.cat([logits, view_logits]).chunk(len(views))
+            losses = [
+                criterion(z, t, rows, view).mean()
+                for z, (view, t) in zip(parts, views.items(), strict=True)
+            ]
+            classification = torch.stack(losses).mean()
+            sample_loss = F.cross_entropy(logits.detach(), targets, reduction="none")
         return SANMLosses(
-            total,
-            classification.total,
+            classification + self.mask_config.reconstruction_weight * reconstruction,
+            classification,
             reconstruction,
             logits,
-            classification.per_sample[: len(logits)].detach(),
+            sample_loss,
             masked,
         )
 

@@ -29,33 +29,37 @@ def build(tiny):
     return make
 
 
-def test_elr_penalty_is_its_definition(build):
-    made = build("elr", elr_momentum=0.7)
+def test_elr_is_its_definition(build):
+    made = build("elr", elr_momentum=0.7, elr_weight=3.0)
     torch.manual_seed(0)
     expected = torch.zeros(130, 10, dtype=torch.double)
-    for index in (torch.tensor([5, 2, 9]), torch.tensor([9, 5, 100])):
-        logits = (3 * torch.randn(3, 10)).requires_grad_()
-        p = logits.detach().double().softmax(1).clamp(1e-4, 1 - 1e-4).requires_grad_()
-        for i, row in zip(index.tolist(), p.detach(), strict=True):
-            expected[i] = 0.7 * expected[i] + 0.3 * row / row.sum()
-        wanted = (1 - (expected[index] * p).sum(1)).log().mean()
-        found = made.penalty(logits, index)
-        torch.testing.assert_close(found.double(), wanted)
-        torch.testing.assert_close(made.ensemble.double(), expected)
-        # The targets are constants: the gradient is that of log(1 − ⟨t, p⟩) in p alone.
-        (slope,) = torch.autograd.grad(wanted, p)
-        (wanted_gradient,) = torch.autograd.grad(
-            (logits.softmax(1).clamp(1e-4, 1 - 1e-4) * slope.float()).sum(), logits
-        )
-        (gradient,) = torch.autograd.grad(found, logits)
-        torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-7)
+    for rows in (torch.tensor([5, 2, 9]), torch.tensor([9, 5, 100])):
+        for view in ("image", "max", "min"):
+            logits = (3 * torch.randn(3, 10)).requires_grad_()
+            labels = torch.randn(3, 10).softmax(1)
+            z = logits.detach().double().requires_grad_()
+            p = z.softmax(1).clamp(1e-4, 1 - 1e-4)
+            if view == "image":  # a masked view leaves t where it is
+                for i, row in zip(rows.tolist(), p.detach(), strict=True):
+                    expected[i] = 0.7 * expected[i] + 0.3 * row / row.sum()
+            wanted = 3 * (1 - (expected[rows] * p).sum(1)).log()
+            wanted = wanted - (labels * z.log_softmax(1)).sum(1)
+            found = made.criterion(logits, labels, rows, view)
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(made.ensemble.double(), expected)
+            # The targets are constants: the gradient is that of log(1 − ⟨t, p⟩) in p alone.
+            upstream = torch.randn(3)
+            (wanted_gradient,) = torch.autograd.grad(wanted, z, upstream.double())
+            (gradient,) = torch.autograd.grad(found, logits, upstream)
+            torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=1e-4, atol=1e-6)
     assert not made.ensemble.requires_grad
 
 
-def test_elr_penalty_of_a_certain_network_is_finite(build):
+def test_elr_of_a_certain_network_is_finite(build):
     made = build("elr", elr_momentum=0.0)
     logits = torch.full((2, 10), -1000.0).index_fill(1, torch.tensor([3]), 1000.0).requires_grad_()
-    value = made.penalty(logits, torch.tensor([0, 1]))
+    labels = F.one_hot(torch.tensor([3, 1]), 10).float()
+    value = made.criterion(logits, labels, torch.tensor([0, 1]), "image").sum()
     value.backward()
     assert value.isfinite() and logits.grad.isfinite().all()
 
@@ -66,16 +70,48 @@ def test_elr_weight_and_ensemble_in_a_run(tiny):
     assert first["train_loss"] == pytest.approx(plain["train_loss"])  # λ = 0 is cross-entropy
     result = train(tiny(recipe="elr"))
     row, ensemble = result.history[-1], result.recipe.ensemble
-    assert row["regularization"] < 0
-    assert row["train_loss"] == pytest.approx(row["labeled"] + 3 * row["regularization"], rel=1e-5)
+    assert row["train_loss"] < row["labeled"]  # log(1 − ⟨t, p⟩) is negative
     assert ((ensemble.sum(1) - (1 - 0.7**2)).abs() < 1e-5).all()  # each sample twice in two epochs
 
 
 def test_sanm_elr_adds_masked_views_after_the_warmup(tiny):
     warm, masked = train(tiny(recipe="sanm-elr")).history
     assert "reconstruction" not in warm and masked["reconstruction"] > 0
-    total = masked["labeled"] + 3 * masked["regularization"] + 0.02 * masked["reconstruction"]
-    assert masked["train_loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("views", ["both", "max", "min"])
+@pytest.mark.parametrize("modulate", [True, False])
+def test_every_view_is_trained_with_the_recipe_s_criterion(build, views, modulate):
+    made = build("sanm-elr", warmup=0, views=views, modulate=modulate, elr_weight=2.0)
+    network, batch = made.networks[0].eval(), one_batch(made)
+    made.ensemble.copy_(torch.rand_like(made.ensemble) / 10)
+    before = made.ensemble.clone()
+    losses = network.losses(batch, 5, made.criterion)
+    masked = losses.masked
+    kinds = [(batch.images, F.one_hot(batch.targets, 10).float())]
+    for images, targets in (
+        (masked.images_max, masked.targets_max),
+        (masked.images_min, masked.targets_min),
+    ):
+        if images is not None:
+            kinds.append((images, targets if modulate else kinds[0][1]))
+    rows = torch.arange(len(batch.images))
+    p = network(batch.images).softmax(1).clamp(1e-4, 1 - 1e-4).detach()
+    ensemble = before[rows] * 0.7 + 0.3 * p / p.sum(1, keepdim=True)
+    torch.testing.assert_close(made.ensemble[rows], ensemble)
+    wanted = []
+    for images, targets in kinds:
+        z = network(images)
+        p = z.softmax(1).clamp(1e-4, 1 - 1e-4)
+        wanted.append(F.cross_entropy(z, targets) + 2 * (1 - (ensemble * p).sum(1)).log().mean())
+    torch.testing.assert_close(losses.classification, torch.stack(wanted).mean())
+    plain = network.losses(batch, 5)  # cross-entropy, fused and as a criterion
+
+    def cross_entropy(z, t, rows, view):
+        return F.cross_entropy(z, t, reduction="none")
+
+    torch.testing.assert_close(network.losses(batch, 5, cross_entropy).total, plain.total)
+    torch.testing.assert_close(losses.sample_loss, plain.sample_loss)
 
 
 def one_batch(made: Recipe, size: int = 32, quality: torch.Tensor | None = None) -> Batch:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import sanm_kernels as sk
@@ -19,7 +20,7 @@ from ..images import Images
 from ..models import build_model
 from ..pretrained import load_pretrained
 from ..registry import Registry
-from ..sanm import SANM, Batch
+from ..sanm import SANM, Batch, Criterion
 
 RECIPES: Registry[type[Recipe]] = Registry("recipe")
 Losses = dict[str, Tensor]
@@ -76,6 +77,9 @@ class Recipe:
     num_networks = 1
     masking = False  # builds the decoders
     uses_quality = False  # fits the label quality after the warm-up
+    #: What the images and their masked views are trained with; None: cross-entropy. A method of a
+    #: subclass, (self, logits, targets, rows, view) -> (B,).
+    criterion: Criterion | None = None
     #: Attributes that hold tensors with an entry per sample, to be saved in checkpoints.
     persistent: tuple[str, ...] = ("quality", "losses", "history")
 
@@ -106,8 +110,27 @@ class Recipe:
         self.share = config.batch_size // (data.shards * config.accumulate)
 
     def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
-        """The value to minimise as "loss", and any others to log, from images in [0, 1]."""
-        raise NotImplementedError
+        """The value to minimise as "loss", and any others to log, from images in [0, 1].
+
+        The mean of `criterion` on weakly augmented images; with `masking` and after the warm-up,
+        SANM's losses.
+        """
+        batch = batch._replace(images=self.augment.weak(batch.images))
+        if self.masking and epoch >= self.config.warmup:
+            losses = network.losses(batch, self.generator, self.criterion)
+            return {
+                "loss": losses.total,
+                "labeled": losses.sample_loss.mean(),
+                "reconstruction": losses.reconstruction,
+            }
+        logits = network(batch.images)
+        labeled = F.cross_entropy(logits, batch.targets)
+        if self.criterion is None:
+            return {"loss": labeled}
+        targets = F.one_hot(batch.targets, logits.shape[1]).to(logits.dtype)
+        assert batch.row is not None  # the engine always says which samples these are
+        loss = self.criterion(logits, targets, batch.row, "image").mean()
+        return {"loss": loss, "labeled": labeled.detach()}
 
     def begin_epoch(self, epoch: int) -> None:
         """What precedes the steps of an epoch: after the warm-up, the label quality is refitted."""

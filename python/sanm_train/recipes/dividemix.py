@@ -160,18 +160,19 @@ class DivideMix(Recipe):
         """Targets (2B, K), refined for the labelled and guessed for the unlabelled half, and the
         feature map (2B, C, h, w) of the first view. labels and quality are (2B,)."""
         network, other, half = self.networks[k], self.networks[1 - k], len(first) // 2
-        logits, features = network.forward_features(first)
-        own = [logits, network(second)]
-        others = [other(first[half:]), other(second[half:])]
+        # Each half and view in a pass of its own: batch norm takes its statistics from it.
+        unlabeled, features = network.forward_features(first[half:])
+        guesses = [unlabeled, network(second[half:]), other(first[half:]), other(second[half:])]
+        labeled, labeled_features = network.forward_features(first[:half])
         temperature = self.config.temperature
         refined = sk.refine_targets(
-            [z[:half] for z in own],
+            [labeled, network(second[:half])],
             labels=labels[:half],
             clean_prob=quality[:half],
             temperature=temperature,
         )
-        guessed = sk.refine_targets([z[half:] for z in own] + others, temperature=temperature)
-        return torch.cat([refined, guessed]), features
+        guessed = sk.refine_targets(guesses, temperature=temperature)
+        return torch.cat([refined, guessed]), torch.cat([labeled_features, features])
 
 
 @register("sanm-dividemix", DivideMixConfig)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..data import Dataset
-from ..sanm import SANM, Batch
 from ..settings import setting
-from .base import Losses, Recipe, register
+from .base import Recipe, register
 
 CLAMP = 1e-4  # as the authors: keeps log(1 − ⟨t, p⟩) finite when the network is certain
 
@@ -44,47 +43,25 @@ class EarlyLearning(Recipe):
         super().__init__(config, data)
         self.ensemble = torch.zeros(len(data), data.num_classes, device=data.labels.device)
 
-    def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
-        logits = network(self.augment.weak(batch.images))
-        labeled = F.cross_entropy(logits, batch.targets)
-        return self.regularize(labeled, labeled, logits, batch)
-
-    def regularize(self, total: Tensor, labeled: Tensor, logits: Tensor, batch: Batch) -> Losses:
-        """`total` plus the weighted penalty on `logits` (B, K); `labeled` is only logged."""
-        assert batch.row is not None  # the engine always says which samples these are
-        penalty = self.penalty(logits, batch.row)
-        return {
-            "loss": total + self.config.elr_weight * penalty,
-            "labeled": labeled,
-            "regularization": penalty,
-        }
-
-    def penalty(self, logits: Tensor, row: Tensor) -> Tensor:
-        """mean log(1 − ⟨t, p⟩), after t of the samples at `row` (B,) has moved towards p."""
+    def criterion(self, logits: Tensor, targets: Tensor, rows: Tensor, view: str) -> Tensor:
+        """Losses (B,); the images, not their masked views, move t of the samples at `rows`."""
         predicted = logits.float().softmax(1).clamp(CLAMP, 1 - CLAMP)
-        beta = self.config.elr_momentum
-        with torch.no_grad():
-            normalized = predicted / predicted.sum(1, keepdim=True)
-            targets = beta * self.ensemble[row] + (1 - beta) * normalized
-            self.ensemble[row] = targets
-        return torch.log1p(-(targets * predicted).sum(1)).mean()
+        if view == "image":
+            beta, found = self.config.elr_momentum, predicted.detach()
+            found = found / found.sum(1, keepdim=True)
+            self.ensemble[rows] = beta * self.ensemble[rows] + (1 - beta) * found
+        penalty = torch.log1p(-(self.ensemble[rows] * predicted).sum(1))
+        cross_entropy = F.cross_entropy(logits, targets, reduction="none")
+        return cross_entropy + self.config.elr_weight * penalty
 
 
 @register("sanm-elr", ELRConfig)
 class SANMEarlyLearning(EarlyLearning):
     """After a warm-up, masked views and reconstruction, as `sanm-ce` has them.
 
-    The penalty and its targets are the unmasked images' alone: what is hidden from a masked view
-    is no belief of the network.
+    The penalty is that of the masked views too, with the images' t: on cross-entropy alone they
+    would teach the network the wrong labels that the penalty keeps it from.
     """
 
     masking = True
     uses_quality = True
-
-    def loss(self, network: SANM, batch: Batch, epoch: float) -> Losses:
-        if epoch < self.config.warmup:
-            return super().loss(network, batch, epoch)
-        batch = batch._replace(images=self.augment.weak(batch.images))
-        losses = network.losses(batch, self.generator)
-        found = self.regularize(losses.total, losses.classification, losses.logits, batch)
-        return {**found, "reconstruction": losses.reconstruction}

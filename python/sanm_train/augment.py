@@ -23,17 +23,20 @@ GREY = 0.5  # what moves into view in the published policies
 
 class Policy(NamedTuple):
     """flip: mirror half of the images; auto: the AutoAugment policy of `auto`, if any; affine:
-    `strong` is a small affine map and a change of contrast, else weak, then RandAugment(2, 10)."""
+    `strong` is a small affine map and a change of contrast, else weak, then RandAugment(2, 10);
+    released: `strong` and `warmup` as SANM's released CIFAR scripts have them."""
 
     flip: bool = True
     auto: str = ""
     affine: bool = False
+    released: bool = False
 
 
 POLICIES: Registry[Policy] = Registry("augmentation")
 POLICIES["digits"] = Policy(flip=False, affine=True)
 POLICIES["crop"] = Policy()
 POLICIES["cifar"] = Policy(auto="cifar10")
+POLICIES["released"] = Policy(auto="cifar10", released=True)
 POLICIES["photos"] = Policy()
 POLICIES["photos-auto"] = Policy(auto="imagenet")
 
@@ -57,12 +60,21 @@ def _view(make: Callable[[Augment, Tensor], Tensor]) -> Callable[[Augment, Tenso
 
 
 class Augment:
-    """The views of a training step, by policy: `weak`, `auto` and `strong`; `plain` for evaluation.
+    """The views of a training step, by policy: `weak`, `auto`, `strong` and, before label quality
+    counts, `warmup`; `plain` for evaluation.
 
     Every view takes images (B, C, H, W) in [0, 1] and returns them as (B, C, *image_size),
     normalised. weak: a random crop, out of the image where it is larger than image_size, else after
     padding it by an eighth with zeros, and perhaps a flip. auto: weak, then AutoAugment. strong:
     weak, then RandAugment(2, 10), or for digits a small affine map and a change of contrast.
+    warmup: weak.
+
+    The policy `released` has the released scripts' own strong and warmup. strong: each of two
+    operations on half of the images only, at 1 to 9 tenths of its strength, then a grey square of
+    half the sides. warmup: colour jitter and a small affine map after weak; how strong they are is
+    not published, so the jitter is torchvision's usual one (0.4, hue 0.1), the map up to 10° and a
+    tenth of the sides and of the scale.
+
     Values stay in [0, 1] before they are normalised, but for that contrast.
 
     kornia's own AutoAugment and RandAugment draw one sub-policy for the whole batch, always in the
@@ -105,6 +117,8 @@ class Augment:
     @_view
     def strong(self, images: Tensor) -> Tensor:
         """The weak view, then RandAugment; or a small affine map and a change of contrast."""
+        if self.policy.released:
+            return _cutout(_rand_released(self._crop(images), 2))
         if not self.policy.affine:
             return _rand(self._crop(images), 2, 10)
         angle, scale, shear, right, down, gain = torch.rand(6, len(images)).mul(2).sub(1)
@@ -118,6 +132,12 @@ class Augment:
         )
         gain = (1 + 0.3 * gain[:, None, None, None]).to(images, non_blocking=True)
         return self._centre(moved) * gain
+
+    @_view
+    def warmup(self, images: Tensor) -> Tensor:
+        """The weak view, with colour jitter and a small affine map where the policy has them."""
+        images = self._crop(images)
+        return _move(_jitter(images)) if self.policy.released else images
 
     def _centre(self, images: Tensor) -> Tensor:
         height, width = self.image_size
@@ -223,6 +243,53 @@ def _rand(images: Tensor, count: int, magnitude: float) -> Tensor:
     known = len(_operations()) - 1  # inversion, the last one, is AutoAugment's alone
     operation = torch.randint(known, (len(images), count))
     return _apply(images, operation, torch.full((len(images), count), magnitude / 30))
+
+
+def _rand_released(images: Tensor, count: int) -> Tensor:
+    """RandAugment as the released scripts draw it: each operation with probability ½, its magnitude
+    1 to 9 of 10."""
+    known = len(_operations()) - 1
+    operation = torch.randint(known, (len(images), count))
+    operation *= torch.rand(len(images), count) < 0.5
+    return _apply(images, operation, torch.randint(1, 10, (len(images), count)) / 10)
+
+
+def _cutout(images: Tensor) -> Tensor:
+    """A grey square of half the sides about any pixel: 16×16 of 32×32, less at the edges."""
+    inside = []
+    for side in images.shape[2:]:
+        start = torch.randint(side, (len(images), 1)) - side // 4
+        place = torch.arange(side)
+        inside.append((place >= start) & (place < start + side // 2))
+    hidden = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+    return torch.where(hidden.to(images.device, non_blocking=True), GREY, images)
+
+
+def _jitter(images: Tensor) -> Tensor:
+    """Brightness, contrast and saturation changed by up to 0.4 each and, of colour, hue by 0.1."""
+    with extra():
+        import kornia.enhance as enhance
+    factors = torch.rand(4, len(images)).mul(2).sub(1)
+    brightness, contrast, saturation, hue = factors.to(images, non_blocking=True)
+    images = enhance.adjust_brightness_accumulative(images, 1 + 0.4 * brightness)
+    images = enhance.adjust_contrast_with_mean_subtraction(images, 1 + 0.4 * contrast)
+    if images.shape[1] == 3:
+        images = enhance.adjust_saturation_with_gray_subtraction(images, 1 + 0.4 * saturation)
+        images = enhance.adjust_hue(images, 0.2 * math.pi * hue)
+    return images.clamp(0, 1)
+
+
+def _move(images: Tensor) -> Tensor:
+    """Turned by up to 10°, moved by a tenth of the sides, scaled by a tenth."""
+    angle, scale, right, down = torch.rand(4, len(images)).mul(2).sub(1)
+    return _warp(
+        images,
+        angle=angle * math.radians(10),
+        scale=1 + 0.1 * scale,
+        right=0.1 * right,
+        down=0.1 * down,
+        background=GREY,
+    )
 
 
 def _apply(images: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:

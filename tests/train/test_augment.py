@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from sanm_train import augment
 from sanm_train.augment import POLICIES, Augment
 
-VIEWS = ("plain", "weak", "auto", "strong")
+VIEWS = ("plain", "weak", "auto", "strong", "warmup")
 
 
 def make(policy, channels=3, size=(16, 16)):
@@ -109,6 +109,41 @@ def test_every_sample_draws_its_own_operations(policy, view, monkeypatch):
     image = torch.rand(1, 3, 16, 16)
     found = getattr(make(policy), view)(image.expand(400, 3, 16, 16))
     assert len(found.flatten(1).unique(dim=0)) > 30
+
+
+def test_released_strong_view_hides_a_square_and_applies_half_of_its_operations(monkeypatch):
+    monkeypatch.setattr(Augment, "_crop", lambda self, images: images)
+    torch.manual_seed(0)
+    maker, count = make("released", size=(32, 32)), 600
+    image = torch.rand(1, 3, 32, 32) * 0.4 + 0.55  # nothing is grey
+    found = maker.denormalize(maker.strong(image.expand(count, 3, 32, 32)))
+    grey = (found - 0.5).abs().amax(1) < 1e-5
+    rows, columns = grey.any(2).sum(1), grey.any(1).sum(1)
+    operations = augment._operations()
+    same = ((found - image).abs().amax(1) < 1e-5) | grey
+    untouched = same.flatten(1).all(1).double().mean()
+    # Neither operation applied, or one that is the identity: (½ + 1/28)².
+    assert abs(untouched - (0.5 + 0.5 / (len(operations) - 1)) ** 2) < 0.06
+    alone = same.flatten(1).all(1)  # operations that move the image show grey too
+    assert rows[alone].max() == columns[alone].max() == 16
+    assert rows[alone].min() == columns[alone].min() == 8  # centred on the first row or column
+    assert (grey.flatten(1).sum(1)[alone] == (rows * columns)[alone]).all()
+
+
+def test_released_warmup_view_moves_and_recolours(monkeypatch):
+    monkeypatch.setattr(Augment, "_crop", lambda self, images: images)
+    torch.manual_seed(0)
+    maker = make("released", size=(32, 32))
+    images = torch.full((400, 3, 32, 32), 0.5)
+    images[:, 0] = 0.7
+    middle = maker.denormalize(maker.warmup(images))[:, :, 16, 16]
+    assert 0.25 < middle[:, 0].min() < 0.5 and 0.85 < middle[:, 0].max() <= 1.0
+    assert (middle[:, 1] - middle[:, 2]).abs().max() > 0.03  # hue
+    dot = torch.zeros(400, 3, 32, 32)
+    dot[:, :, 15:17, 15:17] = 1
+    moved = maker.denormalize(augment._move(dot).sub(0.3).div(0.4))[:, 0].flatten(1).argmax(1)
+    places = torch.stack([moved // 32, moved % 32])
+    assert places.min() in (11, 12, 13) and places.max() in (18, 19, 20)
 
 
 IMAGE = torch.full((1, 3, 8, 8), 0.2)

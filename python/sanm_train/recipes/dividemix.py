@@ -89,7 +89,7 @@ class DivideMix(Recipe):
 
     def warmup_loss(self, k: int, batch: Batch) -> Losses:
         """Cross-entropy; asymmetric noise adds the confidence penalty."""
-        logits = self.networks[k](self.augment.weak(batch.images))
+        logits = self.networks[k](self.augment.warmup(batch.images))
         weight = self.config.confidence_weight
         if weight is None:
             weight = float(self.config.noise == "asymmetric")

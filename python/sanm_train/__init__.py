@@ -3,8 +3,9 @@
 from .config import TrainConfig
 from .data import Dataset, in_memory
 from .datasets import DATASETS, register_dataset
+from .decoders import Decoder, LinearDecoder
 from .errors import ConfigError
-from .models import MODELS, Decoder, register_model
+from .models import MODELS, register_model
 from .recipes import RECIPES, Recipe, Step, register
 from .sanm import SANM, Batch, SANMLosses
 from .settings import setting
@@ -22,6 +23,7 @@ __all__ = [
     "Decoder",
     "Indexed",
     "LabelQualityTracker",
+    "LinearDecoder",
     "Recipe",
     "Result",
     "SANMLosses",

@@ -16,6 +16,7 @@ import torch
 
 import sanm_kernels as sk
 
+from .decoders import DECODERS
 from .errors import ConfigError, check_choice
 from .files import first_line
 from .noise import KINDS
@@ -128,6 +129,7 @@ class MaskSettings:
     reconstruction_weight: float | None = setting(None, "weight of the reconstruction loss")
     views: str = setting("both", "masked views", VIEWS)
     box: str = setting("activation", "where to mask", BOXES)
+    decoder: str = setting("resize", "what rebuilds the images", DECODERS)
     modulate: bool = setting(True, "soften the masked views' targets")
     reconstruct: bool = setting(True, "train on the reconstruction loss")
     feature_layer: str = setting("", "layer whose map is masked; empty: the last that gives one")

@@ -1,11 +1,8 @@
-"""Networks for the recipes, and the decoder that rebuilds an image from a feature map."""
+"""Networks for the recipes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,60 +108,6 @@ class SmallCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.linear(self.features(x).mean((2, 3)))
         return logits
-
-
-class Decoder(nn.Module):
-    """Rebuilds images (B, Cin, H, W) from feature maps (B, C, h, w).
-
-    Each stage convolves 3×3 and resizes bilinearly, by at most a factor of two. Sizes go from
-    (h, w) to (H, W) in geometric steps, so any pair of sizes works, and since resizing leaves no
-    gaps (strided transposed convolutions with small kernels do), every output pixel depends on
-    the map. Normalised within each sample, the result does not depend on how a batch is spread
-    over processes or accumulated.
-
-    Args:
-        map_shape: (C, h, w) of the feature map.
-        image_shape: (Cin, H, W) of the images.
-        width: channels of the last stage; each earlier stage has twice as many, up to C.
-    """
-
-    def __init__(
-        self, map_shape: Sequence[int], image_shape: Sequence[int], width: int = 32
-    ) -> None:
-        super().__init__()
-        (channels, *size), (image_channels, *image_size) = map_shape, image_shape
-        if min(*map_shape, *image_shape) < 1:
-            raise ValueError(
-                f"map_shape and image_shape must be positive, got {map_shape} and {image_shape}"
-            )
-        growth = [full / small for full, small in zip(image_size, size, strict=True)]
-        stages = max(1, *(math.ceil(abs(math.log2(g)) - 1e-9) for g in growth))
-        self.map_shape, self.image_shape = tuple(map_shape), tuple(image_shape)
-        self.sizes = [
-            tuple(round(s * g ** (i / stages)) for s, g in zip(size, growth, strict=True))
-            for i in range(1, stages + 1)
-        ]
-        widths = [channels] + [min(channels, width << (stages - 1 - i)) for i in range(stages)]
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False),
-                nn.GroupNorm(math.gcd(fan_out, 8), fan_out),
-                nn.LeakyReLU(0.1, inplace=True),
-            )
-            for fan_in, fan_out in pairwise(widths)
-        )
-        self.output = nn.Conv2d(widths[-1], image_channels, 3, padding=1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        if tuple(features.shape[1:]) != self.map_shape:
-            raise ValueError(
-                f"features must be (B, {', '.join(map(str, self.map_shape))}), the map the decoder "
-                f"was built for; got {tuple(features.shape)}"
-            )
-        for size, stage in zip(self.sizes, self.stages, strict=True):
-            features = F.interpolate(stage(features), size, mode="bilinear", align_corners=False)
-        images: Tensor = self.output(features)
-        return images
 
 
 def classifier(model: nn.Module) -> nn.Linear:

@@ -14,8 +14,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 import sanm_kernels as sk
 
 from . import distributed
+from .decoders import Decoder
 from .features import Reader, like_parameters
-from .models import Decoder
 
 #: What goes around SANM, not into it.
 WRAPPERS = (DataParallel, DistributedDataParallel)
@@ -67,7 +67,8 @@ class SANM(nn.Module):
         model: maps images (B, C, H, W) to logits (B, K), or to something with logits in it.
         feature_layer: the module whose output is the last feature map, or its dotted name; default
             `model.feature_layer`, else the last layer that gives one, with a warning that names it.
-        decoder: maps feature maps (B, C, h, w) to images (B, C, H, W); None builds a `Decoder`.
+        decoder: maps feature maps (B, C, h, w) to images (B, C, H, W), or makes such a module of
+            (C, h, w) and (C, H, W), as the classes `Decoder`, the default, and `LinearDecoder` do.
         config: the masking; kept as `mask_config`.
         image_shape: (C, H, W). With it the decoder is built at once, and its parameters exist
             before an optimiser is made; without it the first batch decides.
@@ -91,7 +92,7 @@ class SANM(nn.Module):
         self,
         model: nn.Module,
         feature_layer: str | nn.Module | None = None,
-        decoder: nn.Module | None = None,
+        decoder: nn.Module | Callable[[Sequence[int], Sequence[int]], nn.Module] | None = None,
         config: sk.MaskConfig | None = None,
         image_shape: Sequence[int] | None = None,
         *,
@@ -113,8 +114,9 @@ class SANM(nn.Module):
         self.mask_config = sk.MaskConfig.paper() if config is None else config
         self.reader = Reader(model, feature_layer, layout, to_map, grid, logits)
         self.head = logits if isinstance(logits, nn.Module) else None
-        self.decoder = decoder
-        if decoder is None and image_shape is not None:
+        self.decoder = decoder if isinstance(decoder, nn.Module) else None
+        self._make_decoder = Decoder if decoder is None or self.decoder is not None else decoder
+        if self.decoder is None and image_shape is not None:
             self._add_decoder(self.reader.map_shape(model, image_shape), image_shape)
         elif self.reader.layer is None and image_shape is not None:
             self.reader.map_shape(model, image_shape)
@@ -214,7 +216,7 @@ class SANM(nn.Module):
         """In the dtype and on the device of the model's parameters."""
         like = like_parameters(self.model)
         with torch.inference_mode(False):
-            decoder = Decoder(map_shape, image_shape).to(like.device, like.dtype)
+            decoder = self._make_decoder(map_shape, image_shape).to(like.device, like.dtype)
         self.decoder = decoder.train(self.training)
 
     def reconstruction_loss(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sanm_train.models import Decoder, PreActResNet18, SmallCNN, classifier
+from sanm_train.decoders import Decoder, LinearDecoder
+from sanm_train.models import PreActResNet18, SmallCNN, classifier
 from sanm_train.sanm import SANM
 
 SIZES = [
@@ -19,11 +20,19 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("map_shape", "image_shape"), SIZES)
-def test_every_decoder_output_depends_on_the_map(map_shape, image_shape):
+@pytest.mark.parametrize(
+    ("make", "map_shape", "image_shape"),
+    [
+        *((Decoder, *sizes) for sizes in SIZES),
+        (LinearDecoder, (8, 4, 4), (3, 32, 32)),
+        (LinearDecoder, (3, 7, 4), (2, 56, 32)),
+        (LinearDecoder, (1, 1, 1), (1, 2, 2)),
+    ],
+)
+def test_every_decoder_output_depends_on_the_map(make, map_shape, image_shape):
     """A directional derivative along a random direction is nonzero at every single output."""
     torch.manual_seed(0)
-    decoder = Decoder(map_shape, image_shape).double()
+    decoder = make(map_shape, image_shape).double()
     features, direction = torch.randn(2, 2, *map_shape, dtype=torch.double)
     decoder(features)  # gives the batch norms statistics
     output, slope = torch.func.jvp(decoder.eval(), (features,), (direction,))
@@ -36,6 +45,24 @@ def test_decoder_names_the_shape_it_was_built_for():
         Decoder((8, 4, 4), (1, 8, 8))(torch.zeros(2, 8, 5, 4))
     with pytest.raises(ValueError, match="must be positive"):
         Decoder((8, 0, 4), (1, 8, 8))
+    with pytest.raises(ValueError, match=r"features must be \(B, 8, 4, 4\).*got \(2, 8, 5, 4\)"):
+        LinearDecoder((8, 4, 4), (1, 8, 8))(torch.zeros(2, 8, 5, 4))
+    for image in ((1, 12, 12), (1, 8, 16), (1, 4, 4), (1, 2, 2)):
+        with pytest.raises(ValueError, match="image_shape must be map_shape's sides times 2, 4, 8"):
+            LinearDecoder((8, 4, 4), image)
+
+
+def test_linear_decoder_is_the_released_one():
+    """Three transposed convolutions and no more: affine in the map, four times the cells each."""
+    torch.manual_seed(0)
+    sanm = SANM(PreActResNet18(width=4), decoder=LinearDecoder, image_shape=(3, 32, 32))
+    decoder = sanm.decoder
+    assert isinstance(decoder, LinearDecoder)
+    assert [type(m) for m in decoder.stages] == [torch.nn.ConvTranspose2d] * 3
+    a, b = torch.randn(2, 5, 32, 4, 4)
+    torch.testing.assert_close(decoder(a + b), decoder(a) + decoder(b) - decoder(a - a))
+    own = Decoder((32, 4, 4), (3, 32, 32))
+    assert SANM(PreActResNet18(width=4), decoder=own).decoder is own
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from .. import distributed
 from ..augment import Augment
 from ..config import TrainConfig
 from ..data import Dataset, batches, generator
+from ..decoders import DECODERS
 from ..images import Images
 from ..models import build_model
 from ..pretrained import load_pretrained
@@ -223,6 +224,7 @@ class Recipe:
         network = SANM(
             model.to(data.labels.device),
             config.feature_layer or None,
+            decoder=DECODERS[config.decoder],
             config=config.mask_config,
             image_shape=data.image_shape if self.masking else None,
             random_box=config.box == "random",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import ConfigError
 from .images import Images, TensorImages, digest
 from .noise import add_noise
 
@@ -67,7 +68,18 @@ class Dataset:
     def with_noise(
         self, kind: str, rate: float, *, seed: int = 0, include_true: bool = False
     ) -> Dataset:
-        """The same data with noisy training labels (see `noise.add_noise`); never the test set."""
+        """The same data with noisy training labels (see `noise.add_noise`); never the test set.
+
+        Raises:
+            ConfigError: instance-dependent noise of images that are not held in memory.
+        """
+        images = None
+        if kind == "instance":
+            if not isinstance(self.images, TensorImages):
+                raise ConfigError(
+                    f"noise instance needs images held in memory, which {self.name} has in files"
+                )
+            images = self.images.images
         labels = add_noise(
             self.labels,
             kind,
@@ -76,6 +88,7 @@ class Dataset:
             seed=seed,
             include_true=include_true,
             confusions=self.confusions,
+            images=images,
         )
         return replace(self, labels=labels)
 

@@ -168,7 +168,7 @@ def build(config: TrainConfig) -> Result:
             f"{config.accumulate} passes (accumulate), got {config.batch_size}"
         )
     data = DATASETS[config.dataset](config)
-    if config.noise in ("symmetric", "asymmetric"):
+    if config.noise not in ("none", "file"):
         data = data.with_noise(
             config.noise, config.rate, seed=config.seed, include_true=config.include_true
         )

@@ -52,6 +52,26 @@ def test_asymmetric_noise():
     assert torch.equal(everything, (LABELS + 1) % 10)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 0.9, 1.0])
+def test_instance_noise(rate):
+    images = torch.randint(256, (5000, 1, 6, 6), dtype=torch.uint8)
+    images[2500:] = images[:2500]  # every image twice, of the same class
+    labels = LABELS.clone()
+    labels[2500:] = labels[:2500]
+    options = {"num_classes": 10, "seed": 3}
+    noisy = add_noise(labels, "instance", rate, images=images, **options)
+    changed = noisy != labels
+    assert changed.double().mean().item() == pytest.approx(rate, abs=0.02)
+    assert int(noisy.min()) >= 0 and int(noisy.max()) <= 9
+    floats = add_noise(labels, "instance", rate, images=images / 255, **options)
+    assert torch.equal(noisy, floats)
+    both = changed[:2500] & changed[2500:]
+    if rate >= 0.4:  # like images are mistaken for the same class, which chance would in 1 of 9
+        assert (noisy[:2500] == noisy[2500:])[both].double().mean() > 0.4
+    with pytest.raises(ValueError, match="images must be given for instance noise"):
+        add_noise(labels, "instance", rate, **options)
+
+
 def test_noise_is_seeded_and_leaves_its_input():
     before = LABELS.clone()
     one, same, other = (
@@ -79,6 +99,14 @@ def all_of(images, order=None):
     """All images in one tensor, or those at `order`, streamed in batches of 8."""
     order = torch.arange(len(images)) if order is None else order
     return torch.cat(list(images.stream(order.split(8))))
+
+
+def test_instance_noise_of_a_run(tmp_path):
+    config = {"noise": "instance", "rate": 0.4}
+    found = train(TrainConfig(recipe="ce", epochs=1, limit=400, **config))
+    assert (
+        found.data.noise_rate == pytest.approx(0.4, abs=0.1) and "40% instance noise" in found.noise
+    )
 
 
 def shuffled(size):

@@ -7,10 +7,12 @@ format and the same at every call; position i of every field belongs to the same
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 import pickle
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,11 @@ CIFAR10_FILES = tuple(
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 )
 CIFAR100_FILES = ("cifar-100-python/train", "cifar-100-python/test")
+IDX_FILES = {  # images and labels, each as it is or with .gz
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+MOST_BYTES = 2**33  # of one IDX file, which is read at once
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 ANIMALS = (
     "cat", "lynx", "wolf", "coyote", "cheetah",
@@ -68,6 +75,42 @@ def read_cifar100(root: str | Path, split: str = "train") -> Records:
     names = _cifar_names(path.with_name("meta"), "fine_label_names")
     coarse = _labels(part.get("coarse_labels"), len(part["data"]), 20, f"{path}: coarse_labels")
     return Records(part["data"], part["fine_labels"], {**names, "coarse_labels": coarse})
+
+
+def read_idx(root: str | Path, split: str = "train") -> Records:
+    """`root` with the files of MNIST, Fashion-MNIST or KMNIST: images (N, 1, 28, 28)."""
+    check_choice("split", split, IDX_FILES)
+    images, labels = (_idx(Path(root) / name) for name in IDX_FILES[split])
+    if images.ndim != 3 or len(images) != len(labels):
+        shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+        raise DataError(f"{root}: {split} must have images (N, H, W) and labels (N,), got {shapes}")
+    where = f"{root}: {IDX_FILES[split][1]}"
+    return Records(images[:, None], _labels(labels, len(images), None, where), {})
+
+
+def _idx(path: Path) -> Tensor:
+    """An IDX file of bytes: two zeros, the type 8, the number of dimensions, their sizes as
+    big-endian 32-bit numbers, the bytes."""
+    packed = path.with_name(f"{path.name}.gz")
+    path, opened = (packed, gzip.open) if packed.exists() else (path, open)
+    try:
+        with opened(path, "rb") as file:
+            magic = file.read(4)
+            if magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 3:
+                raise DataError(f"{path} must be an IDX file of bytes, got {magic!r} at its start")
+            sizes = file.read(4 * magic[3])
+            if len(sizes) < 4 * magic[3]:
+                raise DataError(f"{path} ends within its header")
+            shape = np.frombuffer(sizes, ">u4").astype(np.int64).tolist()
+            if (expected := math.prod(shape)) > MOST_BYTES:
+                raise DataError(f"{path} must hold at most {MOST_BYTES} bytes, got {shape}")
+            found = file.read(expected + 1)  # no more, however much is packed
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from None
+    if len(found) != expected:
+        more = "or more" if len(found) > expected else "bytes"
+        raise DataError(f"{path} must hold {expected} bytes for {shape}, got {len(found)} {more}")
+    return torch.frombuffer(bytearray(found), dtype=torch.uint8).view(shape)
 
 
 def read_cifar_n(path: str | Path) -> dict[str, Tensor]:

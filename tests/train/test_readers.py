@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
 import re
 
@@ -266,3 +267,40 @@ def test_readers_open_no_image(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/broken.jpg").write_bytes(b"")
     assert len(readers.read_folder(tmp_path).items) == 1
+
+
+def write_idx(path, array, packed=False):
+    array = np.asarray(array)
+    head = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    data = head + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if packed else data)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx(tmp_path, packed):
+    images = np.arange(4 * 5 * 3).reshape(4, 5, 3)
+    names = readers.IDX_FILES["train"]
+    for name, array in zip(names, (images, [3, 0, 2, 9]), strict=True):
+        write_idx(tmp_path / (name + ".gz" * packed), array, packed)
+    records = readers.read_idx(tmp_path)
+    assert records.labels.tolist() == [3, 0, 2, 9] and records.items.dtype == torch.uint8
+    assert torch.equal(records.items[:, 0].long(), torch.arange(60).view(4, 5, 3))
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte cannot be read"):
+        readers.read_idx(tmp_path, "test")
+    whole = tmp_path / names[1]
+    for content, message in (
+        (b"", r"must be an IDX file of bytes, got b'' at its start"),
+        (b"\0\0\x0d\x01\0\0\0\x04abcd", "must be an IDX file of bytes"),
+        (b"\0\0\x08\x01\0\0\0\x05abcd", r"must hold 5 bytes for \[5\], got 4 bytes"),
+        (b"\0\0\x08\x01\0\0\0\x04abcde", r"must hold 4 bytes for \[4\], got 5 or more"),
+        (b"\0\0\x08\x02\0\0\0\x04\0\0", "ends within its header"),
+        (b"\0\0\x08\x03" + b"\xff" * 12, "must hold at most 8589934592 bytes"),
+        (b"\0\0\x08\x01\0\0\0\x03abc", r"got \(4, 5, 3\) and \(3,\)"),
+    ):
+        (tmp_path / f"{names[1]}.gz").unlink(missing_ok=True)
+        whole.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            readers.read_idx(tmp_path)
+    (tmp_path / f"{names[1]}.gz").write_bytes(gzip.compress(bytes(99))[:-9])
+    with pytest.raises(DataError, match=r"gz must be an IDX file|gz cannot be read"):
+        readers.read_idx(tmp_path)

@@ -35,6 +35,7 @@ class Policy(NamedTuple):
 POLICIES: Registry[Policy] = Registry("augmentation")
 POLICIES["digits"] = Policy(flip=False, affine=True)
 POLICIES["crop"] = Policy()
+POLICIES["shift"] = Policy(flip=False)
 POLICIES["cifar"] = Policy(auto="cifar10")
 POLICIES["released"] = Policy(auto="cifar10", released=True)
 POLICIES["photos"] = Policy()

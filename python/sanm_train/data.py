@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ConfigError
+from .errors import ConfigError
 from .images import Images, TensorImages, digest
 from .noise import add_noise
 

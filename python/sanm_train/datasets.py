@@ -18,6 +18,7 @@ from .images import ImageFiles
 from .readers import (
     CIFAR10_FILES,
     CIFAR100_FILES,
+    IDX_FILES,
     Records,
     clothing1m_lists,
     read_animal10n,
@@ -26,6 +27,7 @@ from .readers import (
     read_cifar_n,
     read_clothing1m,
     read_folder,
+    read_idx,
     read_manifest,
 )
 from .registry import Registry
@@ -88,6 +90,26 @@ class CIFARConfig(TrainConfig):
             raise ConfigError(f"noise_file must be a file, got {self.noise_file!r}")
         super().check()
         check_root(self, CIFAR100_FILES if self.dataset == "cifar100" else CIFAR10_FILES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDXConfig(TrainConfig):
+    model: str = "resnet20"
+    augmentation: str = "crop"
+    noise: str = "symmetric"
+
+    def check(self) -> None:
+        super().check()
+        names = [name for pair in IDX_FILES.values() for name in pair]
+        packed = Path(self.data_root, f"{names[0]}.gz").exists()
+        check_root(self, [f"{name}.gz" for name in names] if packed else names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsIDXConfig(IDXConfig):
+    """Digits and characters are not mirrored."""
+
+    augmentation: str = "shift"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +199,42 @@ def load_cifar100(config: CIFARConfig) -> Dataset:
         return {fine: g[(i + 1) % len(g)] for g in groups for i, fine in enumerate(g)}
 
     return _cifar(config, read_cifar100, 100, next_in_superclass)
+
+
+def _idx(config: TrainConfig, **more: Any) -> Dataset:
+    train, test = (read_idx(config.data_root, split) for split in ("train", "test"))
+    for split, records in (("train", train), ("test", test)):
+        if records.labels.max() > 9:
+            raise DataError(
+                f"{config.data_root}: {config.dataset} has 10 classes, got the label "
+                f"{int(records.labels.max())} in {split}"
+            )
+    return _held(
+        config, (train.items, train.labels), (test.items, test.labels), num_classes=10, **more
+    )
+
+
+@DATASETS.register("mnist", DigitsIDXConfig)
+def load_mnist(config: TrainConfig) -> Dataset:
+    """MNIST. Confusions as for `digits`: 2→7, 3→8, 5→6, 6→5, 7→1 (Patrini et al., 2017)."""
+    return _idx(config, confusions={2: 7, 3: 8, 5: 6, 6: 5, 7: 1})
+
+
+@DATASETS.register("kmnist", DigitsIDXConfig)
+def load_kmnist(config: TrainConfig) -> Dataset:
+    """KMNIST: ten Japanese characters."""
+    return _idx(config)
+
+
+@DATASETS.register("fashion-mnist", IDXConfig)
+def load_fashion_mnist(config: TrainConfig) -> Dataset:
+    """Fashion-MNIST. Confusions among clothes that are alike: shirt → T-shirt, pullover ↔ coat,
+    sandal → sneaker, dress → coat."""
+    names = (
+        *("T-shirt", "trouser", "pullover", "dress", "coat"),
+        *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    )
+    return _idx(config, classes=names, confusions={6: 0, 2: 4, 4: 2, 5: 7, 3: 4})
 
 
 @DATASETS.register("clothing1m", Clothing1MConfig)

@@ -23,6 +23,20 @@ class PreActResNet18Config(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResNet18Config(TrainConfig):
+    """resnet18"""
+
+    width: int = setting(64, "channels of the first stage; the last has 8 times as many", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNet20Config(TrainConfig):
+    """resnet20"""
+
+    width: int = setting(16, "channels of the first stage; the last has 4 times as many", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SmallCNNConfig(TrainConfig):
     """small-cnn"""
 
@@ -53,6 +67,8 @@ class PreActBlock(nn.Module):
 class PreActResNet18(nn.Module):
     """PreAct ResNet-18 for 32×32 images; its last feature map is 512×4×4.
 
+    As DivideMix and SANM have it, batch norm and ReLU follow the first convolution too.
+
     Args:
         in_channels: channels of the images.
         num_classes: K.
@@ -65,6 +81,7 @@ class PreActResNet18(nn.Module):
     def __init__(self, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = self._stage(width, width, 1)
         self.layer2 = self._stage(width, 2 * width, 2)
         self.layer3 = self._stage(2 * width, 4 * width, 2)
@@ -78,9 +95,81 @@ class PreActResNet18(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.linear(x.mean((2, 3)))
         return logits
+
+
+class BasicBlock(nn.Module):
+    """Residual block (He et al., 2016): conv-BN-ReLU, conv-BN, plus a shortcut, ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != channels:
+            self.shortcut.append(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(residual + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A ResNet for small images, without pooling before its stages, each of which but the first
+    halves the sides. All but the classifier has keys that begin with "encoder.", as self-supervised
+    checkpoints have them.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: K.
+        width: channels of the first stage; each later one has twice as many.
+        stages, blocks: how many, and blocks in each.
+    """
+
+    feature_layer = "encoder"
+    classifier_layer = "linear"
+
+    def __init__(
+        self, in_channels: int, num_classes: int, width: int, stages: int, blocks: int
+    ) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential()
+        self.encoder.add_module("conv1", nn.Conv2d(in_channels, width, 3, 1, 1, bias=False))
+        self.encoder.add_module("bn1", nn.BatchNorm2d(width))
+        self.encoder.add_module("relu", nn.ReLU(inplace=True))
+        channels = width
+        for i in range(stages):
+            first = BasicBlock(channels, width << i, 1 if i == 0 else 2)
+            channels = width << i
+            rest = (BasicBlock(channels, channels) for _ in range(blocks - 1))
+            self.encoder.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
+        self.linear = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.encoder(x).mean((2, 3)))
+        return logits
+
+
+@MODELS.register("resnet18", ResNet18Config)
+class ResNet18(ResNet):
+    """ResNet-18 for 32×32 images, as C2D trains it by itself first; its last map is 512×4×4."""
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> None:
+        super().__init__(in_channels, num_classes, width, stages=4, blocks=2)
+
+
+@MODELS.register("resnet20", ResNet20Config)
+class ResNet20(ResNet):
+    """ResNet-20 (He et al., 2016); its last map is 64×8×8 for 32×32 images, 64×7×7 for 28×28."""
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 10, width: int = 16) -> None:
+        super().__init__(in_channels, num_classes, width, stages=3, blocks=3)
 
 
 @MODELS.register("small-cnn", SmallCNNConfig)

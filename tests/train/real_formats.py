@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import struct
@@ -164,3 +165,10 @@ def write_files(root: Path, kind: str) -> tuple[dict[str, str], dict[int, int], 
 def touch_images(folder: Path, *names: str) -> None:
     for number, name in enumerate(names):
         tag(folder / name, number) if not name.endswith(".txt") else (folder / name).touch()
+
+
+def write_idx(path, array, packed=False):
+    array = np.asarray(array)
+    head = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    data = head + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if packed else data)

@@ -16,10 +16,11 @@ from real_formats import (
     write_cifar100,
     write_clothing1m,
     write_files,
+    write_idx,
     write_manifest,
 )
 
-from sanm_train import RECIPES, Recipe, TrainConfig, register, train
+from sanm_train import RECIPES, Recipe, TrainConfig, readers, register, train
 from sanm_train.augment import Augment
 from sanm_train.data import batches, endless
 from sanm_train.datasets import DATASETS
@@ -142,6 +143,33 @@ def test_cifar_labels_follow_their_images(tmp_path, name, write):
         assert torch.equal(who, part.index)
         assert torch.equal(part.labels, data.labels[who])
         assert torch.equal(part.true_labels, clean.labels[who])
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist"])
+def test_idx_labels_follow_their_images(tmp_path, name):
+    with pytest.raises(ConfigError, match="data_root must be the folder that holds train-images"):
+        load(name)
+    with pytest.raises(ConfigError, match=f"{name} needs train-images-idx3-ubyte, train-labels"):
+        load(name, data_root=str(tmp_path))
+    for split, size in (("train", 130), ("test", 20)):
+        images, labels = readers.IDX_FILES[split]
+        pixels = torch.arange(size)[:, None, None].expand(size, 28, 28)
+        write_idx(tmp_path / f"{images}.gz", pixels, packed=True)
+        write_idx(tmp_path / f"{labels}.gz", (torch.arange(size) * 7) % 10, packed=True)
+    data = load(name, data_root=str(tmp_path))
+    assert data.image_shape == (1, 28, 28) and data.num_classes == 10
+    order = shuffled(130)
+    images = all_of(data.images, order)
+    assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), order)
+    assert torch.equal(data.labels[order], (order * 7) % 10)
+    config = TrainConfig(
+        recipe="sanm-ce", dataset=name, data_root=str(tmp_path), epochs=2, warmup=1, width=4
+    )
+    result = train(config)
+    assert len(result.history) == 2 and result.data.noise_rate == 0.5
+    write_idx(tmp_path / f"{readers.IDX_FILES['test'][1]}.gz", [3] * 19 + [10], packed=True)
+    with pytest.raises(DataError, match=f"{name} has 10 classes, got the label 10 in test"):
+        load(name, data_root=str(tmp_path))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sanm_train.decoders import Decoder, LinearDecoder
-from sanm_train.models import PreActResNet18, SmallCNN, classifier
+from sanm_train.models import PreActResNet18, ResNet18, ResNet20, SmallCNN, classifier
 from sanm_train.sanm import SANM
 
 SIZES = [
@@ -70,6 +70,8 @@ def test_linear_decoder_is_the_released_one():
     [
         (SmallCNN(), (1, 8, 8), (64, 4, 4)),
         (PreActResNet18(num_classes=7), (3, 32, 32), (512, 4, 4)),
+        (ResNet18(num_classes=7), (3, 32, 32), (512, 4, 4)),
+        (ResNet20(1), (1, 28, 28), (64, 7, 7)),
     ],
 )
 def test_feature_maps(model, image, features):
@@ -78,3 +80,19 @@ def test_feature_maps(model, image, features):
     assert found.shape == (2, *features)
     assert logits.shape == (2, classifier(model).out_features)
     assert sanm.decoder(found).shape == (2, *image)
+
+
+def test_resnets_are_the_published_ones():
+    """Parameters of ResNet-20 without those of its projections (He et al., 2016: 0.27 million)."""
+    projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+    assert sum(p.numel() for p in ResNet20().parameters()) - projections == 269_722
+    keys = ResNet18().state_dict()
+    assert sum(p.numel() for p in ResNet18().parameters()) == 11_173_962
+    assert {key.partition(".")[0] for key in keys} == {"encoder", "linear"}
+    for key in (
+        "conv1.weight",
+        "bn1.running_mean",
+        "layer4.1.bn2.bias",
+        "layer2.0.shortcut.1.weight",
+    ):
+        assert f"encoder.{key}" in keys

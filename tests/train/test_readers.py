@@ -19,6 +19,7 @@ from real_formats import (
     write_cifar10,
     write_cifar100,
     write_clothing1m,
+    write_idx,
 )
 
 from sanm_train import readers
@@ -267,13 +268,6 @@ def test_readers_open_no_image(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/broken.jpg").write_bytes(b"")
     assert len(readers.read_folder(tmp_path).items) == 1
-
-
-def write_idx(path, array, packed=False):
-    array = np.asarray(array)
-    head = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    data = head + array.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(data) if packed else data)
 
 
 @pytest.mark.parametrize("packed", [False, True])

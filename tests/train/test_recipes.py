@@ -226,10 +226,16 @@ def test_examples_of_the_docs_run():
         for example in examples:
             exec(compile(example, DOCS.name, "exec", dont_inherit=True), names)
         added = set(RECIPES) - set(known)
-        assert added == {"smooth"} and {"stripes"} <= {*DATASETS} and {"plain"} <= {*MODELS}
+        found = train(TrainConfig(recipe="sanm-gce", epochs=2, warmup=1, limit=130)).history[-1]
+        assert found["reconstruction"] > 0 and found["train_loss"] < found["labeled"]
+        assert (
+            added == {"smooth", "sanm-gce"}
+            and {"stripes"} <= {*DATASETS}
+            and {"plain"} <= {*MODELS}
+        )
     finally:
         for registry in (RECIPES, DATASETS, MODELS):
-            for name in ("smooth", "stripes", "plain"):
+            for name in ("smooth", "sanm-gce", "stripes", "plain"):
                 registry.pop(name, None)
                 registry.configs.pop(name, None)
 

@@ -163,7 +163,7 @@ def test_idx_labels_follow_their_images(tmp_path, name):
     assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), order)
     assert torch.equal(data.labels[order], (order * 7) % 10)
     config = TrainConfig(
-        recipe="sanm-ce", dataset=name, data_root=str(tmp_path), epochs=2, warmup=1, width=4
+        recipe="sanm-ce", dataset=name, data_root=str(tmp_path), epochs=2, warmup=1, width=16
     )
     result = train(config)
     assert len(result.history) == 2 and result.data.noise_rate == 0.5

@@ -79,7 +79,7 @@ inline void check_masked_forward(const Inputs& in) {
 }
 
 // Tensors that a call writes to are what it would have made.
-inline void check_out(const Inputs& in, const Outputs& o) {
+inline void check_dense(const Inputs& in, const Outputs& o) {
   const Expect all(in.features);
   const Tensor* const given[] = {&o.stats, &o.positions, &o.ratio,  &o.boxes,  &o.targets,
                                  &o.views, &o.logits,    &o.loss, &o.pooled, &o.visible};
@@ -95,6 +95,82 @@ inline void check_out(const Inputs& in, const Outputs& o) {
     all.typed(x, "out", type);
     return x;
   });
+}
+
+// Where a tensor's elements are.
+struct Span {
+  explicit Span(const Tensor& x) : begin(static_cast<const char*>(x.const_data_ptr())), end(begin) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+    if (x.numel() > 0) end += (last + 1) * static_cast<int64_t>(x.element_size());
+  }
+  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
+
+  const char *begin, *end;
+};
+
+// They share no memory with each other or with an argument.
+inline void check_apart(const Inputs& in, const Outputs& o) {
+  const Span outputs[] = {Span(o.stats), Span(o.positions), Span(o.ratio),  Span(o.boxes),
+                          Span(o.targets), Span(o.views),   Span(o.logits), Span(o.loss),
+                          Span(o.pooled), Span(o.visible)};
+  const auto apart = [&](const Span& x) {
+    for (const Span& y : outputs) expect(&x == &y || !x.meets(y), "out: shares memory");
+  };
+  for (const Span& x : outputs) apart(x);
+  for (const Tensor* x : {&in.features, &in.targets, &in.clean_prob}) apart(Span(*x));
+  for (const OptTensor* x :
+       {&in.draws, &in.seed, &in.sample_index, &in.images, &in.weight, &in.bias})
+    if (*x) apart(Span(**x));
+}
+
+// Whether part is x[first], or x[first : first + length].
+inline bool is_slice(const Tensor& part, const Tensor& x, int64_t first,
+                     std::optional<int64_t> length) {
+  const int64_t dropped = length ? 0 : 1;
+  bool fits = part.dim() == x.dim() - dropped && part.scalar_type() == x.scalar_type();
+  for (int64_t d = 0; fits && d < part.dim(); ++d) {
+    const int64_t size = d == 0 && length ? *length : x.size(d + dropped);
+    fits = part.size(d) == size && (size <= 1 || part.stride(d) == x.stride(d + dropped));
+  }
+  if (!fits || part.numel() == 0) return fits;
+  const int64_t offset = first > 0 ? first * x.stride(0) : 0;
+  return part.const_data_ptr() == static_cast<const char*>(x.const_data_ptr()) +
+                                      offset * static_cast<int64_t>(x.element_size());
+}
+
+// A result's tensors (PARTS of sanm_kernels/results.py) are slices of its buffers.
+inline void check_parts(const Inputs& in, const Outputs& o, const std::vector<Tensor>& parts) {
+  size_t next = 0;
+  const auto slice = [&](const Tensor& x, int64_t first, std::optional<int64_t> length = {}) {
+    expect(next < parts.size() && is_slice(parts[next], x, first, length),
+           "out: expected the slices of its buffers");
+    ++next;
+  };
+  const auto whole = [&](const Tensor& x) {
+    slice(x, 0, x.dim() > 0 ? x.size(0) : 0);
+  };
+  const Settings& s = in.settings;
+  const int64_t B = in.features.size(0), V = s.view_count();
+  for (int64_t k = 0; k < 5; ++k) slice(o.stats, k);
+  for (int64_t k = 0; k < 2; ++k) slice(o.positions, k);
+  for (int64_t v = 0; v < V; ++v) slice(o.ratio, s.shared ? 0 : v);
+  for (int64_t v = 0; v < V; ++v) slice(o.boxes, v);
+  for (int64_t v = 0; v < V; ++v) slice(o.targets, s.shared ? 0 : v);
+  if (in.images) {
+    for (int64_t v = 0; v < V; ++v) slice(o.views, v * B, B);
+    whole(o.views);
+  }
+  if (in.weight) whole(o.logits), whole(o.loss);
+  expect(next == parts.size(), "out: expected no more slices");
+}
+
+// What masked_forward_out asks of what it writes to, before it does.
+inline void check_out(const Inputs& in, const Outputs& o,
+                      const std::optional<std::vector<Tensor>>& parts) {
+  check_dense(in, o);
+  check_apart(in, o);
+  if (parts) check_parts(in, o, *parts);
 }
 
 // The operators' arguments, in the schema's order.
@@ -115,7 +191,8 @@ inline void check_out(const Inputs& in, const Outputs& o) {
 // What masked_forward_out writes to, likewise.
 #define SANM_OUT_PARAMETERS                                                                  \
   Tensor stats, Tensor positions, Tensor ratio, Tensor boxes, Tensor targets_out,            \
-      Tensor views_out, Tensor logits, Tensor loss, Tensor pooled, Tensor visible
+      Tensor views_out, Tensor logits, Tensor loss, Tensor pooled, Tensor visible,           \
+      std::optional<std::vector<Tensor>> parts
 #define SANM_OUTPUTS                                                                         \
   Outputs { stats, positions, ratio, boxes, targets_out, views_out, logits, loss, pooled, visible }
 

@@ -12,7 +12,6 @@ from typing_extensions import Unpack
 from sanm_kernels import results, validate
 from sanm_kernels.backends import call
 from sanm_kernels.config import FILLS, MaskConfig
-from sanm_kernels.reference.masked_forward import is_channels_last
 from sanm_kernels.results import ActivationStats, MaskedForward, Options
 
 _PAPER = MaskConfig.paper()
@@ -165,7 +164,7 @@ def masked_forward(
         validate.is_tensor(weight, "classifier")
     if out is not None and not isinstance(out, MaskedForward):
         raise TypeError(f"out: expected a MaskedForward, got {type(out).__name__}")
-    height, width, num_classes, expected = _check(
+    height, width, num_classes = _check(
         features,
         targets,
         clean_prob,
@@ -177,7 +176,6 @@ def masked_forward(
         num_classes,
         draws,
         sample_index,
-        out is not None,
     )
     device = features.device
     if classifier is None:
@@ -202,13 +200,8 @@ def masked_forward(
         num_classes,
         *_settings(config, _fill_values(config)),
     )
-    if out is not None and expected is not None:
-        channels_last = images is not None and is_channels_last(images)
-        results.check_out(out, config, arguments, expected[channels_last])
-        call("masked_forward_out", device, backend, *arguments, *out.buffers)
-        if not torch.compiler.is_compiling():
-            # autograd did not see the writing: a graph that saved what was overwritten must not run
-            torch.autograd.graph.increment_version(out.buffers)
+    if out is not None:
+        results.write(out, config, arguments, device, backend)
         return out
     outputs = call("masked_forward", device, backend, *arguments)
     return results.unpack(config, outputs, images is not None, weight is not None)
@@ -227,12 +220,8 @@ def _check(
     num_classes: int | None,
     draws: Tensor | None,
     sample_index: Tensor | None,
-    has_out: bool,
-) -> tuple[int, int, int, tuple[results.Expected, results.Expected] | None]:
-    """The arguments of masked_forward fit each other → height, width, K.
-
-    And, where there is one, what `out` has to be: for images in either memory format.
-    """
+) -> tuple[int, int, int]:
+    """The arguments of masked_forward fit each other → height, width, K."""
     _check_features(features)
     device, batch = features.device, features.shape[0]
     clean_prob = validate.quality(clean_prob)
@@ -270,10 +259,7 @@ def _check(
         validate.same_device(sample_index, "sample_index", device, "features")
     if draws is not None:
         _check_draws(draws, batch, config, channels, device)
-    expected = None
-    if has_out:
-        expected = results.expect(features, targets, images, weight, num_classes, config)
-    return height, width, num_classes, expected
+    return height, width, num_classes
 
 
 def _config(config: MaskConfig | None) -> MaskConfig:

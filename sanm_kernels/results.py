@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple, TypeVar  # torch's own dependency; generic, with defaults
 
+from sanm_kernels import validate
+from sanm_kernels.backends import call, select
 from sanm_kernels.config import VIEWS, MaskConfig
-from sanm_kernels.ops.masked_forward import OUTPUTS, TENSORS, Spec, specs
+from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, TENSORS, Spec, specs
+from sanm_kernels.reference.masked_forward import is_channels_last
 
 #: Tensor where `images=` was given, None where not; either for a plain `MaskedForward`.
 Images = TypeVar("Images", covariant=True, default=Tensor | None)
@@ -147,6 +150,7 @@ class Expected(NamedTuple):
     bytes: list[int]
 
 
+@validate.by_kinds(MaskConfig)
 def expect(
     features: Tensor,
     targets: Tensor,
@@ -154,32 +158,29 @@ def expect(
     weight: Tensor | None,
     num_classes: int,
     config: MaskConfig,
-) -> tuple[Expected, Expected]:
-    """Where images are contiguous, and where they are channels_last."""
+    channels_last: bool,
+) -> Expected:
+    """What a call gives of such arguments, `channels_last` the images."""
+    views, sets = len(config.views), config.draw_sets
+    outputs = specs(features, targets, images, weight, num_classes, views, sets, channels_last)
+    if torch.compiler.is_compiling():
+        return Expected(outputs, [], [], [])
+    with torch.inference_mode(False):  # where views would not know what they are of
+        buffers = tuple(spec.empty(torch.device("meta")) for spec in outputs)
+        result = unpack(config, buffers, images is not None, weight is not None)
 
-    def expected(channels_last: bool) -> Expected:
-        views, sets = len(config.views), config.draw_sets
-        outputs = specs(features, targets, images, weight, num_classes, views, sets, channels_last)
-        if torch.compiler.is_compiling():
-            return Expected(outputs, [], [], [])
-        with torch.inference_mode(False):  # where views would not know what they are of
-            buffers = tuple(spec.empty(torch.device("meta")) for spec in outputs)
-            result = unpack(config, buffers, images is not None, weight is not None)
+    def find(x: Tensor) -> Slice:
+        whole = x if x._base is None else x._base
+        number = next(i for i, buffer in enumerate(buffers) if buffer is whole)
+        offset = int(x.storage_offset()) * x.element_size() if x.numel() else 0
+        return Slice(number, offset, _part(x))
 
-        def find(x: Tensor) -> Slice:
-            whole = x if x._base is None else x._base
-            number = next(i for i, buffer in enumerate(buffers) if buffer is whole)
-            offset = int(x.storage_offset()) * x.element_size() if x.numel() else 0
-            return Slice(number, offset, _part(x))
-
-        return Expected(
-            outputs,
-            [(*look[:-1], features.device) for look in _looks(buffers)],
-            [None if x is None else find(x) for x in _parts(result)],
-            [x.numel() * x.element_size() for x in buffers],
-        )
-
-    return expected(False), expected(True)
+    return Expected(
+        outputs,
+        [(*look[:-1], features.device) for look in _looks(buffers)],
+        [None if x is None else find(x) for x in _parts(result)],
+        [x.numel() * x.element_size() for x in buffers],
+    )
 
 
 def _looks(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
@@ -199,25 +200,62 @@ def _part(x: Tensor) -> tuple[Any, ...]:
     return x.numel(), x.stride(), x.dtype
 
 
-def check_out(
-    out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...], expected: Expected
+#: Backends whose kernels check what they write to themselves, faster and in fewer words.
+CHECKING = ("cpu", "cuda")
+
+
+def write(
+    out: MaskedForward,
+    config: MaskConfig,
+    arguments: tuple[Any, ...],
+    device: torch.device,
+    backend: str | None,
 ) -> None:
-    """`out` fits the call, and writing to it spoils neither a gradient nor an argument."""
-    tensors = [(name, x) for name, x in zip(TENSORS, arguments, strict=False) if x is not None]
+    """The operator's results into `out`, which fits the call.
+
+    Writing to it spoils neither a gradient nor an argument.
+    """
     if torch.is_grad_enabled():
-        for name, x in tensors:
-            if x.requires_grad:
+        for name, x in zip(TENSORS, arguments, strict=False):
+            if x is not None and x.requires_grad:
                 raise RuntimeError(
                     f"out: cannot be given where {name} requires grad; call under "
                     "torch.no_grad() or leave out away"
                 )
-    if len(out.buffers) != len(OUTPUTS) or not all(isinstance(x, Tensor) for x in out.buffers):
-        raise TypeError(f"out: expected buffers of {len(OUTPUTS)} tensors, as a call returns them")
     had = ("max",) * (out.box_max is not None) + ("min",) * (out.box_min is not None)
     if had != config.views:
         raise ValueError(f"out: expected a result with the views {config.views}, got {had}")
+    serving = select("masked_forward_out", device, backend)._overloadname
+    if torch.compiler.is_compiling() or serving not in CHECKING:
+        _check(out, config, arguments)
+        call("masked_forward_out", device, backend, *arguments, *out.buffers, None)
+    else:
+        parts = [x for x in _parts(out) if x is not None]
+        try:
+            call("masked_forward_out", device, backend, *arguments, *out.buffers, parts)
+        except Exception:
+            _check(out, config, arguments)  # says it better, if that is what was wrong
+            raise
+    if not torch.compiler.is_compiling():
+        # autograd did not see the writing: a graph that saved what was overwritten must not run
+        torch.autograd.graph.increment_version(out.buffers)
+
+
+def _check(out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...]) -> None:
+    """The parts of `out` are slices of its buffers, which are what the call would have made.
+
+    And share no memory with each other or with an argument.
+    """
+    if len(out.buffers) != len(OUTPUTS) or not all(isinstance(x, Tensor) for x in out.buffers):
+        raise TypeError(f"out: expected buffers of {len(OUTPUTS)} tensors, as a call returns them")
+    given = dict(zip(INPUTS, arguments, strict=False))
+    features, images, weight = given["features"], given["images"], given["weight"]
+    channels_last = images is not None and is_channels_last(images)
+    expected = expect(
+        features, given["targets"], images, weight, given["num_classes"], config, channels_last
+    )
     if torch.compiler.is_compiling():
-        _compare(out.buffers, expected.outputs, arguments[0].device)
+        _compare(out.buffers, expected.outputs, features.device)
         return
     starts = [x.data_ptr() for x in out.buffers]
     if _looks(out.buffers) == expected.looks:
@@ -226,12 +264,12 @@ def check_out(
             for part in expected.slices
         ]
     else:  # be it in strides of dimensions of length 1 alone
-        _compare(out.buffers, expected.outputs, arguments[0].device)
-        images, weight = arguments[TENSORS.index("images")], arguments[TENSORS.index("weight")]
+        _compare(out.buffers, expected.outputs, features.device)
         slices = _placed(unpack(config, out.buffers, images is not None, weight is not None))
     for name, found, wanted in zip(PARTS, _placed(out), slices, strict=True):
         if found != wanted:
             raise ValueError(f"out: its {name} is no longer a slice of its buffers")
+    tensors = [(name, given[name]) for name in TENSORS if given[name] is not None]
     _check_memory(starts, expected.bytes, tensors)
 
 

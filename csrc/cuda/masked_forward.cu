@@ -458,7 +458,7 @@ void masked_forward_out(SANM_PARAMETERS, SANM_OUT_PARAMETERS) {
   const Inputs in = SANM_INPUTS;
   const Outputs o = SANM_OUTPUTS;
   check_masked_forward(in);
-  check_out(in, o);
+  check_out(in, o, parts);
   run(in, o);
 }
 

@@ -125,8 +125,14 @@ def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+def split_out(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """The arguments of masked_forward_out: those of masked_forward, and what it writes to."""
+    *others, _ = arguments
+    return tuple(others[: -len(OUTPUTS)]), tuple(others[-len(OUTPUTS) :])
+
+
 def _reference_out(*arguments: Any) -> None:
-    inputs, buffers = arguments[: -len(OUTPUTS)], arguments[-len(OUTPUTS) :]
+    inputs, buffers = split_out(arguments)
     for buffer, result in zip(buffers, reference.forward(*inputs), strict=True):
         buffer.copy_(result)
 
@@ -220,7 +226,7 @@ define(
     + "".join(
         f", Tensor({letter}!) {name}_" for letter, name in zip("abcdefghij", OUTPUTS, strict=True)
     )
-    + ") -> ()",
+    + ", Tensor(k!)[]? parts) -> ()",
     _reference_out,
     fake=lambda *arguments: None,
     check=_check,

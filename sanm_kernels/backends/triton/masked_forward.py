@@ -29,7 +29,7 @@ from sanm_kernels.backends.triton.launch import (
     triton_dtype,
     wide,
 )
-from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, empty_outputs
+from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, empty_outputs, split_out
 from sanm_kernels.reference.masked_forward import (
     CONSTANT,
     MEAN,
@@ -384,8 +384,8 @@ def activation_stats(
 
 @implements("masked_forward_out")
 def forward_out(*arguments: Any) -> None:
-    """masked_forward into the buffers that are its last arguments."""
-    inputs, buffers = arguments[: -len(OUTPUTS)], arguments[-len(OUTPUTS) :]
+    """masked_forward into buffers."""
+    inputs, buffers = split_out(arguments)
     given = dict(zip(INPUTS, inputs, strict=False))
     out = dict(zip(OUTPUTS, buffers, strict=True))
     settings = Settings(*inputs[len(INPUTS) :])
@@ -430,5 +430,5 @@ def _classify(
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """All of masked_forward; arguments and results as in `ops/masked_forward.py`."""
     buffers = empty_outputs(*arguments)
-    forward_out(*arguments, *buffers)
+    forward_out(*arguments, *buffers, None)
     return buffers

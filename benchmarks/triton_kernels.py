@@ -40,7 +40,7 @@ TARGETS = {
 }
 THOROUGH = "sm_90"  # compiled in every dtype also without --all
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PAPER = Settings(3, True, True, False, True, 0, [0.0], 1.0, 0.02, 0.07, 0.03, 0.8, 1.25)
+_PAPER = Settings(3, True, True, False, True, 0, 1.0, 0.02, 0.07, 0.03, 0.8, 1.25, [0.0])
 _OFFICIAL = _PAPER._replace(centered=False, quantize=True, clamp=False, fill=UNIFORM)
 PRESETS = {
     "paper": _PAPER,

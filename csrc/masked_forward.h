@@ -41,6 +41,23 @@ Outputs allocate(const Inputs& in, const Make& make) {
           make(one_pass ? Sizes{B, in.features.size(2), in.features.size(3)} : none, acc, false)};
 }
 
+// The fields of Settings (sanm_kernels/reference/masked_forward.py) as numbers; the last is one fill
+// value, or one per channel.
+constexpr int64_t kFixedSettings = 12;
+
+inline Settings as_settings(const std::vector<double>& x) {
+  expect(x.size() > kFixedSettings, "settings: expected 13 numbers or more");
+  const auto code = [](double number) {
+    return number >= 0 && number <= 3 ? static_cast<int64_t>(number) : -1;
+  };
+  return {code(x[0]), x[1] != 0, x[2] != 0, x[3] != 0, x[4] != 0, code(x[5]),
+          x[6],       x[7],      x[8],      x[9],      x[10],     x[11]};
+}
+
+inline std::vector<double> fill_values(const std::vector<double>& x) {
+  return {x.begin() + kFixedSettings, x.end()};
+}
+
 // See arguments.h.
 inline void check_masked_forward(const Inputs& in) {
   const Expect all(in.features);
@@ -177,15 +194,11 @@ inline void check_out(const Inputs& in, const Outputs& o,
 #define SANM_PARAMETERS                                                                           \
   Tensor features, Tensor targets, Tensor clean_prob, OptTensor draws, OptTensor seed,            \
       OptTensor sample_index, OptTensor images, OptTensor weight, OptTensor bias, int64_t H,      \
-      int64_t W, int64_t K, int64_t views, bool shared, bool centered, bool quantize, bool clamp, \
-      int64_t fill, std::vector<double> fill_value, double area_scale, double ratio_low,          \
-      double ratio_high, double ratio_gamma, double aspect_low, double aspect_high
-#define SANM_INPUTS                                                                              \
-  Inputs {                                                                                       \
-    features, targets, clean_prob, draws, seed, sample_index, images, weight, bias, H, W, K,     \
-        Settings{views,      shared,    centered,   quantize,    clamp,      fill,               \
-                 area_scale, ratio_low, ratio_high, ratio_gamma, aspect_low, aspect_high},       \
-        fill_value                                                                               \
+      int64_t W, int64_t K, std::vector<double> settings
+#define SANM_INPUTS                                                                          \
+  Inputs {                                                                                   \
+    features, targets, clean_prob, draws, seed, sample_index, images, weight, bias, H, W, K, \
+        as_settings(settings), fill_values(settings)                                         \
   }
 
 // What masked_forward_out writes to, likewise.

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from sanm_kernels import results, validate
 from sanm_kernels.backends import call
 from sanm_kernels.config import FILLS, MaskConfig
+from sanm_kernels.reference.masked_forward import Settings
 from sanm_kernels.results import ActivationStats, MaskedForward, Options
 
 _PAPER = MaskConfig.paper()
@@ -164,7 +165,7 @@ def masked_forward(
         validate.is_tensor(weight, "classifier")
     if out is not None and not isinstance(out, MaskedForward):
         raise TypeError(f"out: expected a MaskedForward, got {type(out).__name__}")
-    height, width, num_classes = _check(
+    height, width, num_classes, settings = _check(
         features,
         targets,
         clean_prob,
@@ -198,7 +199,7 @@ def masked_forward(
         height,
         width,
         num_classes,
-        *_settings(config, _fill_values(config)),
+        settings,
     )
     if out is not None:
         results.write(out, config, arguments, device, backend)
@@ -220,8 +221,8 @@ def _check(
     num_classes: int | None,
     draws: Tensor | None,
     sample_index: Tensor | None,
-) -> tuple[int, int, int]:
-    """The arguments of masked_forward fit each other → height, width, K."""
+) -> tuple[int, int, int, list[float]]:
+    """The arguments of masked_forward fit each other → height, width, K, settings."""
     _check_features(features)
     device, batch = features.device, features.shape[0]
     clean_prob = validate.quality(clean_prob)
@@ -247,7 +248,8 @@ def _check(
     else:
         height, width = _size(size)
 
-    values = len(_fill_values(config))
+    settings = _settings(config)
+    values = len(settings.fill_value)
     if channels and config.fill == "constant" and values not in (1, channels):
         raise ValueError(
             f"config: expected fill_value of 1 or {channels} numbers for images of "
@@ -259,7 +261,7 @@ def _check(
         validate.same_device(sample_index, "sample_index", device, "features")
     if draws is not None:
         _check_draws(draws, batch, config, channels, device)
-    return height, width, num_classes
+    return height, width, num_classes, settings.numbers()
 
 
 def _config(config: MaskConfig | None) -> MaskConfig:
@@ -270,23 +272,22 @@ def _config(config: MaskConfig | None) -> MaskConfig:
     return config
 
 
-def _settings(config: MaskConfig, fill_value: list[float]) -> tuple[object, ...]:
-    """`config` as the operators' scalars: `reference.masked_forward.Settings`, in its order."""
-    views = ("max" in config.views) + 2 * ("min" in config.views)
-    return (
-        views,
+def _settings(config: MaskConfig) -> Settings:
+    value = config.fill_value
+    return Settings(
+        ("max" in config.views) + 2 * ("min" in config.views),
         config.shared_draws,
         config.position == "center",
         config.quantize,
         config.drop == "clamped",
         FILLS.index(config.fill),
-        fill_value,
-        float(config.area_scale),
-        float(config.ratio_low),
-        float(config.ratio_high),
-        float(config.ratio_gamma),
-        float(config.aspect_low),
-        float(config.aspect_high),
+        config.area_scale,
+        config.ratio_low,
+        config.ratio_high,
+        config.ratio_gamma,
+        config.aspect_low,
+        config.aspect_high,
+        value if isinstance(value, tuple) else (float(value),),
     )
 
 
@@ -376,12 +377,6 @@ def _check_classifier(
         validate.floating(bias, "classifier", 1, shape="(K,) for its bias")
         validate.same_device(bias, "classifier", features.device, "features")
         validate.length(bias, "classifier", weight.shape[0], "the bias, one per row of the weight")
-
-
-def _fill_values(config: MaskConfig) -> list[float]:
-    """One number, or one per channel."""
-    value = config.fill_value
-    return list(value) if isinstance(value, tuple) else [float(value)]
 
 
 def _check_draws(

@@ -31,7 +31,7 @@ TENSORS = (
     "weight",
     "bias",
 )
-INPUTS = (*TENSORS, "height", "width", "num_classes")  # and then the fields of Settings
+INPUTS = (*TENSORS, "height", "width", "num_classes", "settings")
 OUTPUTS = (
     "stats",
     "positions",
@@ -47,9 +47,7 @@ OUTPUTS = (
 _SCHEMA_INPUTS = (
     "(Tensor features, Tensor targets, Tensor clean_prob, Tensor? draws, Tensor? seed, "
     "Tensor? sample_index, Tensor? images, Tensor? weight, Tensor? bias, SymInt height, "
-    "SymInt width, SymInt num_classes, int views, bool shared, bool centered, bool quantize, "
-    "bool clamp, int fill, float[] fill_value, float area_scale, float ratio_low, "
-    "float ratio_high, float ratio_gamma, float aspect_low, float aspect_high"
+    "SymInt width, SymInt num_classes, float[] settings"
 )
 
 
@@ -104,12 +102,9 @@ def specs(
 
 def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
     """OUTPUTS, not filled, of a call of masked_forward with these arguments."""
-    given = dict(zip(INPUTS, arguments, strict=False))
-    features, images, settings = (
-        given["features"],
-        given["images"],
-        Settings(*arguments[len(INPUTS) :]),
-    )
+    given = dict(zip(INPUTS, arguments, strict=True))
+    features, images = given["features"], given["images"]
+    settings = Settings.of(given["settings"])
     return tuple(
         spec.empty(features.device)
         for spec in specs(
@@ -127,8 +122,7 @@ def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
 
 def split_out(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     """The arguments of masked_forward_out: those of masked_forward, and what it writes to."""
-    *others, _ = arguments
-    return tuple(others[: -len(OUTPUTS)]), tuple(others[-len(OUTPUTS) :])
+    return arguments[: len(INPUTS)], arguments[len(INPUTS) : -1]
 
 
 def _reference_out(*arguments: Any) -> None:
@@ -138,14 +132,14 @@ def _reference_out(*arguments: Any) -> None:
 
 
 def _check(features: Tensor, targets: Tensor, clean_prob: Tensor, *more: Any) -> None:
-    given = dict(zip(INPUTS[3:], more, strict=False))
+    given = dict(zip(INPUTS[3:], more, strict=False))  # before what the out variant writes to
     reference.check(targets, clean_prob, given["draws"], given["num_classes"])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    given = dict(zip(INPUTS, inputs, strict=False))
-    ctx.settings = s = Settings(*inputs[len(INPUTS) :])
+    given = dict(zip(INPUTS, inputs, strict=True))
+    ctx.settings = s = Settings.of(given["settings"])
     stats, positions, ratio, boxes, new_targets, views, logits, loss, pooled, visible = output
     constants = [stats, positions, ratio, boxes, pooled, visible]
     needs = [INPUTS[place] for place in needed(ctx)]

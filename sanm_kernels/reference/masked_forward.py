@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ CONSTANT, UNIFORM, MEAN, PIXEL = range(4)  # codes of MaskConfig.fill
 
 
 class Settings(NamedTuple):
-    """The scalars of a MaskConfig as the operators take them, in the schema's order."""
+    """What the kernels know of a MaskConfig; the operators take it as one list of floats."""
 
     views: int  # 1: max, 2: min, 3: both
     shared: bool  # the views share one draw of area and aspect
@@ -23,13 +24,22 @@ class Settings(NamedTuple):
     quantize: bool
     clamp: bool  # label drop limited to t[j*]
     fill: int
-    fill_value: list[float]  # one, or one per channel
     area_scale: float
     ratio_low: float
     ratio_high: float
     ratio_gamma: float
     aspect_low: float
     aspect_high: float
+    fill_value: Sequence[float]  # one, or one per channel
+
+    def numbers(self) -> list[float]:
+        return [*map(float, self[:-1]), *self.fill_value]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Settings:
+        views, shared, centered, quantize, clamp, fill = map(int, numbers[:6])
+        flags = map(bool, (shared, centered, quantize, clamp))
+        return cls(views, *flags, fill, *numbers[6:12], fill_value=numbers[12:])
 
     @property
     def view_count(self) -> int:
@@ -61,10 +71,10 @@ def forward(
     height: int,
     width: int,
     num_classes: int,
-    *settings: object,
+    settings: list[float],
 ) -> tuple[Tensor, ...]:
     """All of `masked_forward`; shapes and outputs as in `ops/masked_forward.py`."""
-    s = Settings(*settings)  # type: ignore[arg-type]
+    s = Settings.of(settings)
     check(targets, clean_prob, draws_, num_classes)
 
     e = activation.energy(features)

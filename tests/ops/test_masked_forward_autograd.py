@@ -176,10 +176,10 @@ def test_opcheck(backend, config):
     f, weight = f.requires_grad_(), torch.randn(5, 24, requires_grad=True)
     one_pass = weight if "max" in config.views else None
     given = draws.uniforms(config.num_draws(3), torch.arange(4), torch.tensor(0))
-    settings = _settings(config, [0.5])
+    settings = _settings(config)._replace(fill_value=[0.5]).numbers()
     op = getattr(torch.ops.sanm_kernels.masked_forward, backend)
     torch.library.opcheck(
-        op, (f, t, q, given, torch.tensor(7), None, x, one_pass, None, 16, 12, 5, *settings)
+        op, (f, t, q, given, torch.tensor(7), None, x, one_pass, None, 16, 12, 5, settings)
     )
     op = getattr(torch.ops.sanm_kernels.activation_stats, backend)
     torch.library.opcheck(op, (f.detach(), 16, 12, config.quantize))

@@ -366,7 +366,7 @@ def _samples(
     )  # fmt: skip
 
 
-_NOTHING = Settings(3, True, True, False, True, CONSTANT, [0.0], 1.0, 0.0, 0.0, 0.0, 1.0, 1.0)
+_NOTHING = Settings(3, True, True, False, True, CONSTANT, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, [0.0])
 
 
 @implements("activation_stats")
@@ -386,9 +386,9 @@ def activation_stats(
 def forward_out(*arguments: Any) -> None:
     """masked_forward into buffers."""
     inputs, buffers = split_out(arguments)
-    given = dict(zip(INPUTS, inputs, strict=False))
+    given = dict(zip(INPUTS, inputs, strict=True))
     out = dict(zip(OUTPUTS, buffers, strict=True))
-    settings = Settings(*inputs[len(INPUTS) :])
+    settings = Settings.of(given["settings"])
     features = given["features"]
     height, width = given["height"], given["width"]
     _samples(features, height, width, settings, out["stats"], out["positions"], given, out)

@@ -114,80 +114,81 @@ inline void check_dense(const Inputs& in, const Outputs& o) {
   });
 }
 
-// Where a tensor's elements are.
-struct Span {
-  explicit Span(const Tensor& x) : begin(static_cast<const char*>(x.const_data_ptr())), end(begin) {
+// A tensor as it lies in memory, asked for once: every question is a call of torch.
+struct Layout {
+  explicit Layout(const Tensor& x)
+      : dim(x.dim()), size(x.sizes().data()), stride(x.strides().data()), type(x.scalar_type()),
+        begin(static_cast<const char*>(x.const_data_ptr())), end(begin) {
     int64_t last = 0;
-    for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
-    if (x.numel() > 0) end += (last + 1) * static_cast<int64_t>(x.element_size());
+    bool empty = false;
+    for (int64_t d = 0; d < dim; ++d)
+      empty = empty || size[d] == 0, last += (size[d] - 1) * stride[d];
+    if (!empty) end += (last + 1) * element_bytes(type);
   }
-  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
+  bool meets(const Layout& other) const { return begin < other.end && other.begin < end; }
 
-  const char *begin, *end;
+  // Whether this is x[first], or x[first : first + length].
+  bool is_slice(const Layout& x, int64_t first, std::optional<int64_t> length) const {
+    const int64_t dropped = length ? 0 : 1;
+    if (dim != x.dim - dropped || type != x.type) return false;
+    for (int64_t d = 0; d < dim; ++d) {
+      if (size[d] != (d == 0 && length ? *length : x.size[d + dropped])) return false;
+      if (size[d] > 1 && stride[d] != x.stride[d + dropped]) return false;
+    }
+    const int64_t offset = first > 0 ? first * x.stride[0] * element_bytes(type) : 0;
+    return begin == end || begin == x.begin + offset;
+  }
+
+  int64_t dim;
+  const int64_t *size, *stride;
+  ScalarType type;
+  const char *begin, *end;  // of its elements
 };
 
-// They share no memory with each other or with an argument.
-inline void check_apart(const Inputs& in, const Outputs& o) {
-  const Span outputs[] = {Span(o.stats), Span(o.positions), Span(o.ratio),  Span(o.boxes),
-                          Span(o.targets), Span(o.views),   Span(o.logits), Span(o.loss),
-                          Span(o.pooled), Span(o.visible)};
-  const auto apart = [&](const Span& x) {
-    for (const Span& y : outputs) expect(&x == &y || !x.meets(y), "out: shares memory");
+// What a call writes to shares no memory with each other or an argument, and a result's tensors,
+// where they are given (PARTS of sanm_kernels/results.py), are slices of it.
+inline void check_memory(const Inputs& in, const Outputs& o,
+                         const std::optional<std::vector<Tensor>>& parts) {
+  const Layout stats(o.stats), positions(o.positions), ratio(o.ratio), boxes(o.boxes),
+      targets(o.targets), views(o.views), logits(o.logits), loss(o.loss), pooled(o.pooled),
+      visible(o.visible);
+  const Layout* const outputs[] = {&stats, &positions, &ratio, &boxes,  &targets,
+                                   &views, &logits,    &loss,  &pooled, &visible};
+  const auto apart = [&](const Layout& x) {
+    for (const Layout* y : outputs) expect(&x == y || !x.meets(*y), "out: shares memory");
   };
-  for (const Span& x : outputs) apart(x);
-  for (const Tensor* x : {&in.features, &in.targets, &in.clean_prob}) apart(Span(*x));
+  for (const Layout* x : outputs) apart(*x);
+  for (const Tensor* x : {&in.features, &in.targets, &in.clean_prob}) apart(Layout(*x));
   for (const OptTensor* x :
        {&in.draws, &in.seed, &in.sample_index, &in.images, &in.weight, &in.bias})
-    if (*x) apart(Span(**x));
-}
+    if (*x) apart(Layout(**x));
 
-// Whether part is x[first], or x[first : first + length].
-inline bool is_slice(const Tensor& part, const Tensor& x, int64_t first,
-                     std::optional<int64_t> length) {
-  const int64_t dropped = length ? 0 : 1;
-  bool fits = part.dim() == x.dim() - dropped && part.scalar_type() == x.scalar_type();
-  for (int64_t d = 0; fits && d < part.dim(); ++d) {
-    const int64_t size = d == 0 && length ? *length : x.size(d + dropped);
-    fits = part.size(d) == size && (size <= 1 || part.stride(d) == x.stride(d + dropped));
-  }
-  if (!fits || part.numel() == 0) return fits;
-  const int64_t offset = first > 0 ? first * x.stride(0) : 0;
-  return part.const_data_ptr() == static_cast<const char*>(x.const_data_ptr()) +
-                                      offset * static_cast<int64_t>(x.element_size());
-}
-
-// A result's tensors (PARTS of sanm_kernels/results.py) are slices of its buffers.
-inline void check_parts(const Inputs& in, const Outputs& o, const std::vector<Tensor>& parts) {
+  if (!parts) return;
   size_t next = 0;
-  const auto slice = [&](const Tensor& x, int64_t first, std::optional<int64_t> length = {}) {
-    expect(next < parts.size() && is_slice(parts[next], x, first, length),
+  const auto slice = [&](const Layout& x, int64_t first, std::optional<int64_t> length = {}) {
+    expect(next < parts->size() && Layout((*parts)[next]).is_slice(x, first, length),
            "out: expected the slices of its buffers");
     ++next;
   };
-  const auto whole = [&](const Tensor& x) {
-    slice(x, 0, x.dim() > 0 ? x.size(0) : 0);
-  };
+  const auto whole = [&](const Layout& x) { slice(x, 0, x.dim > 0 ? x.size[0] : 0); };
   const Settings& s = in.settings;
   const int64_t B = in.features.size(0), V = s.view_count();
-  for (int64_t k = 0; k < 5; ++k) slice(o.stats, k);
-  for (int64_t k = 0; k < 2; ++k) slice(o.positions, k);
-  for (int64_t v = 0; v < V; ++v) slice(o.ratio, s.shared ? 0 : v);
-  for (int64_t v = 0; v < V; ++v) slice(o.boxes, v);
-  for (int64_t v = 0; v < V; ++v) slice(o.targets, s.shared ? 0 : v);
-  if (in.images) {
-    for (int64_t v = 0; v < V; ++v) slice(o.views, v * B, B);
-    whole(o.views);
-  }
-  if (in.weight) whole(o.logits), whole(o.loss);
-  expect(next == parts.size(), "out: expected no more slices");
+  for (int64_t k = 0; k < 5; ++k) slice(stats, k);
+  for (int64_t k = 0; k < 2; ++k) slice(positions, k);
+  for (int64_t v = 0; v < V; ++v) slice(ratio, s.shared ? 0 : v);
+  for (int64_t v = 0; v < V; ++v) slice(boxes, v);
+  for (int64_t v = 0; v < V; ++v) slice(targets, s.shared ? 0 : v);
+  for (int64_t v = 0; in.images && v < V; ++v) slice(views, v * B, B);
+  if (in.images) whole(views);
+  if (in.weight) whole(logits), whole(loss);
+  expect(next == parts->size(), "out: expected no more slices");
 }
 
 // What masked_forward_out asks of what it writes to, before it does.
 inline void check_out(const Inputs& in, const Outputs& o,
                       const std::optional<std::vector<Tensor>>& parts) {
   check_dense(in, o);
-  check_apart(in, o);
-  if (parts) check_parts(in, o, *parts);
+  check_memory(in, o, parts);
 }
 
 // The operators' arguments, in the schema's order.

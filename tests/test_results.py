@@ -9,10 +9,12 @@ import pickle
 
 import pytest
 import torch
-from inputs import example
+from inputs import CPU_BACKENDS, each, example
 from torch.utils._pytree import tree_map_only
 
 import sanm_kernels as sk
+from sanm_kernels.backends import load
+from sanm_kernels.functional import _settings
 
 
 def saved(x: object) -> object:
@@ -51,6 +53,55 @@ def test_out_of_a_copy_is_written_to_or_refused(how, images, config):
         values, others = (x if isinstance(x, tuple) else (x,) for x in (value, other))
         for a, b in zip(values, others, strict=True):
             assert (a is None and b is None) or torch.equal(a, b), name
+
+
+PARTS = (*sk.ActivationStats._fields, *sk.MaskedForward._fields[1:-1])
+CHANGES = {
+    "copied": torch.clone,
+    "of another dtype": lambda x: x.view(torch.float32 if x.dtype == torch.int32 else torch.int32),
+    "of another shape": lambda x: x[:-1] if x.dim() else x[None],
+    "of other strides": lambda x: x.as_strided(x.shape, [0] * x.dim()) if x.dim() else x[None],
+}
+
+
+@each(backend=CPU_BACKENDS, change=list(CHANGES), part=PARTS)
+def test_out_with_a_part_that_is_no_slice_is_refused(backend, change, part):
+    """Whatever part and change it is: by the operator where kernels are compiled, or before it."""
+    f, t, q, x = example()
+    options = {"images": x, "classifier": (torch.randn(5, 24), None), "config": CONFIGS[0]}
+    out = sk.masked_forward(f, t, q, generator=0, **options, backend=backend)
+    own = out.stats if part in out.stats._fields else out
+    replaced = own._replace(**{part: CHANGES[change](getattr(own, part))})
+    before = [b.clone() for b in out.buffers]
+    with pytest.raises(ValueError, match=f"its {part} is no longer a slice of its buffers"):
+        sk.masked_forward(
+            f, t, q, generator=1, **options, backend=backend,
+            out=replaced if own is out else out._replace(stats=replaced),
+        )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(before, out.buffers, strict=True))
+
+
+@pytest.mark.skipif(load("cpu") is not None, reason="the CPU kernels are not compiled")
+def test_the_operator_itself_refuses_to_write_where_it_reads():
+    f, t, q, x = example()
+    out = sk.masked_forward(f, t, q, images=x, generator=0)
+    settings = _settings(sk.MaskConfig.paper()).numbers()
+    seed = torch.tensor(1)
+    op = torch.ops.sanm_kernels.masked_forward_out.cpu
+
+    def write(images, buffers):
+        op(f, t, q, None, seed, None, images, None, None, *x.shape[2:], 5, settings, *buffers, None)
+
+    write(x, out.buffers)
+    with pytest.raises(ValueError, match="out: shares memory"):
+        write(out.images_max, out.buffers)
+    ratio, boxes = out.buffers[2:4]
+    memory = torch.zeros(1 + boxes.numel(), dtype=torch.int32)
+    buffers = list(out.buffers)
+    buffers[2] = memory[: ratio.numel()].view(torch.float32).view(ratio.shape)
+    buffers[3] = memory[1:].view(boxes.shape)
+    with pytest.raises(ValueError, match="out: shares memory"):
+        write(x, buffers)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.load"])

@@ -200,7 +200,7 @@ def masked_loss(
         reduction != "sum",
     )
     if reduction != "none":
-        return MaskedLoss(*outputs[:6])
+        return MaskedLoss._make(outputs[:6])
     per_sample = outputs[5]
     labeled_rows = torch.arange(logits.shape[0], device=device) < num_labeled
     total = torch.where(labeled_rows, per_sample, scalars[1] * per_sample)

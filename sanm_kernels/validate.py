@@ -59,6 +59,8 @@ def by_kinds(*constants: type) -> Callable[[Callable[..., R]], Callable[..., R]]
     plain_types: tuple[type, ...] = (int, float, str, type(None), *constants)
 
     def kind(x: Any) -> Any:
+        if type(x) in plain_types:  # the quickest of the three to tell
+            return type(x), x
         if isinstance(x, Tensor):
             return x.shape, x.dtype, x.device, x.layout
         if isinstance(x, plain_types):
@@ -233,13 +235,12 @@ def scalars(on: Tensor, *values: float | Tensor) -> Tensor:
         if any(x.device.type != "cpu" for x in parts):
             parts = [x.to(on.device, non_blocking=True) for x in parts]
         return torch.stack([x.to(torch.float64) for x in parts]).to(on.device, non_blocking=True)
-    for x in values:
-        if isinstance(x, Tensor):
-            options["device"] = on.device
-            return torch.stack(
-                [x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, **options)
-                 for x in values]
-            )  # fmt: skip
+    if not {float, int}.issuperset(map(type, values)):
+        options["device"] = on.device
+        return torch.stack(
+            [x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, **options)
+             for x in values]
+        )  # fmt: skip
     if type(on) is not Tensor or torch.is_inference_mode_enabled():
         return torch.tensor(values, **options)  # one for FakeTensorMode, one for inference alone
     return _float64(struct.pack(f"{len(values)}d", *values))

@@ -253,7 +253,9 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
         for x in tree_leaves(arguments):
             if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise_forward_mode(op)
-    if chosen.differentiable is not None and torch.is_grad_enabled():
+    if chosen.differentiable is None:
+        return chosen.overload(*arguments)
+    if torch.is_grad_enabled():
         return chosen.differentiable(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return chosen.overload(*arguments)

@@ -50,6 +50,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     wrt: tuple[int, ...] = (0,),
+    results: int | None = None,
     check: Callable[..., None] | None = None,
 ) -> None:
     """Define operator `name` with `schema` ("(Tensor a, …) -> Tensor") on every backend.
@@ -62,6 +63,8 @@ def define(
             that ran forward. An operator without `backward` refuses to be differentiated.
         wrt: the places of the arguments that it can be differentiated in, a list of tensors or
             tensors.
+        results: how many of its outputs a call for which a gradient is recorded may be asked for,
+            all by default; what comes after them is for `backward` alone.
         check: takes the schema's arguments and raises ValueError where their values are wrong and
             are to be checked; called for backends whose kernels cannot report it.
     """
@@ -81,7 +84,7 @@ def define(
             )
             has_list = schema.startswith("(Tensor[]")
             functions[name, backend] = differentiable(
-                ops, name, setup_context, backward, formula, wrt, has_list
+                ops, name, setup_context, backward, formula, wrt, results, has_list
             )
             transformable[name, backend] = transformed(ops, name, setup_context, formula, has_list)
     library.impl(f"{name}.reference", without_autocast(reference), "CompositeExplicitAutograd")
@@ -138,6 +141,7 @@ def differentiable(
     backward: Callable[..., Any],
     formula: Callable[..., Any],
     wrt: tuple[int, ...],
+    results: int | None,
     has_list: bool,
 ) -> Callable[..., Any]:
     """What torch.library makes of the formulas, without its layers in Python.
@@ -155,7 +159,7 @@ def differentiable(
                 output = overload(*arguments)
             ctx.wrt = wrt
             setup_context(ctx, arguments, output)
-            return output
+            return output if results is None else output[:results]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:  # compiled autograd takes only a function

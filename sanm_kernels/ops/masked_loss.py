@@ -60,6 +60,7 @@ define(
     fake=empty_outputs,
     setup_context=_setup_context,
     backward=_backward,
+    results=6,
     check=_check,
 )
 define(

@@ -24,7 +24,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(logits, labels, output[1])
 
 
-def _backward(ops: Overloads, ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(ops: Overloads, ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
     logits, labels, normalizer = ctx.saved_tensors
     return ops.sample_loss_backward(grad, logits, labels, normalizer), None
 
@@ -36,6 +36,7 @@ define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    results=1,
     check=reference.check,
 )
 define(

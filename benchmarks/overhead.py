@@ -1,13 +1,22 @@
 """``python -m benchmarks.overhead``: what a call costs that has next to nothing to compute.
 
 On one core, in CPU time: the median over rounds in which the functions take turns.
+
+``--triton``: the same calls with Triton's kernels, up to the launch and without a GPU. Counted are
+this package's Python and Triton's own until it has found the compiled kernel; left out are Triton's
+launcher, the driver, the switch to the tensors' GPU and torch's CUDA allocator: results, and what
+torch computes beside the kernels, are the CPU's.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import importlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +24,10 @@ from torch.nn import functional as F
 
 import sanm_kernels as sk
 from benchmarks.common import serving
+from sanm_kernels import backends
+from sanm_kernels.ops.base import library
 
-ROUNDS, CALLS = 30, 500
+ROUNDS, CALLS = 150, 100
 #: What is compared with torch's own function.
 OVER = {
     "masked_loss + backward": "F.cross_entropy + backward",
@@ -24,10 +35,10 @@ OVER = {
 }
 
 
-def microseconds(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+def microseconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """CPU time of a call of each function."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, function in functions.items():
             start = time.process_time_ns()
             for _ in range(CALLS):
@@ -89,12 +100,72 @@ def functions() -> dict[str, Callable[[], object]]:
     }
 
 
+class Driver:
+    """Of a GPU that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+
+
+class Compiled:
+    """A kernel that does nothing when it is launched."""
+
+    function, packed_metadata = None, ()
+
+    def launch_metadata(self, *_: Any) -> None: ...
+
+    def run(self, *_: Any) -> None: ...
+
+
+def stub_triton() -> None:
+    """Let the Triton backend serve CPU tensors with kernels that do nothing."""
+    importlib.import_module("triton.runtime").driver.set_active(Driver())
+    jit = importlib.import_module("triton.runtime.jit")
+
+    def compile_nothing(kernel: Any, key: Any, signature: Any, device: int, *_: Any) -> Compiled:
+        found = kernel.device_caches[device][0][key] = Compiled()  # where the next call finds it
+        return found
+
+    jit.JITFunction._do_compile = compile_nothing
+    package = importlib.import_module("sanm_kernels.backends.triton")
+    launch = importlib.import_module("sanm_kernels.backends.triton.launch")
+
+    def implements(op: str) -> Callable[[Any], Any]:
+        def register(launcher: Any) -> Any:
+            library.impl(f"{op}.triton", launcher, "CPU")
+            return launcher
+
+        return register
+
+    launch.implements = implements
+    for name in package.OPERATORS:
+        importlib.import_module(f"{package.__name__}.{name}")
+    backends.DEVICES["triton"] = ("cpu",)
+    backends.SILENT = ()  # on a GPU values are not checked
+    backends.load = lambda backend: None
+
+
 def main() -> None:
-    print(f"ours is {serving(['masked_forward'], 'cpu')['masked_forward']}")
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("--triton", action="store_true", help="its launches, without a GPU")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    served: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     torch.set_num_threads(1)
-    cases = functions()
-    microseconds(cases)  # first what is done once
-    times = microseconds(cases)
+    if options.triton:
+        stub_triton()
+        served = sk.use_backend("triton")
+    with served:
+        print(f"ours is {serving(['masked_forward'], 'cpu')['masked_forward']}")
+        cases = functions()
+        microseconds(cases, 1)  # first what is done once
+        times = microseconds(cases, options.rounds)
     for name, time_of_one in times.items():
         other = OVER.get(name)
         ratio = f", {time_of_one / times[other]:.2f} × {other}" if other else ""

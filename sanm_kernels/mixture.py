@@ -31,6 +31,9 @@ SETTINGS = {
     "verbose": 0,
 }
 
+#: Samples that are worked on at once: the memory of a temporary stays in the cache.
+BLOCK = 4096
+
 
 def _column(X: Any) -> tuple[np.dtype[Any], NDArray[np.float64]] | None:
     """One finite number per sample, (N, 1) float32 or float64: that type, and a copy (N,).
@@ -81,11 +84,16 @@ def _rising(x: NDArray[np.float64], uniforms: list[float]) -> bool:
     are on one side of the first, and it does not matter which of them is taken.
     """
     first = x[min(int(uniforms[0] * len(x)), len(x) - 1)]
-    squares = x - first
-    squares *= squares
-    np.cumsum(squares, out=squares)
-    places = np.searchsorted(squares, squares[-1] * np.array(uniforms[1:]))
-    candidates = x[np.minimum(places, len(x) - 1)]
+    blocks = [x[start : start + BLOCK] for start in range(0, len(x), BLOCK)]
+    apart = (block - first for block in blocks)
+    sums = [float(d @ d) for d in apart]
+    ends = np.cumsum(sums)
+    chosen = []
+    for target in ends[-1] * np.array(uniforms[1:]):
+        b = min(int(np.searchsorted(ends, target)), len(blocks) - 1)
+        reached = ends[b] - sums[b] + np.cumsum(np.square(blocks[b] - first))
+        chosen.append(blocks[b][min(int(np.searchsorted(reached, target)), len(reached) - 1)])
+    candidates = np.array(chosen)
     above = candidates > first
     if above[0] != above[1]:
         tensors = (torch.from_numpy(v) for v in (x, np.array([first]), candidates))
@@ -119,13 +127,14 @@ def served(original: Any) -> Any:
             uniforms = generator.random_sample(3).tolist()
             kind, x = column
             losses = torch.from_numpy(x)
-            _, *fitted, n_iter, converged, degenerate = call(
+            smaller, *fitted, n_iter, converged, degenerate = call(
                 "fit_label_quality", losses.device, None, losses, None, uniforms, *settings, False
             )
             if degenerate:
                 generator.set_state(state)
                 return super().fit(X, y)
-            fitted = fitted if _rising(x, uniforms) else [v.flip(0) for v in fitted]
+            rising = _rising(x, uniforms)
+            fitted = fitted if rising else [v.flip(0) for v in fitted]
             found = single if kind == np.float32 else kind
             means, variances, weights = (v.numpy().astype(found) for v in fitted)
             for name in left_behind & set(self.__dict__):
@@ -133,7 +142,8 @@ def served(original: Any) -> Any:
             self.means_, self.covariances_ = means[:, None], variances[:, None, None]
             self.weights_, self.n_features_in_ = weights, 1
             self.converged_, self.n_iter_ = bool(converged), int(n_iter)
-            self._start = kind, x, state, [v.tolist() for v in fitted]
+            posterior = smaller.numpy(), int(not rising)
+            self._start = kind, x, state, [v.tolist() for v in fitted], posterior
             if not converged:
                 category = sys.modules["sklearn.exceptions"].ConvergenceWarning
                 warnings.warn(
@@ -154,14 +164,23 @@ def served(original: Any) -> Any:
             odds -= given.sub_(m).square_().mul_(0.5 / v)
             return odds.add_(math.log(a / b) + 0.5 * math.log(w / v))
 
-        def predict_proba(self, X: Any) -> Any:
+        def _posterior(self, X: Any) -> tuple[NDArray[np.float64], int] | None:
+            """p(component | x) (N,) of one component, and which; of what was fitted it is known."""
+            start, column = self.__dict__.get("_start"), _column(X)
+            alike = start is not None and column is not None and column[0] == start[0]
+            if alike and np.array_equal(column[1], start[1]):
+                return start[4]  # type: ignore[no-any-return]
             odds = self._odds(X)
-            if odds is None:
+            return None if odds is None else (odds.sigmoid_().numpy(), 0)
+
+        def predict_proba(self, X: Any) -> Any:
+            found = self._posterior(X)
+            if found is None:
                 return super().predict_proba(X)
-            first = odds.sigmoid_().numpy()
-            both = np.empty((len(first), 2), self.means_.dtype)
-            both[:, 0] = first
-            np.subtract(1, first, out=both[:, 1], casting="same_kind")
+            probability, component = found
+            both = np.empty((len(probability), 2), self.means_.dtype)
+            both[:, component] = probability
+            np.subtract(1, probability, out=both[:, 1 - component], casting="same_kind")
             return both
 
         def predict(self, X: Any) -> Any:
@@ -171,7 +190,7 @@ def served(original: Any) -> Any:
         def __getattr__(self, name: str) -> Any:
             if name not in left_behind or "_start" not in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            kind, x, state, _ = self.__dict__.pop("_start")
+            kind, x, state, *_ = self.__dict__.pop("_start")
             given, self.random_state = self.random_state, np.random.RandomState()
             self.random_state.set_state(state)
             try:

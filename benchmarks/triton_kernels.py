@@ -192,7 +192,7 @@ def calls() -> dict[str, Any]:
                 empty(batch, c, h, h, dtype=dtype, last=last), targets, empty(batch), draws,
                 empty(dtype=torch.int64), empty(batch, dtype=torch.int64),
                 empty(batch, 3, size, size, dtype=dtype, last=last), None, None, size, size, k,
-                *config,
+                config.numbers(),
             )  # fmt: skip
 
         return call
@@ -219,7 +219,7 @@ def calls() -> dict[str, Any]:
         f, weight, bias = empty(64, 512, 7, 7, dtype=dtype), empty(100, 512), empty(100)
         out = ops["masked_forward"].forward(
             f, empty(64, 100), empty(64), None, empty(dtype=torch.int64), None, None, weight, bias,
-            224, 224, 100, *PRESETS["paper"],
+            224, 224, 100, PRESETS["paper"].numbers(),
         )  # fmt: skip
         new_targets, _, logits, _, pooled, visible = out[4:]
         backward = ops["masked_backward"]

@@ -167,9 +167,10 @@ def served(original: Any) -> Any:
         def _posterior(self, X: Any) -> tuple[NDArray[np.float64], int] | None:
             """p(component | x) (N,) of one component, and which; of what was fitted it is known."""
             start, column = self.__dict__.get("_start"), _column(X)
-            alike = start is not None and column is not None and column[0] == start[0]
-            if alike and np.array_equal(column[1], start[1]):
-                return start[4]  # type: ignore[no-any-return]
+            if start is None or column is None:
+                return None
+            if column[0] == start[0] and np.array_equal(column[1], start[1]):
+                return start[4]
             odds = self._odds(X)
             return None if odds is None else (odds.sigmoid_().numpy(), 0)
 

@@ -37,9 +37,10 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Settings:
-        views, shared, centered, quantize, clamp, fill = map(int, numbers[:6])
-        flags = map(bool, (shared, centered, quantize, clamp))
-        return cls(views, *flags, fill, *numbers[6:12], fill_value=numbers[12:])
+        views, *flags, fill = numbers[:6]
+        return cls._make(
+            (int(views), *map(bool, flags), int(fill), *numbers[6:12], list(numbers[12:]))
+        )
 
     @property
     def view_count(self) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
@@ -134,7 +133,7 @@ def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
 
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n, and at least 1."""
-    return triton.next_power_of_2(max(n, 1))
+    return 1 << (max(n, 1) - 1).bit_length()  # triton.next_power_of_2 takes 10 µs
 
 
 def row_tile(config: Configuration, rows: int, classes: int) -> dict[str, int]:

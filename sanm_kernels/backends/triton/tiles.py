@@ -11,6 +11,7 @@ to 128 bits of elements, that all of them are whole multiples of.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ def vector(*tensors: Tensor, rows: int = 0) -> int:
     return math.gcd(bits, rows, *(n for x in tensors for n in (x[:1].numel(), x.stride(0))))
 
 
+@functools.lru_cache(64)  # it takes as long as the launch
 def group(n: int, vector: int, most: int = 1024) -> int:
     """How many rows of n elements to take as one: whole vectors, which fill a power of 2 well.
 

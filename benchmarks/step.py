@@ -1,6 +1,6 @@
 """What of a training step is spent outside the networks: `python -m benchmarks.step`.
 
-Real steps of sanm-dividemix, done by the training engine: on the digits with the default settings,
+Real steps of sanm-dividemix, done by the training loop: on the digits with the default settings,
 and on random 32×32 images with those of the preset cifar10 (PreAct ResNet-18), but for the batch
 size. The label quality is drawn at random, so that half of the samples count as labelled; what is
 done once in an epoch (evaluation, mixture) is left out. Each moment of a step belongs to one part:
@@ -9,7 +9,7 @@ done once in an epoch (evaluation, mixture) is left out. Each moment of a step b
 - optimizer: its step;
 - our functions: every call of one, checks of its arguments included, and its node of the backward;
 - augmentation, loading: the views and the images they are made of;
-- rest: what is left, in the recipe, the engine and this script's clock.
+- rest: what is left, in the recipe, the loop and this script's clock.
 
 The figures are medians over the steps, for each row its own. CPU only; nothing is written.
 """
@@ -30,8 +30,8 @@ import sanm_kernels as sk
 from sanm_train import RECIPES, Recipe, TrainConfig
 from sanm_train.config import read_preset
 from sanm_train.data import in_memory
-from sanm_train.engine import Engine, seed_everything
-from sanm_train.train import build
+from sanm_train.loop import Loop, launched
+from sanm_train.train import build, seed_everything
 
 NETWORKS, OPTIMIZER, OURS, VIEWS, REST = PARTS = (
     "networks", "optimizer", "our functions", "augmentation, loading", "rest"
@@ -108,13 +108,12 @@ def measure(clock: Clock, recipe: Recipe, steps: int) -> list[dict[str, float]]:
         each = type(images).stream(images, batches)
         yield from iter(clock.timed(VIEWS, lambda: next(each, None)), None)
 
-    def on_step(step: int) -> None:
-        clock.lap()
-        found.append(clock.spent)
-        clock.spent = dict.fromkeys(PARTS, 0.0)
-
     images.stream = stream
-    Engine(recipe.config, recipe, torch.device("cpu")).train_epoch(on_step, lambda: None)
+    with launched(recipe.config) as fabric:
+        for _ in Loop(fabric, recipe.config, recipe).steps():
+            clock.lap()
+            found.append(clock.spent)
+            clock.spent = dict.fromkeys(PARTS, 0.0)
     return found[SKIPPED:]
 
 

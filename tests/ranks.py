@@ -11,17 +11,21 @@ from typing import Any
 import torch
 
 START = """
-import pathlib, sys
+import pathlib, sys, time
 import torch
 import torch.distributed as dist
 from sanm_train import distributed
 
-with distributed.processes("cpu"):
+dist.init_process_group("gloo")
+try:
 """
 END = """
     names = sys.argv[2:]
     torch.save({name: globals()[name] for name in names},
                pathlib.Path(sys.argv[1]) / f"rank{dist.get_rank()}.pt")
+finally:
+    dist.destroy_process_group()
+    time.sleep(0.3)  # gloo's threads need the interpreter once more
 """
 
 

@@ -12,7 +12,7 @@ from . import distributed
 from .files import first_line, replacing
 
 NAME = "checkpoint.pt"
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(OSError):

@@ -1,43 +1,17 @@
-"""The processes of a run, as `torchrun` starts them; alone, every function does the obvious.
+"""What the processes of a training say to each other; alone, every function does the obvious.
 
-Each rank has a fixed shard of the samples and their state (losses, label quality); only sums over
-these and, for results, gathered values travel. Objects travel by gloo, gradients by NCCL on GPUs.
+Whoever started them: SANM, label quality and recipes serve in any loop. Each rank has a fixed shard
+of the samples and their state (losses, label quality); only sums over these and, for results,
+gathered values travel.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-@contextmanager
-def processes(device: str) -> Iterator[torch.device]:
-    """The device of this process, inside a process group if `torchrun` started several.
-
-    A group that is there already is used and left as it is.
-    """
-    own = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-    chosen = torch.device(device)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", chosen.index or int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(chosen)
-    if own:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield chosen
-    finally:
-        if own:
-            dist.destroy_process_group()
-            # Gloo's threads may still let go of the last call's tensors, for which they need the
-            # interpreter: one that ends meanwhile takes the process down with it.
-            time.sleep(0.3)
 
 
 def rank() -> int:

@@ -21,6 +21,7 @@ PACKAGES = {
     "pyarrow": "pyarrow",
     "kornia": "kornia",
     "tensorboard": "tensorboard",
+    "lightning_fabric": "lightning-fabric",
 }
 
 

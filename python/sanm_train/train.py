@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import random
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,14 @@ from . import checkpoint, distributed
 from .config import TrainConfig
 from .data import Dataset, generator
 from .datasets import DATASETS
-from .engine import Engine, seed_everything
 from .errors import ConfigError, DataError
 from .extra import extra
 from .files import locked, prepare_folder, remove_partial, write_csv
 from .images import unreadable
 from .recipes import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from .loop import Loop
 
 METRICS, CONFIG = "metrics.csv", "config.yaml"
 LEFT = (checkpoint.NAME, METRICS, CONFIG, "tensorboard", "inspect")  # by a run in its folder
@@ -118,37 +121,41 @@ def train(
             that the run to be resumed began with.
         FloatingPointError: a loss is not finite; the last checkpoint stays.
     """
-    with (
-        distributed.processes(config.device) as device,
-        _threads(config.threads),
-        nullcontext() if out is None else _folder(out) as folder,
-    ):
+    from .loop import Loop, launched  # which needs Fabric: reading a run back does not
+
+    with ExitStack() as stack:
+        fabric = stack.enter_context(launched(config))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(config.threads)
+        folder = None if out is None else prepare_folder(out)
+        first = folder if fabric.is_global_zero else None
+        if first is not None:
+            stack.enter_context(locked(first))
         saved = checkpoint.load(folder) if folder is not None and resume else None
         if saved is not None:
             _check_resumed(config, saved)
-        result = build(dataclasses.replace(config, device=str(device)))
+        result = build(dataclasses.replace(config, device=str(fabric.device)))
         _check_ranks(config, result)
         if saved is not None:
             checkpoint.check_data(saved, result.fingerprint)
         _check_images(config, result.recipe.data)
-        engine = Engine(result.config, result.recipe, device)
+        loop = Loop(fabric, result.config, result.recipe)
         # Networks start alike, what is drawn per sample does not.
-        seed_everything(config.seed + 1_000_003 * distributed.rank())
+        seed_everything(config.seed + 1_000_003 * fabric.global_rank)
         if saved is not None:
-            engine.load_state_dict(saved)
+            loop.load_state_dict(saved)
             result.history = list(saved["history"])
-        first = folder if distributed.rank() == 0 else None
         if first is not None:
             if saved is None:
                 _remove_run(first)
             dataclasses.replace(result.config, device=config.device).write(first / CONFIG)
         try:
-            shown = progress and distributed.rank() == 0
+            shown = progress and fabric.is_global_zero
             with _progress(result) if shown else nullcontext() as bar:
-                _run(engine, result, first, bar, folder is not None)
+                _run(loop, result, first, bar, folder is not None)
         except KeyboardInterrupt:
             result.interrupted = True
-        if not (result.interrupted and distributed.size() > 1):  # the others may be elsewhere
+        if not (result.interrupted and fabric.world_size > 1):  # the others may be elsewhere
             _collect(result)
         return result
 
@@ -159,9 +166,21 @@ def check_free(folder: str | Path, advice: str) -> None:
         raise FileExistsError(f"out: {folder} holds a run already; {advice}")
 
 
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def build(config: TrainConfig) -> Result:
     """The data set and the recipe of a run, before its first step."""
     ranks = distributed.size()
+
+    def warn(what: str) -> None:
+        if distributed.rank() == 0:
+            warnings.warn(what, stacklevel=3)
+
     if config.batch_size < 2 * ranks * config.accumulate:
         raise ConfigError(
             f"batch_size must be at least two for each of {ranks} processes and "
@@ -175,19 +194,17 @@ def build(config: TrainConfig) -> Result:
     if config.limit:
         classes = len(data.labels.unique())
         data = data.select(torch.arange(min(config.limit, len(data))))
-        lost = classes - len(data.labels.unique())
-        if lost and distributed.rank() == 0:
+        if lost := classes - len(data.labels.unique()):
             what = f"the first {config.limit} samples lack {lost} of {classes} classes (limit)"
-            warnings.warn(f"{data.name}: {what}", stacklevel=2)
+            warn(f"{data.name}: {what}")
     if len(data) < 2 * ranks:
         raise ConfigError(f"{data.name}: {len(data)} samples are too few for {ranks} processes")
-    if data.noise_rate in (0.0, 1.0) and distributed.rank() == 0:
+    if data.noise_rate in (0.0, 1.0):
         what = "right: there is no noise to find" if data.noise_rate == 0 else "wrong"
-        warnings.warn(f"{data.name}: all labels are {what} (noise {config.noise})", stacklevel=2)
-    endless = RECIPES[config.recipe].uses_quality and config.warmup >= config.epochs
-    if endless and distributed.rank() == 0:
+        warn(f"{data.name}: all labels are {what} (noise {config.noise})")
+    if RECIPES[config.recipe].uses_quality and config.warmup >= config.epochs:
         what = f"never leaves its warm-up (warmup {config.warmup}, epochs {config.epochs})"
-        warnings.warn(f"{config.recipe} {what}", stacklevel=2)
+        warn(f"{config.recipe} {what}")
     # Shuffled for good, so that a shard has all classes; on one process too, since the mixture's
     # fit depends on the order, and is to be the same on any number of ranks.
     order = torch.randperm(len(data), generator=generator(config.seed, "shards"))
@@ -224,47 +241,48 @@ def load_run(folder: str | Path, device: str = "cpu") -> Result:
     return result
 
 
-def _run(engine: Engine, result: Result, first: Path | None, bar: Any, saves: bool) -> None:
+def _run(loop: Loop, result: Result, first: Path | None, bar: Any, saves: bool) -> None:
     """All epochs that are left; `first` is rank 0's folder, `saves` whether there is one."""
     config, history = result.config, result.history
+    board = _tensorboard(first, loop.epoch) if config.tensorboard and first is not None else None
 
     def save() -> None:
         state = {
             "config": dataclasses.asdict(config),
             "data": result.fingerprint,
             "history": history,
-            **engine.state_dict(),
+            **loop.state_dict(),
         }
         if first is not None:
             checkpoint.save(first, state)
 
-    def on_step(step: int) -> None:
-        if bar is not None:
-            bar.step(engine.epoch, step)
-
-    with _tensorboard(config, first, engine.epoch) as board:
-        if bar is not None:
-            for row in history:
-                bar.epoch(row)
-        while engine.epoch < config.epochs:
-            passes = engine.train_epoch(on_step, save if saves else lambda: None)
-            row = _evaluate(engine, result, passes)
-            history.append(row)
-            engine.finish_epoch()
-            if saves:
-                save()
-            if first is not None:
-                write_csv(first / METRICS, history)
-            board(row)
+    if bar is not None:
+        for row in history:
+            bar.epoch(row)
+    while loop.epoch < config.epochs:
+        for due in loop.steps():
             if bar is not None:
-                bar.epoch(row)
-        if first is not None and history:  # also where a kill came between both files
+                bar.step(loop.epoch, loop.step)
+            if due and saves:
+                save()
+        row = _evaluate(loop, result)
+        history.append(row)
+        loop.finish_epoch()
+        if first is not None:  # before the checkpoint: what ends between them is done again
             write_csv(first / METRICS, history)
+        if saves:
+            save()
+        if board is not None:
+            given = {n: v for n, v in row.items() if n != "epoch" and v is not None}
+            board.log_metrics(given, row["epoch"])
+            board.save()
+        if bar is not None:
+            bar.epoch(row)
 
 
-def _evaluate(engine: Engine, result: Result, passes: int) -> dict[str, Any]:
+def _evaluate(loop: Loop, result: Result) -> dict[str, Any]:
     """The metrics of the epoch whose steps have been done."""
-    config, recipe, data, epoch = result.config, result.recipe, result.recipe.data, engine.epoch
+    config, recipe, data, epoch = result.config, result.recipe, result.recipe.data, loop.epoch
     last = epoch + 1 == config.epochs
     if last:
         recipe.fit_quality()
@@ -273,13 +291,13 @@ def _evaluate(engine: Engine, result: Result, passes: int) -> dict[str, Any]:
     accuracy = (right[0] / right[1]).item()
     _collect(result)
     fitted = (recipe.uses_quality and epoch >= config.warmup) or last
-    losses = engine.mean_losses()
+    losses = loop.mean_losses()
     corrupt = [len(data.images.corrupt), len(data.test_images.corrupt)]
     return {
         "epoch": epoch,
         "lr": recipe.optimizers[0].param_groups[0]["lr"],
-        "steps": passes,
-        "seconds": engine.seconds,
+        "steps": loop.step,
+        "seconds": loop.seconds,
         "train_loss": losses.pop("loss"),
         **losses,
         "test_accuracy": accuracy,
@@ -353,14 +371,6 @@ def _check_images(config: TrainConfig, data: Dataset) -> None:
             )
 
 
-@contextmanager
-def _folder(out: str | Path) -> Iterator[Path]:
-    """The folder of a run, kept to this one."""
-    folder = prepare_folder(out)
-    with locked(folder) if distributed.rank() == 0 else nullcontext():
-        yield folder
-
-
 def _remove_run(folder: Path) -> None:
     """Remove what an earlier run has left in the folder, and nothing else."""
     remove_partial(folder)
@@ -369,33 +379,11 @@ def _remove_run(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _tensorboard(config: TrainConfig, folder: Path | None, epoch: int) -> Iterator[Any]:
-    """A function that logs a row of metrics, if that is wanted."""
-    if folder is None or not config.tensorboard:
-        yield lambda row: None
-        return
+def _tensorboard(folder: Path, epoch: int) -> Any:
     with extra():
-        from torch.utils.tensorboard import SummaryWriter
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=epoch) as writer:
-
-        def log(row: dict[str, Any]) -> None:
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    writer.add_scalar(name, value, row["epoch"])
-            writer.flush()
-
-        yield log
+        import tensorboard  # noqa: F401
+        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+    return TensorBoardLogger(folder, "", "tensorboard", purge_step=epoch)
 
 
 def _progress(result: Result) -> Any:

@@ -194,7 +194,7 @@ def test_labels_of_files_follow_their_images(tmp_path, kind, workers):
 
 
 def test_batches_of_a_run_keep_labels_quality_and_index_together(tmp_path):
-    """What a recipe's loss is given, from an epoch of the engine, in shuffled order."""
+    """What a recipe's loss is given, from an epoch of the loop, in shuffled order."""
     settings, labels, _ = write_files(tmp_path, "folder")
     seen = []
 

@@ -19,11 +19,12 @@ FIT = """
 import pathlib, sys
 import torch
 from sanm_train import TrainConfig, checkpoint, distributed
+from sanm_train.loop import launched
 from sanm_train.train import build
 
 folder = pathlib.Path(sys.argv[1])
 config = TrainConfig.read(folder / "config.yaml")
-with distributed.processes("cpu"):
+with launched(config):
     result = build(config)
     for network, state in zip(result.recipe.networks, checkpoint.load(folder)["networks"]):
         network.load_state_dict(state)
@@ -38,15 +39,15 @@ with distributed.processes("cpu"):
 
 CUT = """
 import sys
-from sanm_train import cli, engine
+from sanm_train import cli, loop
 
-backward, left = engine.Engine._backward, [int(sys.argv.pop(1))]
+update, left = loop.Loop._update, [int(sys.argv.pop(1))]
 def cut(self, *arguments):
     left[0] -= self.epoch == 1
     if left[0] < 0:
         raise SystemExit("cut off")
-    return backward(self, *arguments)
-engine.Engine._backward = cut
+    return update(self, *arguments)
+loop.Loop._update = cut
 cli.main()
 """
 
@@ -97,6 +98,7 @@ def test_training_on_two_ranks_and_resuming(tmp_path):
     with (tmp_path / "two" / METRICS).open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and all(float(row["train_loss"]) < 10 for row in rows)
+    assert rows[0]["steps"] == "20"  # of the optimiser, of both networks: 333 samples in tens
     state = checkpoint.load(tmp_path / "two")
     sizes = [rank["quality"].shape[1] for rank in state["ranks"]]
     assert sizes == [167, 166]

@@ -1,4 +1,4 @@
-"""The engine's options: accumulation, clipping, precision, compilation, checks, metrics."""
+"""The loop's options: accumulation, clipping, precision, compilation, checks, metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inputs import extended, more
 
 from sanm_train import RECIPES, checkpoint, register, train
 from sanm_train.cli import main
-from sanm_train.engine import Engine
+from sanm_train.loop import Loop, launched
 from sanm_train.recipes.ce import CrossEntropy
 from sanm_train.train import build
 
@@ -24,10 +24,11 @@ def first_step(config, monkeypatch):
     monkeypatch.setattr(recipe.augment, "weak", recipe.augment.plain)
     recipe.networks[0].eval()
     monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: self)  # no batch norm
-    engine = Engine(config, recipe, torch.device("cpu"))
-    passes = engine.train_epoch(lambda step: None, lambda: None)
+    with launched(config) as fabric:
+        loop = Loop(fabric, config, recipe)
+        steps = len(list(loop.steps()))
     parameters = [p.detach().clone() for p in recipe.networks[0].parameters()]
-    return passes, parameters, engine.mean_losses()["loss"]
+    return steps, parameters, loop.mean_losses()["loss"]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, monkeypatch):
@@ -35,10 +36,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, monkeypatch):
     config = tiny(recipe="ce", limit=128, batch_size=64, epochs=1)
     divided = dataclasses.replace(config, accumulate=4)
     with monkeypatch.context() as patch:
-        passes, whole, loss = first_step(config, patch)
+        steps, whole, loss = first_step(config, patch)
     with monkeypatch.context() as patch:
         more, parts, mean = first_step(divided, patch)
-    assert (passes, more) == (2, 8)
+    assert steps == more == 2  # of the optimiser, however many passes each is divided into
     assert mean == pytest.approx(loss, rel=1e-4)
     for ours, theirs in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

@@ -88,7 +88,8 @@ def test_the_command_without_the_extra(tmp_path) -> None:
 
 USES = {
     "TrainConfig.read(preset='cifar10-sym50')": "pyyaml",
-    "train(TrainConfig())": "scikit-learn",
+    "train(TrainConfig())": "lightning-fabric",
+    "from sanm_train.train import build; build(TrainConfig())": "scikit-learn",
     "images.ImageFiles(['a.png'], 8)": "pillow",
     "augment.Augment('cifar', torch.ones(3), torch.ones(3), (8, 8))": "kornia",
     "readers.read_manifest('a.csv')": "pyarrow",

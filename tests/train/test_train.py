@@ -1,4 +1,4 @@
-"""Recipes and engine: short runs, degenerate splits, metrics, determinism."""
+"""Recipes and loop: short runs, degenerate splits, metrics, determinism."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inputs import each, more
 
 from sanm_train import RECIPES, Recipe, TrainConfig, checkpoint, register, train
 from sanm_train.data import generator
-from sanm_train.engine import Engine
+from sanm_train.loop import Loop, launched
 from sanm_train.train import CONFIG, METRICS, build
 
 BUILT_IN = ("sanm-dividemix", "dividemix", "sanm-ce", "ce", "sanm-elr", "elr", "sanm-onepass")
@@ -70,9 +70,10 @@ def one_epoch(config, change) -> tuple[Recipe, dict[str, float]]:
     """An epoch of a recipe that `change` has been called with; its mean losses."""
     recipe = build(config).recipe
     change(recipe)
-    engine = Engine(config, recipe, torch.device("cpu"))
-    engine.train_epoch(lambda step: None, lambda: None)
-    return recipe, engine.mean_losses()
+    with launched(config) as fabric:
+        loop = Loop(fabric, config, recipe)
+        list(loop.steps())
+    return recipe, loop.mean_losses()
 
 
 def with_quality(quality):
@@ -177,10 +178,11 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(tiny, tmp_path):
 
 
 def test_mean_losses_are_over_the_passes_that_have_them(tiny):
-    engine = Engine(tiny(), build(tiny()).recipe, torch.device("cpu"))
-    engine.sums = {"loss": torch.tensor(6.0), "labeled": torch.tensor(4.0)}
-    engine.counts = {"loss": 3, "labeled": 2}
-    assert engine.mean_losses() == {"loss": 2.0, "labeled": 2.0}
+    with launched(tiny()) as fabric:
+        loop = Loop(fabric, tiny(), build(tiny()).recipe)
+    loop.sums = {"loss": torch.tensor(6.0), "labeled": torch.tensor(4.0)}
+    loop.counts.update({"loss": 3, "labeled": 2})
+    assert loop.mean_losses() == {"loss": 2.0, "labeled": 2.0}
 
 
 def test_warns_of_runs_that_are_not_what_they_are_called(tiny):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,11 +51,11 @@ def register(
 
 
 class Step(NamedTuple):
-    """One backward pass: the network's number, and the samples' rows (B,) in this rank's data, on
-    the CPU."""
+    """One step of the optimiser: the network's number, and for each of the backward passes that
+    the step is divided into the samples' rows (B,) in this rank's data, on the CPU."""
 
     network: int
-    rows: Tensor
+    passes: Sequence[Tensor]
 
 
 class Recipe:
@@ -129,7 +129,7 @@ class Recipe:
         if self.criterion is None:
             return {"loss": labeled}
         targets = F.one_hot(batch.targets, logits.shape[1]).to(logits.dtype)
-        assert batch.row is not None  # the engine always says which samples these are
+        assert batch.row is not None  # the loop always says which samples these are
         loss = self.criterion(logits, targets, batch.row, "image").mean()
         return {"loss": loss, "labeled": labeled.detach()}
 
@@ -140,12 +140,17 @@ class Recipe:
 
     def plan(self, epoch: int) -> list[Step]:
         """The steps of an epoch, as many on every rank; draws from `order` alone."""
-        return [step for k in range(self.num_networks) for step in self.pass_over_all(k)]
+        return [step for k in range(self.num_networks) for step in self.steps_over_all(k)]
 
-    def pass_over_all(self, k: int) -> list[Step]:
-        """One pass of network k over all samples, in batches as equal as can be."""
-        parts = batches(torch.arange(len(self.data)), self.passes(self.total), self.order)
-        return [Step(k, part) for part in parts]
+    def steps_over_all(self, k: int) -> list[Step]:
+        """Steps that show network k every sample once, in batches as equal as can be."""
+        rows = torch.arange(len(self.data))
+        return self.steps(k, batches(rows, self.passes(self.total), self.order))
+
+    def steps(self, k: int, passes: Sequence[Tensor]) -> list[Step]:
+        """Steps of network k, of `accumulate` of the passes (rows (B,) each) or what is left."""
+        size = self.config.accumulate
+        return [Step(k, passes[i : i + size]) for i in range(0, len(passes), size)]
 
     def passes(self, samples: int, size: int | None = None) -> int:
         """Backward passes, of each rank, over `samples` of all ranks, `size` (default: the batch

@@ -70,11 +70,12 @@ class DivideMix(Recipe):
                         "epoch",
                         stacklevel=2,
                     )
-                steps += self.pass_over_all(k)
+                steps += self.steps_over_all(k)
                 continue
             takes = [endless(part.cpu(), half, self.order) for part in split]
             number = self.passes(int(self._total(len(split[0]))), self.config.batch_size // 2)
-            steps += [Step(k, torch.cat([next(take) for take in takes])) for _ in range(number)]
+            rows = [torch.cat([next(take) for take in takes]) for _ in range(number)]
+            steps += self.steps(k, rows)
         return steps
 
     def clean_prob(self, k: int) -> Tensor:
@@ -100,7 +101,7 @@ class DivideMix(Recipe):
         config, augment, network = self.config, self.augment, self.networks[k]
         images, half = batch.images, len(batch.images) // 2
         quality = batch.clean_prob
-        assert quality is not None  # the engine always gives the label quality
+        assert quality is not None  # the loop always gives the label quality
         self.networks[1 - k].eval()
         first, second = augment.auto(images), augment.auto(images)
         targets, features = self.guess(k, first, second, batch.targets, quality)

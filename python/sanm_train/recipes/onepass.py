@@ -46,7 +46,7 @@ class OnePass(Recipe):
         images = self.augment.weak(batch.images)
         if epoch < self.config.warmup:
             return {"loss": F.cross_entropy(network(images), batch.targets)}
-        assert batch.clean_prob is not None  # the engine always gives the label quality
+        assert batch.clean_prob is not None  # the loop always gives the label quality
         logits, features = network.forward_features(images)
         head = classifier(network.model)
         masked = sk.masked_forward(

@@ -67,9 +67,6 @@ def launched(config: TrainConfig) -> Iterator[Fabric]:
     """
     ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     kind, _, index = config.device.partition(":")
-    if kind == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        kind = "cpu" if found is None else found.type
     cluster = DDPStrategy(
         cluster_environment=TorchElasticEnvironment(),
         # Objects and the CPU's numbers travel as well.

@@ -11,6 +11,7 @@ from inputs import extended, more
 
 from sanm_train import RECIPES, checkpoint, register, train
 from sanm_train.cli import main
+from sanm_train.errors import ConfigError
 from sanm_train.loop import Loop, launched
 from sanm_train.recipes.ce import CrossEntropy
 from sanm_train.train import build
@@ -43,6 +44,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, monkeypatch):
     assert mean == pytest.approx(loss, rel=1e-4)
     for ours, theirs in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_metrics_count_steps_of_the_optimiser(tiny):
+    plain, divided = (
+        train(tiny(recipe="ce", limit=128, batch_size=64, epochs=1, accumulate=n)) for n in (1, 4)
+    )
+    assert plain.history[0]["steps"] == divided.history[0]["steps"] == 2
+
+
+def test_a_device_that_training_cannot_use_is_named(tiny):
+    with pytest.raises(ConfigError, match=r"device must be usable, got 'meta': .*accelerator"):
+        train(tiny(device="meta"))
 
 
 def test_clipping_bounds_the_step(tiny, monkeypatch):

@@ -114,8 +114,9 @@ def fit_label_quality(
 
     Computes what scikit-learn's ``GaussianMixture(2, max_iter=max_iter, tol=tol,
     reg_covar=reg_covar, random_state=seed)`` does on the normalised losses in float64: posterior
-    within 1e-4 (the reference within about 1e-9), the same number of iterations. Deterministic.
-    Nothing is differentiable; a gradient of `losses` is ignored.
+    within 1e-4 (the reference within about 1e-9), the same number of iterations. A loss exactly
+    midway between the centres of the k-means that it starts from may fall to the other side.
+    Deterministic. Nothing is differentiable; a gradient of `losses` is ignored.
 
     Args:
         losses: (N,) losses of the whole training set, any floating dtype and strides.

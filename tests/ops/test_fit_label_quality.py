@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -49,10 +52,18 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return (x - x.min()) / (x.max() - x.min())
 
 
-def scikit_learn(x, *, seed=0, max_iter=10, tol=1e-2, reg_covar=5e-4):
-    """LabelQuality (but for `degenerate`) of x as it is, in NumPy arrays."""
+def scikit_learn(x, *, seed=0, max_iter=10, tol=1e-2, reg_covar=5e-4, start=None):
+    """LabelQuality (but for `degenerate`) of x as it is, in NumPy arrays.
+
+    start: weights, means and variances to start with instead of those of k-means.
+    """
+    options = {}
+    if start is not None:
+        weights, means, variances = (v.numpy() for v in start)
+        options = {"weights_init": weights, "means_init": means[:, None]}
+        options |= {"precisions_init": 1 / variances[:, None, None]}
     mixture = pytest.importorskip("sklearn.mixture").GaussianMixture(
-        2, max_iter=max_iter, tol=tol, reg_covar=reg_covar, random_state=seed
+        2, max_iter=max_iter, tol=tol, reg_covar=reg_covar, random_state=seed, **options
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of not having converged
@@ -413,3 +424,66 @@ def test_a_centre_that_is_drawn_twice_is_a_degenerate_fit(backend, losses):
     with sk.use_backend(backend):  # which loads it
         clean, *_, n_iter, converged, degenerate = op(x, None, [0.0] * 3, 10, 1e-2, 5e-4, True)
     assert clean.tolist() == [1.0] * 4 and not n_iter and not converged and degenerate
+
+
+def memberships(x: list[Fraction], uniforms: list[float]) -> set[tuple[bool, ...]]:
+    """Exact k-means: which of x may end up in the second cluster.
+
+    What lies exactly midway between the centres, and two starts that are equally good, may go
+    either way.
+    """
+    n, found, seen = len(x), set(), set()
+    mean = sum(x) / n
+    tolerance = sum((v - mean) ** 2 for v in x) / n / 10_000
+
+    def sides(centres):
+        distances = [[abs(v - c) for c in centres] for v in x]
+        if any(a == b for a, b in distances):
+            yield tuple(a >= b for a, b in distances)
+        yield tuple(a > b for a, b in distances)
+
+    def walk(centres):
+        for side in sides(centres):
+            groups = [[v for v, s in zip(x, side, strict=True) if s == which] for which in (0, 1)]
+            moved = tuple(sum(group) / len(group) for group in groups)
+            if sum((a - b) ** 2 for a, b in zip(moved, centres, strict=True)) <= tolerance:
+                found.update(sides(moved))
+            elif moved not in seen:
+                seen.add(moved)
+                walk(moved)
+
+    first = x[int(uniforms[0] * n)]
+    reached = list(itertools.accumulate((v - first) ** 2 for v in x))
+    starts = [x[bisect.bisect_left(reached, reached[-1] * Fraction(u))] for u in uniforms[1:]]
+    loss = [sum(min((v - c) ** 2, (v - first) ** 2) for v in x) for c in starts]
+    for start, own in zip(starts, loss, strict=True):
+        if own == min(loss):
+            walk((first, start))
+    return found
+
+
+@each(backend=CPU_BACKENDS, seed=[8, 13, 20, 65, 77, 79, 81, 89, 122, 135, 159, 171, 187, 198])
+def test_losses_exactly_midway_may_go_either_way(backend, seed):
+    """k-means does not say which, and where scikit-learn puts them hangs on its last digits."""
+    r = np.random.RandomState(seed)
+    n = r.randint(4, 20)
+    losses = torch.from_numpy(r.randint(0, r.choice([3, 5, 9]), n) / 4)
+    exact = [Fraction(v) for v in losses.tolist()]
+    exact = [(v - min(exact)) / (max(exact) - min(exact)) for v in exact]
+    either = memberships(exact, np.random.RandomState(seed).random_sample(3).tolist())
+    x = unit(losses)
+    fits = []
+    for side in either:
+        second = torch.tensor(side).double()
+        share = torch.stack([1 - second, second])
+        weights = share.mean(1)
+        means = (share * x).mean(1) / weights
+        variances = (share * (x - means[:, None]).square()).mean(1) / weights + 5e-4
+        fits.append(scikit_learn(x, start=(weights, means, variances)))
+
+    def among(clean: np.ndarray) -> bool:
+        return any(np.abs(clean - fit["clean_prob"]).max() <= 1e-7 for fit in fits)
+
+    assert len(either) > 1 and not np.allclose(*(fit["clean_prob"] for fit in fits[:2]), atol=1e-3)
+    assert among(scikit_learn(x, seed=seed)["clean_prob"])
+    assert among(sk.fit_label_quality(losses, seed=seed, backend=backend).clean_prob.numpy())

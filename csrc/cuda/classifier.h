@@ -58,21 +58,22 @@ __global__ void __launch_bounds__(kRowThreads, 4) cross_entropy_kernel(
     A* rows) {  // (B,), written
   A* scratch = shared_memory<A>();
   A* z = logits + blockIdx.x * K;
-  A top = static_cast<A>(-INFINITY), sum = 0, loss = 0;
+  A top = static_cast<A>(-INFINITY);
+  LongSum<A> sum, loss;
   for (int64_t k = threadIdx.x; k < K; k += blockDim.x) {
     if (bias) z[k] += bias[k];
     top = z[k] > top ? z[k] : top;
   }
   top = block_max(top, scratch);
-  for (int64_t k = threadIdx.x; k < K; k += blockDim.x) sum += exp(z[k] - top);
-  const A log_sum = log(block_sum(sum, scratch));
+  for (int64_t k = threadIdx.x; k < K; k += blockDim.x) sum.add(exp(z[k] - top));
+  const A log_sum = log(block_sum(sum.value(), scratch));
   device_dispatch(type, [&](auto zero) {
     const auto* t = static_cast<const decltype(zero)*>(targets) + blockIdx.x * K;
     for (int64_t k = threadIdx.x; k < K; k += blockDim.x)
-      loss += static_cast<A>(widen(t[k])) * (log_sum - (z[k] - top));
+      loss.add(static_cast<A>(widen(t[k])) * (log_sum - (z[k] - top)));
   });
-  loss = block_sum(loss, scratch);
-  if (threadIdx.x == 0) rows[blockIdx.x] = loss;
+  const A all = block_sum(loss.value(), scratch);
+  if (threadIdx.x == 0) rows[blockIdx.x] = all;
 }
 
 // One block: the mean of rows (B,), 0 of none → loss ().

@@ -106,6 +106,21 @@ struct Min {
   SANM_DEVICE T operator()(T a, T b) const { return b < a ? b : a; }
 };
 
+// A sum that keeps what rounding takes away (Knuth's two-sum): beside one large term the many small
+// ones of a long row would be lost.
+template <typename A>
+struct LongSum {
+  A sum = 0, lost = 0;
+
+  SANM_DEVICE void add(A x) {
+    const A before = sum;
+    sum += x;
+    const A added = sum - before;
+    lost += (before - (sum - added)) + (x - added);
+  }
+  SANM_DEVICE A value() const { return lost == lost ? sum + lost : sum; }  // NaN beside ∞
+};
+
 template <typename T>
 SANM_DEVICE T shuffle_xor(T x, int distance) { return __shfl_xor_sync(kFullMask, x, distance); }
 template <typename A>

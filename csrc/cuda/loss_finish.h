@@ -71,25 +71,49 @@ SANM_DEVICE bool last_of(unsigned blocks, int counter,
   return *last;
 }
 
+// p̄ below which a p of some weight in it may have been rounded to 0. Then p̄'s place has log p̄, which
+// is negative.
 template <typename A>
+constexpr A kRare = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
+
+template <typename S, typename A = acc_t<S>>
 struct Finish {
+  Logits<S> logits;     // (n, K)
+  const A* normalizer;  // (n, 2): maximum, log-sum; other blocks may have written it
   Prior<A> prior;
   A *total, *labeled, *unlabeled, *penalty, *confidence;  // (), written
   A* p_mean;                                              // (K,), written
   int64_t* counts;  // (2,), written: labelled and unlabelled rows that count
   double* penalties;  // (blocks,), written, and read by the last block: of a launch of its own
-  int64_t n;
-  int K;
   bool mean;
   Numbers<kNumbers> numbers;
 
-  SANM_DEVICE double rows() const { return static_cast<double>(n > 1 ? n : 1); }
+  SANM_DEVICE double rows() const { return static_cast<double>(logits.n > 1 ? logits.n : 1); }
+
+  SANM_DEVICE double log_p(int64_t i, int k) const {
+    return static_cast<double>(logits.at(i, k)) - __ldcg(normalizer + 2 * i) -
+           __ldcg(normalizer + 2 * i + 1);
+  }
+
+  // log p̄ of class k, from log p
+  SANM_DEVICE double log_mean(int k) const {
+    double top = -INFINITY;
+#pragma unroll 4
+    for (int64_t i = 0; i < logits.n; ++i) top = Max()(top, log_p(i, k));
+    if (top == -INFINITY) return top;
+    double sum = 0;
+#pragma unroll 4
+    for (int64_t i = 0; i < logits.n; ++i) sum += std::exp(static_cast<A>(log_p(i, k) - top));
+    return top + std::log(sum / rows());
+  }
 
   // Writes p̄ of class k and returns the class's part of the penalty. column: Σ p over the rows.
   SANM_DEVICE double mean_of(int k, double column) const {
-    const double mean_k = column / rows(), pi = prior(k, K);
-    p_mean[k] = static_cast<A>(mean_k);
-    return pi != 0 && n > 0 ? pi * std::log(pi / mean_k) : 0;
+    const double mean_k = column / rows(), pi = prior(k, logits.K);
+    const bool rare = mean_k < kRare<A>;
+    const double log_k = rare ? log_mean(k) : std::log(mean_k);
+    p_mean[k] = static_cast<A>(rare ? log_k : mean_k);
+    return pi != 0 && logits.n > 0 ? pi * (std::log(pi) - log_k) : 0;
   }
 
   // By one thread.
@@ -115,17 +139,18 @@ struct Finish {
 
 // Block j: p̄ of classes 32·j and on, one per lane, warps taking parts in turn; the block that is
 // last: the losses. Shared memory: scratch; then (warps, kWarp) doubles.
-template <typename A>
+template <typename S>
 __global__ void __launch_bounds__(kFinishThreads, 1) masked_loss_finish_kernel(
-    const A* columns,    // (parts, K)
-    const double* sums,  // (kSums, parts)
-    int64_t parts, int counter, const Finish<A> finish) {
+    const acc_t<S>* columns,  // (parts, K)
+    const double* sums,       // (kSums, parts)
+    int64_t parts, int counter, const Finish<S> finish) {
   double* share = shared_memory<double>(kScratch);
+  const int K = finish.logits.K;
   const int k = blockIdx.x * kWarp + lane();
   double column = 0;
-  if (k < finish.K) {
+  if (k < K) {
 #pragma unroll 16
-    for (int64_t i = warp(); i < parts; i += warps()) column += columns[i * finish.K + k];
+    for (int64_t i = warp(); i < parts; i += warps()) column += columns[i * K + k];
   }
   share[warp() * kWarp + lane()] = column;
   __syncthreads();
@@ -137,7 +162,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1) masked_loss_finish_kernel(
   if (warp() == 0) {
     column = 0;
     for (int w = 0; w < warps(); ++w) column += share[w * kWarp + lane()];
-    const double term = warp_reduce(k < finish.K ? finish.mean_of(k, column) : 0, Sum());
+    const double term = warp_reduce(k < K ? finish.mean_of(k, column) : 0, Sum());
     if (lane() == 0) finish.penalties[blockIdx.x] = term;
   }
   if (!last_of(gridDim.x, counter, reinterpret_cast<int*>(totals + kSums)) || warp() > 0) return;

@@ -354,14 +354,15 @@ __global__ void __launch_bounds__(kThreads, 2) logits_backward_kernel(
     const T* t = targets + b * t_b;
     A top = static_cast<A>(-INFINITY), mass = 0, total = 0;
     if (grad_loss) {
+      LongSum<A> masses, totals;
       for (int64_t k = begin; k < K; k += step) {
         top = Max()(top, z[k]);
-        mass += static_cast<A>(widen(t[k * t_k]));
+        masses.add(static_cast<A>(widen(t[k * t_k])));
       }
       top = Row::reduce(top, Max(), static_cast<A>(-INFINITY));
-      mass = Row::reduce(mass, Sum(), A{0});
-      for (int64_t k = begin; k < K; k += step) total += std::exp(z[k] - top);
-      total = Row::reduce(total, Sum(), A{0});
+      mass = Row::reduce(masses.value(), Sum(), A{0});
+      for (int64_t k = begin; k < K; k += step) totals.add(std::exp(z[k] - top));
+      total = Row::reduce(totals.value(), Sum(), A{0});
     }
     for (int64_t k = begin; k < K; k += step) {
       A value = 0;

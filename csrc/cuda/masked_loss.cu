@@ -10,7 +10,9 @@
 // launch does it. Backward is one launch and needs p̄ = mean p, maxima, log Σe, how many rows count:
 //   dL/dz_k = p_k (h_k − Σ_j p_j h_j) + [labelled] c (p_k Σ_j t_j − t_k),
 //   h_k = [unlabelled] c (2/K)(p_k − t_k) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_k / n.
-// max z and log Σe are kept apart: their float32 sum would cost large logits their digits.
+// max z and log Σe are kept apart: their float32 sum would cost large logits their digits. Of a class
+// whose p̄ is so small that some of its p are 0, p̄ comes from log p, is kept as its logarithm (< 0),
+// and p_ik/p̄_k is e^{log p_ik − log p̄_k}; the rest of such a gradient is below its rounding.
 #include "cuda/loss_finish.h"
 #include "cuda/targets.h"
 
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     double* sums,                // (kSums, clusters), written
     int64_t num_labeled, bool hold,
     int counter,  // −1: another launch finishes
-    const Finish<typename Shape::A> finish) {
+    const Finish<S> finish) {
   using A = typename Shape::A;
   const int K = logits.K;
   const int rank = cluster_rank(), blocks = cluster_size();
@@ -94,14 +96,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     const A top = max_row<Shape>(logits, i, x, held);
     const bool labeled = i < num_labeled;
     bool valid = false;
-    // total: Σe; of the others the lane's parts. x, or `held`, becomes e.
-    A total = 0, moment = 0, mass = 0, dot = 0, loss = 0, square = 0, log_sum = 0, scale = 0;
+    // x, or `held`, becomes e.
+    RowSum<Shape> totals, moments, masses, dots, squares;
+    A log_sum = 0, scale = 0;
     Shape::two_sweeps([&](auto second) {
       for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
         if (!Shape::kWhole && !held) logits.template load<Shape>(i, first, x);
         // of a whole row, the target is still there
         if (!second || !(Shape::kWhole || labeled)) target.piece(targets, first);
         const A(&t)[Shape::C] = target.own.t;
+        A total = 0, moment = 0, mass = 0, dot = 0, square = 0;
         if (!second) {
           Shape::each_class(first, K, [&](int c, int k) {
             if (!Shape::kWhole && held) x[c] = k < K ? held[k] : static_cast<A>(-INFINITY);
@@ -113,6 +117,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
             x[c] = e;
             if (!Shape::kWhole && held && k < K) held[k] = e;
           });
+          totals.add(total), moments.add(moment), masses.add(mass), dots.add(dot);
         } else {
           Shape::each_class(first, K, [&](int c, int k) {
             A e = x[c];
@@ -125,17 +130,19 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
             }
             if (!labeled) square += (p - t[c]) * (p - t[c]);
           });
+          squares.add(square);
         }
       }
       if (second) return;
-      total = Shape::sum(total);
+      const A total = totals.row();
       log_sum = std::log(total), scale = 1 / total;
-      loss = log_sum * mass - dot;
       valid = exists && targets.counts(i);
     });
     started = true;
-    loss = Shape::sum(labeled ? loss : square) / (labeled ? 1 : K) + targets.poison(i);
-    const A entropy = Shape::sum(moment) * scale - log_sum;
+    const A cross = log_sum * masses.lane() - dots.lane(),
+            loss = Shape::sum(labeled ? cross : squares.lane()) / (labeled ? 1 : K) +
+                   targets.poison(i),
+            entropy = moments.row() * scale - log_sum;
     if (Shape::rank() != 0 || !exists) return;
     per_sample[i] = valid ? loss : A{0};
     normalizer[2 * i] = top, normalizer[2 * i + 1] = log_sum;
@@ -229,20 +236,24 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
          unlabeled_slope = upstream.at(upstream.unlabeled, numbers[kUnlabeledWeight]);
   const A entropy_slope = static_cast<A>(
       upstream.at(upstream.confidence, numbers[kConfidenceWeight]) / static_cast<double>(n));
-  const A prior_slope = static_cast<A>(-upstream.at(upstream.prior, numbers[kPriorWeight]));
-  // A class of no probability, or of so little that 1/p̄ overflows, gets no gradient: its p cannot
-  // move.
-  constexpr A kLeast = sizeof(A) == 8 ? A(2.2250738585072014e-308) : A(1.17549435e-38);
+  const A prior_slope = static_cast<A>(
+      -upstream.at(upstream.prior, numbers[kPriorWeight]) / static_cast<double>(n));
+  // The prior's part of h or, of a rare class, what e^{log p − log p̄} is multiplied with. A class of
+  // no probability gets none: its p cannot move.
   const auto slope = [&](int k) {
     if (prior_slope == 0) return A{0};
-    const A mean_k = p_mean[k];
-    return mean_k < kLeast ? A{0} : prior_slope * prior(k, K) / (mean_k * static_cast<A>(n));
+    const A mean_k = p_mean[k], share = prior_slope * prior(k, K);
+    if (!(mean_k < 0)) return share / mean_k;
+    return mean_k > static_cast<A>(-INFINITY) ? share : A{0};
   };
   A* const slopes = shared_memory<A>(kScratch);
   const bool held = Shape::kWhole || hold;
-  if (held)
-    for (int k = threadIdx.x; k < K; k += blockDim.x) slopes[k] = slope(k);
-  __syncthreads();
+  bool some_rare = !held;
+  for (int k = threadIdx.x; held && k < K; k += blockDim.x) {
+    slopes[k] = slope(k);
+    some_rare = some_rare || p_mean[k] < 0;
+  }
+  some_rare = __syncthreads_or(some_rare);
   if (mean) {
     labeled_slope /= Max()(1.0, static_cast<double>(counts[0]));
     unlabeled_slope /= Max()(1.0, static_cast<double>(counts[1]));
@@ -260,35 +271,42 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
       if (upstream.per_sample) c += upstream.per_sample[i * upstream.stride];
     }
     const A cross = labeled ? c : A{0}, square = labeled ? A{0} : 2 * c / K;
+    unsigned rare = 0;  // bit c: x and h are those of a rare class
     // x becomes p; h (C,) as above
     const auto work = [&](int first) {
       if (!Shape::kWhole) logits.template load<Shape>(i, first, x);
       const auto& t = target.piece(targets, first);
+      rare = 0;
       Shape::each_class(first, K, [&](int c, int k) {
-        const A log_p = (x[c] - top) - log_sum, p = std::exp(log_p);
         const A from_prior = k >= K ? A{0} : held ? slopes[k] : slope(k);
+        const A log_mean = some_rare && from_prior != 0 ? Min()(p_mean[k], A{0}) : A{0};
+        const A log_p = (x[c] - top) - log_sum, p = std::exp(log_p - log_mean);
         x[c] = p;
         h[c] = from_prior + square * (p - t[c]) + (p == 0 ? A{0} : entropy_slope * log_p);
+        if (log_mean < 0) rare |= 1u << c, h[c] = from_prior;
       });
     };
+    RowSum<Shape> shifts;
     A shift = 0;
     Shape::two_sweeps([&](auto second) {
       for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
         if (!Shape::kWhole || !second) work(first);
         if (!second) {
+          A part = 0;
           Shape::each_class(first, K, [&](int c, int k) {
-            shift += cross * target.own.t[c] - (k < K ? x[c] * h[c] : A{0});
+            part += cross * target.own.t[c] - (k < K ? x[c] * h[c] : A{0});
           });
+          shifts.add(part);
         } else {
           Shape::each_class(first, K, [&](int c, int) {
-            x[c] = x[c] * (h[c] + shift) - cross * target.own.t[c];
+            x[c] = x[c] * (h[c] + (rare >> c & 1 ? A{0} : shift)) - cross * target.own.t[c];
           });
           S stored[Shape::C];
           encode(logits.type, x, stored);
           if (exists) store_piece<Shape>(result + i * K, vectors, first, K, stored);
         }
       }
-      if (!second) shift = Shape::sum(shift);
+      if (!second) shift = shifts.row();
     });
   });
 }
@@ -331,11 +349,10 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
       const Tensor columns = make({clusters, K}, type),
                    sums = make({kSums, clusters}, ScalarType::Double),
                    penalties = make({one ? 0 : chunks}, ScalarType::Double);
-      const Finish<A> finish{prior_of<A>(prior),  out<A>(total),         out<A>(labeled),
-                             out<A>(unlabeled),   out<A>(penalty),       out<A>(confidence),
-                             out<A>(p_mean),      out<int64_t>(counts),  out<double>(penalties),
-                             n,                   static_cast<int>(K),   mean,
-                             numbers};
+      const Finish<S> finish{Logits<S>(logits), out<A>(normalizer),   prior_of<A>(prior),
+                             out<A>(total),     out<A>(labeled),      out<A>(unlabeled),
+                             out<A>(penalty),   out<A>(confidence),   out<A>(p_mean),
+                             out<int64_t>(counts), out<double>(penalties), mean, numbers};
       const int counter = take_counter(logits);
       const int64_t sums_of_columns = K * sizeof(double) + kParts<Shape> * row,
                     shared = kColumns + (Shape::kWhole ? sums_of_columns : hold ? row : 0);
@@ -345,7 +362,7 @@ Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor&
       if (one) return;
       launch({"masked_loss", logits, {chunks}, kFinishThreads,
               kScratch + kFinishThreads * static_cast<int64_t>(sizeof(double))},
-             masked_loss_finish_kernel<A>, in<A>(columns), in<double>(sums), clusters, counter,
+             masked_loss_finish_kernel<S>, in<A>(columns), in<double>(sums), clusters, counter,
              finish);
     });
   });

@@ -51,7 +51,7 @@ SANM_DEVICE void add_softmax(
     A (&mine)[Shape::C]) {
   constexpr A kLowest = static_cast<A>(-INFINITY);
   A x[Shape::C];
-  A top = kLowest, total = 0;
+  A top = kLowest;
   const auto load = [&](int first) {
     S stored[Shape::C];
     load_piece<Shape>(row, stride, vectors, first, K, lowest<S>(type), stored);
@@ -70,15 +70,18 @@ SANM_DEVICE void add_softmax(
     if (!held) return load(first);
     Shape::each_class(first, K, [&](int c, int k) { x[c] = k < K ? held[k] : kLowest; });
   };
+  RowSum<Shape> total;
   for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
     again(first);
+    A part = 0;
     Shape::each_class(first, K, [&](int c, int k) {
       const A e = std::exp(x[c] - top);
-      total += e;
+      part += e;
       if (Shape::kWhole) x[c] = e;
     });
+    total.add(part);
   }
-  const A scale = 1 / Shape::sum(total);
+  const A scale = 1 / total.row();
   for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
     again(first);
     Shape::each_class(first, K, [&](int c, int k) {
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targ
       }
     };
     if (views.last) {
-      A q = 0, largest = 0, total = 0;
+      A q = 0, largest = 0;
       int64_t label = -1;
       if (labels.clean_prob)
         with_type(labels.prob_type, labels.clean_prob, i * labels.prob_stride,
@@ -150,12 +153,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targ
         });
       sweep([&](A& p_k, int) { largest = Max()(largest, p_k); });
       largest = Shape::max(largest);
+      RowSum<Shape> powers;
       sweep([&](A& p_k, int) {
         const A share = p_k / largest;
         p_k = exponent == 2 ? share * share : share == 0 ? A{0} : std::pow(share, exponent);
-        total += p_k;
+        powers.add(p_k);
       });
-      total = Shape::sum(total);
+      const A total = powers.row();
       sweep([&](A& p_k, int) { p_k /= total; });
     }
     if (Shape::kWhole) {

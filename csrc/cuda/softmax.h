@@ -102,6 +102,22 @@ struct RowShape {
   }
 };
 
+// A lane's sum over the pieces of a row.
+template <typename Shape>
+struct RowSum {
+  using A = typename Shape::A;
+  LongSum<A> pieces;
+
+  SANM_DEVICE void add(A piece) {
+    if (Shape::kWhole)
+      pieces.sum += piece;
+    else
+      pieces.add(piece);
+  }
+  SANM_DEVICE A lane() const { return pieces.value(); }
+  SANM_DEVICE A row() const { return Shape::sum(lane()); }
+};
+
 // ---- Numbers as they are stored and as they are computed with.
 
 // The numbers that were stored.
@@ -228,6 +244,12 @@ struct Logits {
     load_piece<Shape>(data + i * row_stride, class_stride, vectors, first, K, lowest<S>(type),
                       stored);
     decode(type, stored, x);
+  }
+  SANM_DEVICE acc_t<S> at(int64_t i, int64_t k) const {
+    const S stored[] = {data[i * row_stride + k * class_stride]};
+    acc_t<S> x[1];
+    decode(type, stored, x);
+    return x[0];
   }
 };
 

@@ -188,15 +188,18 @@ def logits_backward_kernel(
     b = tl.program_id(0).to(tl.int64)
     z = logits + b * K
     top = -float("inf")
-    mass = tl.zeros((), ACC)
+    mass = tl.zeros((), tl.float64)
     for first in range(0, K, CLASSES):
         k = first + tl.arange(0, CLASSES)
         top = tl.maximum(top, tl.max(tl.load(z + k, mask=k < K, other=-float("inf")), 0))
-        mass += tl.sum(tl.load(targets + b * t_b + k * t_k, mask=k < K, other=0.0).to(ACC), 0)
-    total = tl.zeros((), ACC)
+        t = tl.load(targets + b * t_b + k * t_k, mask=k < K, other=0.0).to(ACC)
+        mass += tl.sum(t, 0).to(tl.float64)
+    total = tl.zeros((), tl.float64)
     for first in range(0, K, CLASSES):
         k = first + tl.arange(0, CLASSES)
-        total += tl.sum(tl.exp(tl.load(z + k, mask=k < K, other=-float("inf")) - top), 0)
+        e = tl.exp(tl.load(z + k, mask=k < K, other=-float("inf")) - top)
+        total += tl.sum(e, 0).to(tl.float64)
+    mass, total = mass.to(ACC), total.to(ACC)
     for first in range(0, K, CLASSES):
         k = first + tl.arange(0, CLASSES)
         d = tl.zeros((CLASSES,), ACC)

@@ -10,6 +10,10 @@ known: with c_i the weight of row i's own loss and h_ik = dL/dp_ik of everything
     dL/dz_ik = p_ik (h_ik − Σ_j p_ij h_ij) + [i labelled] c_i (p_ik Σ_j t_ij − t_ik),
     h_ik = [i unlabelled] c_i (2/K)(p_ik − t_ik) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_ik / n.
 
+Of a class whose p̄ is so small that some of its p are 0, p̄ comes from log p, is kept as its
+logarithm (< 0), and p_ik/p̄_k is e^(log p_ik − log p̄_k); the rest of such a gradient is below its
+rounding.
+
 λ, λ_u and the other scheduled numbers are run-time arguments: a ramp compiles nothing anew.
 """
 
@@ -81,8 +85,8 @@ def masked_loss_kernel(
         tl.store(normalizer + 2 * b, top, mask=exists)
         tl.store(normalizer + 2 * b + 1, log_sum, mask=exists)
         is_labeled = b < num_labeled
-        loss = tl.zeros((ROWS,), ACC)
-        entropy = tl.zeros((ROWS,), ACC)
+        loss = tl.zeros((ROWS,), tl.float64)
+        entropy = tl.zeros((ROWS,), tl.float64)
         for first in range(0, K, CLASSES):
             k = first + tl.arange(0, CLASSES)[None, :]
             inside = exists[:, None] & (k < K)
@@ -97,8 +101,8 @@ def masked_loss_kernel(
             )  # fmt: skip
             cross = tl.where(t == 0, 0.0, -t * log_p)  # 0·log 0 = 0
             term = tl.where(is_labeled[:, None], cross, (p - t) * (p - t))
-            loss += tl.sum(tl.where(inside, term, 0.0), 1)
-            entropy += tl.sum(tl.where(inside & (p != 0), p * log_p, 0.0), 1)
+            loss += tl.sum(tl.where(inside, term, 0.0), 1).to(tl.float64)
+            entropy += tl.sum(tl.where(inside & (p != 0), p * log_p, 0.0), 1).to(tl.float64)
             column = tl.sum(tl.where(inside, p, 0.0), 0)
             j = first + tl.arange(0, CLASSES)
             tl.debug_barrier()  # the last tile's column sums are written
@@ -106,15 +110,14 @@ def masked_loss_kernel(
             column += tl.load(columns + part.to(tl.int64) * K + j, mask=j < known, other=0.0)
             tl.debug_barrier()
             tl.store(columns + part.to(tl.int64) * K + j, column, mask=j < K)
-        loss = tl.where(is_labeled, loss, numeric.divide(loss, loss * 0 + K.to(ACC))) + poison
+        loss = tl.where(is_labeled, loss, loss / K.to(tl.float64)) + poison.to(tl.float64)
         loss = tl.where(valid, loss, 0.0)
-        tl.store(per_sample + b, loss, mask=exists)
-        loss = loss.to(tl.float64)
+        tl.store(per_sample + b, loss.to(ACC), mask=exists)
         labeled += tl.sum(tl.where(is_labeled, loss, 0.0), 0)
         unlabeled += tl.sum(tl.where(is_labeled, 0.0, loss), 0)
         labeled_count += tl.sum(tl.where(valid & is_labeled, 1.0, 0.0).to(tl.float64), 0)
         unlabeled_count += tl.sum(tl.where(valid & (b >= num_labeled), 1.0, 0.0).to(tl.float64), 0)
-        confidence += tl.sum(entropy.to(tl.float64), 0)
+        confidence += tl.sum(entropy, 0)
     tl.store(sums + part, labeled)
     tl.store(sums + parts + part, unlabeled)
     tl.store(sums + 2 * parts + part, labeled_count)
@@ -137,8 +140,42 @@ def _prior(prior, k, K, ACC: tl.constexpr):
         return tl.load(prior + k, mask=k < K, other=0.0)
 
 
+@triton.jit
+def _log_mean(
+    logits,  # (n, K)
+    normalizer,  # (n, 2) in ACC
+    k,  # (CLASSES,)
+    n, K, z_b, z_k, PARTS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """log p̄ of classes k, from log p, in float64."""
+    top = tl.full((CLASSES,), -float("inf"), tl.float64)
+    total = tl.zeros((CLASSES,), tl.float64)
+    for sweep in tl.static_range(2):
+        highest = tl.full((PARTS, CLASSES), -float("inf"), tl.float64)
+        power = tl.zeros((PARTS, CLASSES), tl.float64)
+        for first in range(0, n, PARTS):
+            i = (first + tl.arange(0, PARTS)).to(tl.int64)[:, None]
+            inside = (i < n) & (k < K)[None, :]
+            z = tl.load(logits + i * z_b + k[None, :].to(tl.int64) * z_k, mask=inside, other=0.0)
+            log_p = z.to(tl.float64) - tl.load(normalizer + 2 * i, mask=i < n, other=0.0)
+            log_p -= tl.load(normalizer + 2 * i + 1, mask=i < n, other=0.0)
+            log_p = tl.where(inside, log_p, -float("inf"))
+            if sweep == 0:
+                highest = tl.maximum(highest, log_p)
+            else:
+                power += tl.exp(log_p - top[None, :])
+        if sweep == 0:
+            top = tl.max(highest, 0)
+            top = tl.where(top == -float("inf"), 0.0, top)  # of none −∞ is taken off
+        else:
+            total = tl.sum(power, 0)
+    return top + tl.log(total / n.to(tl.float64))
+
+
 @triton.jit(do_not_specialize=["n", "K", "parts"])
 def masked_loss_finish_kernel(
+    logits,  # (n, K)
+    normalizer,  # (n, 2) in ACC
     columns,  # (parts, K) in ACC
     sums,  # (5, parts) float64
     prior,  # (K,) in ACC or None
@@ -148,7 +185,7 @@ def masked_loss_finish_kernel(
     p_mean,  # (K,) in ACC, written
     counts,  # (2,) int64, written: labelled and unlabelled rows that count
     numbers,  # (4,) float64 as above, or None
-    n, K, parts, unlabeled_weight: tl.float64, prior_weight: tl.float64,
+    n, K, parts, z_b, z_k, unlabeled_weight: tl.float64, prior_weight: tl.float64,
     confidence_weight: tl.float64,
     MEAN: tl.constexpr, PARTS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -162,9 +199,17 @@ def masked_loss_finish_kernel(
         value = tl.load(columns + i.to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
         column += value.to(tl.float64)
     mean = tl.sum(column, 0) / tl.maximum(n, 1).to(tl.float64)
+    # a p of some weight in such a mean may have been rounded to 0: it is that dtype's tiny / eps
+    least = 1.00208418e-292 if tl.float64 == ACC else 9.8607613e-32
+    rare = (mean < least) & (k < K)
+    log_mean = numeric.log(mean)
+    if (tl.sum(rare.to(tl.int32), 0) > 0) & (n > 0):
+        exact = _log_mean(logits, normalizer, k, n, K, z_b, z_k, PARTS, CLASSES)
+        log_mean = tl.where(rare, exact, log_mean)
+        mean = tl.where(rare, exact, mean)
     tl.store(p_mean + k, mean.to(ACC), mask=k < K)
     pi = _prior(prior, k, K, ACC).to(tl.float64)
-    term = pi * numeric.log(pi / mean)
+    term = pi * (numeric.log(pi) - log_mean)
     term = tl.where((k < K) & (pi != 0), term, 0.0)
     tl.store(penalties + program, tl.where(n == 0, 0.0, tl.sum(term, 0)))
     tl.debug_barrier()  # before this program counts as through
@@ -253,35 +298,38 @@ def masked_loss_backward_kernel(
         square = tl.where(is_labeled, 0.0, c * (2.0 / K.to(ACC)))[:, None]
         top = tl.load(normalizer + 2 * b, mask=exists, other=0.0)[:, None]
         log_sum = tl.load(normalizer + 2 * b + 1, mask=exists, other=0.0)[:, None]
-        inner = tl.zeros((ROWS,), ACC)
-        mass = tl.zeros((ROWS,), ACC)
+        inner = tl.zeros((ROWS,), tl.float64)
+        mass = tl.zeros((ROWS,), tl.float64)
         for sweep in tl.static_range(2):
             for first in range(0, K, CLASSES):
                 k = first + tl.arange(0, CLASSES)[None, :]
                 inside = exists[:, None] & (k < K)
                 offsets = b[:, None] * z_b + k.to(tl.int64) * z_k
                 z = tl.load(logits + offsets, mask=inside, other=0.0).to(ACC)
+                mean = tl.load(p_mean + k, mask=k < K, other=1.0)
+                slope = numeric.divide(-_prior(prior, k, K, ACC), mean * 0 + rows)
+                # a class of no probability gets no gradient: its p can't move
+                rare = (mean < 0) & (mean > -float("inf")) & (prior_slope * slope != 0)
+                slope = tl.where(mean < 0, tl.where(rare, slope, 0.0), slope / mean)
+                # for slope 0 a NaN in p̄, which is one row's, stays out of the others
+                from_prior = _weighted(prior_slope, slope)
                 log_p = z - top - log_sum
-                p = tl.where(inside, tl.exp(log_p), 0.0)
+                p = tl.where(inside, tl.exp(log_p - tl.where(rare, mean, 0.0)), 0.0)
                 t = target_rows.mixed(
                     own_rows, own, other_rows, other, exists, k, K, t_k, share, ratio is not None,
                     permutation is not None, SOFT, ACC,
                 )  # fmt: skip
-                mean = tl.load(p_mean + k, mask=k < K, other=1.0)
-                # a class of no probability, or of so little that 1/p̄ overflows, gets no gradient:
-                # its p can't move
-                least = 2.2250738585072014e-308 if mean.dtype == tl.float64 else 1.17549435e-38
-                slope = -_prior(prior, k, K, ACC) / (tl.where(mean < least, 1.0, mean) * rows)
-                # for slope 0 a NaN in p̄, which is one row's, stays out of the others
-                h = _weighted(prior_slope, tl.where(mean < least, 0.0, slope))
-                h += tl.where(p == 0, 0.0, entropy_slope * log_p)
+                h = from_prior + tl.where(p == 0, 0.0, entropy_slope * log_p)
                 h += tl.where(is_labeled[:, None], 0.0, square * (p - t))
+                h = tl.where(rare, from_prior, h)
                 if sweep == 0:
-                    inner += tl.sum(p * h, 1)
-                    mass += tl.sum(t, 1)
+                    inner += tl.sum(p * h, 1).to(tl.float64)
+                    mass += tl.sum(t, 1).to(tl.float64)
                 else:
-                    grad = p * (h - inner[:, None])
-                    grad += tl.where(is_labeled[:, None], cross * (p * mass[:, None] - t), 0.0)
+                    free = tl.where(rare, 0.0, p)
+                    grad = p * h - free * inner.to(ACC)[:, None]
+                    cross_entropy = cross * (free * mass.to(ACC)[:, None] - t)
+                    grad += tl.where(is_labeled[:, None], cross_entropy, 0.0)
                     out = result + b[:, None] * K + k
                     tl.store(out, numeric.cast(grad, result.dtype.element_ty), mask=inside)
 
@@ -346,9 +394,10 @@ def forward(
         SOFT=soft, CLAMP=clamp, ACC=acc, **tile,
     )  # fmt: skip
     launch(
-        masked_loss_finish_kernel, (blocks,), columns, sums, _dense(prior), penalties, arrived,
-        tuple(results), p_mean, counts, numbers, n, K, programs, *values[1:], MEAN=mean,
-        PARTS=FINISH_PARTS, CLASSES=FINISH_CLASSES, ACC=acc, num_warps=4,
+        masked_loss_finish_kernel, (blocks,), logits, normalizer, columns, sums, _dense(prior),
+        penalties, arrived, tuple(results), p_mean, counts, numbers, n, K, programs,
+        *logits.stride(), *values[1:], MEAN=mean, PARTS=FINISH_PARTS, CLASSES=FINISH_CLASSES,
+        ACC=acc, num_warps=4,
     )  # fmt: skip
     return outputs
 

@@ -113,7 +113,8 @@ def softmax_normalizer(
     """Of rows b: the maximum and Σ e^(z − maximum), in ACC. NaN comes out in the sum.
 
     Whole tiles, reduced after their loop: one reduction a row, and triton 3.7's compiler fails on a
-    reduction inside a loop whose result is used twice.
+    reduction inside a loop whose result is used twice. What rounding takes from the sum is kept
+    (Knuth's two-sum): beside the largest the small terms of a long row would be lost.
     """
     highest = tl.full((ROWS, CLASSES), -float("inf"), ACC)
     for first in range(0, K, CLASSES):
@@ -123,9 +124,14 @@ def softmax_normalizer(
         highest = tl.maximum(highest, z)
     top = tl.max(highest, 1)
     power = tl.zeros((ROWS, CLASSES), ACC)
+    lost = tl.zeros((ROWS, CLASSES), ACC)
     for first in range(0, K, CLASSES):
         k = (first + tl.arange(0, CLASSES)).to(tl.int64)[None, :]
         inside = exists[:, None] & (k < K)
         z = tl.load(logits + b[:, None] * z_b + k * z_k, mask=inside, other=0.0).to(ACC)
-        power += tl.where(inside, tl.exp(z - top[:, None]), 0.0)
-    return top, tl.sum(power, 1)
+        term = tl.where(inside, tl.exp(z - top[:, None]), 0.0)
+        more = power + term
+        added = more - power
+        lost += (power - (more - added)) + (term - added)
+        power = more
+    return top, tl.sum(power.to(tl.float64) + lost.to(tl.float64), 1).to(ACC)

@@ -81,7 +81,7 @@ def refine_targets_kernel(
         largest = tl.maximum(largest, tl.max(tl.where(inside, p, 0.0), 1))
         tl.store(result + b[:, None] * K + k, p, mask=inside)
     tl.debug_barrier()
-    total = tl.zeros((ROWS,), ACC)
+    total = tl.zeros((ROWS,), tl.float64)
     power = numeric.number(numbers, 0, exponent)
     for first in range(0, K, CLASSES):
         k = (first + tl.arange(0, CLASSES)).to(tl.int64)[None, :]
@@ -92,16 +92,17 @@ def refine_targets_kernel(
         if power != 2.0:
             y = tl.where(x == 0, 0.0, tl.exp(power * numeric.log(x)))
             y = tl.where(x == 1, 1.0, y).to(ACC)  # for a power of infinity
-        total += tl.sum(tl.where(inside, y, 0.0), 1)
+        total += tl.sum(tl.where(inside, y, 0.0), 1).to(tl.float64)
         tl.debug_barrier()  # the block is read
         tl.store(result + b[:, None] * K + k, y, mask=inside)
+    whole = total.to(ACC)[:, None]
     tl.debug_barrier()
     for first in range(0, K, CLASSES):
         k = (first + tl.arange(0, CLASSES)).to(tl.int64)[None, :]
         inside = (b < B)[:, None] & (k < K)
         y = tl.load(result + b[:, None] * K + k, mask=inside, other=0.0)
         tl.debug_barrier()
-        y = numeric.divide(y, y * 0 + total[:, None])
+        y = numeric.divide(y, y * 0 + whole)
         tl.store(result + b[:, None] * K + k, y, mask=inside)
 
 

@@ -99,8 +99,7 @@ class Maker:
         return t
 
     def logits(self, n: int, K: int) -> Tensor:
-        # none at e⁻⁸⁷, where float32 ends
-        z = self.normal(n, K) * self.choice([0.1, 1, 4, 12 if K < 2000 else 8])
+        z = self.normal(n, K) * self.choice([0.1, 1, 4, 12, 60])  # e⁻⁸⁷ is where float32 ends
         if self.chance(0.1):
             z = z.round()  # ties
         if n and K > 2 and self.chance(0.1):

@@ -165,10 +165,11 @@ inline A reduce_max(Pack<A> v) {
 }
 
 // N sums over a row of K: body(k, n, sums) adds a pack to each. Those of every kRun elements are added in
-// double: a float that holds the sum of a long row loses what is yet to come.
+// double: a float that holds the sum of a long row loses what is yet to come, and that which holds one
+// large term the small ones of its run.
 template <typename A, int N, typename Body>
 inline std::array<A, N> row_sums(int64_t K, const Body& body) {
-  constexpr int64_t kRun = 32 * kPack;
+  constexpr int64_t kRun = 8 * kPack;
   double total[N] = {};
   Pack<A> sum[N] = {};
   int64_t k = 0;

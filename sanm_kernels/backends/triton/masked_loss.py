@@ -145,16 +145,16 @@ def _log_mean(
     logits,  # (n, K)
     normalizer,  # (n, 2) in ACC
     k,  # (CLASSES,)
-    n, K, z_b, z_k, PARTS: tl.constexpr, CLASSES: tl.constexpr,
+    n, K, z_b, z_k, ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """log p̄ of classes k, from log p, in float64."""
     top = tl.full((CLASSES,), -float("inf"), tl.float64)
     total = tl.zeros((CLASSES,), tl.float64)
     for sweep in tl.static_range(2):
-        highest = tl.full((PARTS, CLASSES), -float("inf"), tl.float64)
-        power = tl.zeros((PARTS, CLASSES), tl.float64)
-        for first in range(0, n, PARTS):
-            i = (first + tl.arange(0, PARTS)).to(tl.int64)[:, None]
+        highest = tl.full((ROWS, CLASSES), -float("inf"), tl.float64)
+        power = tl.zeros((ROWS, CLASSES), tl.float64)
+        for first in range(0, n, ROWS):
+            i = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
             inside = (i < n) & (k < K)[None, :]
             z = tl.load(logits + i * z_b + k[None, :].to(tl.int64) * z_k, mask=inside, other=0.0)
             log_p = z.to(tl.float64) - tl.load(normalizer + 2 * i, mask=i < n, other=0.0)
@@ -204,7 +204,8 @@ def masked_loss_finish_kernel(
     rare = (mean < least) & (k < K)
     log_mean = numeric.log(mean)
     if (tl.sum(rare.to(tl.int32), 0) > 0) & (n > 0):
-        exact = _log_mean(logits, normalizer, k, n, K, z_b, z_k, PARTS, CLASSES)
+        # fewer rows at a time: in float64 more would be spilled
+        exact = _log_mean(logits, normalizer, k, n, K, z_b, z_k, PARTS // 4, CLASSES)
         log_mean = tl.where(rare, exact, log_mean)
         mean = tl.where(rare, exact, mean)
     tl.store(p_mean + k, mean.to(ACC), mask=k < K)

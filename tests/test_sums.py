@@ -20,16 +20,17 @@ PEAK = 5
 
 
 def logits(kind: str, K: int) -> Tensor:
-    """Rows that are random, or of which each but one is by itself too small to change the sum."""
+    """Rows that are random; or where few classes have a probability that the dtype holds; or where
+    each class but one is by itself too small to change the sum."""
     generator = torch.Generator().manual_seed(K)
-    if kind == "random":
-        return torch.randn(N, K, generator=generator)
+    if kind != "peaked":
+        return torch.randn(N, K, generator=generator) * {"random": 1, "vanishing": 60}[kind]
     return torch.zeros(N, K).index_fill_(1, torch.tensor([PEAK]), 16.7)
 
 
 def target_rows(kind: str, K: int) -> Tensor:
     """Soft ones, or such that nothing of the loss is left but the sum's distance from 1."""
-    if kind == "random":
+    if kind != "peaked":
         return torch.softmax(logits("random", K).flip(1), 1)
     return torch.zeros(N, K).index_fill_(1, torch.tensor([PEAK]), 1)
 
@@ -43,7 +44,7 @@ def parts(z: Tensor, targets: Tensor, num_labeled: int) -> tuple[Tensor, ...]:
     return cross, (-math.log(K) - log_mean).mean(), (p * log_p).sum(1).mean()
 
 
-@each(backend=CPU_BACKENDS, kind=["random", "peaked"], num_labeled=[N, 0])
+@each(backend=CPU_BACKENDS, kind=["random", "peaked", "vanishing"], num_labeled=[N, 0])
 def test_masked_loss(backend, kind, num_labeled):
     z, targets = logits(kind, MANY[backend]), target_rows(kind, MANY[backend])
     weight = {"unlabeled_weight": 1.0, "prior_weight": 0.5, "confidence_weight": 0.7}

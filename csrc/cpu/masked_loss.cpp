@@ -328,11 +328,13 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
               i < nx ? Slopes<A>{c, A(0), gn} : Slopes<A>{A(0), 2 * c / K, gn};
           shift[j] = gradient_parts(z + i * K, slope.data(), K, norm[2 * i], norm[2 * i + 1],
                                     slopes, counts ? &t : nullptr, p[j], q[j]);
+          double all = shift[j];
           for (const auto& [k, share] : rare) {
-            const A part = static_cast<A>(
-                share * std::exp(log_p(z + i * K, norm + 2 * i, k) - static_cast<double>(pm[k])));
-            q[j][k] += part, shift[j] -= part;
+            const double part =
+                share * std::exp(log_p(z + i * K, norm + 2 * i, k) - static_cast<double>(pm[k]));
+            q[j][k] += static_cast<A>(part), all -= part;
           }
+          shift[j] = static_cast<A>(all);
         }
         for (int64_t j = 0; j < count; ++j)
           gradient_row(p[j], q[j], K, shift[j], d + (first + j) * K);

@@ -10,7 +10,8 @@ from .recipes import RECIPES, Recipe, Step, register
 from .sanm import SANM, Batch, SANMLosses
 from .settings import setting
 from .tracker import Indexed, LabelQualityTracker
-from .train import Result, train
+from .train import Result, load_run, train
+from .trained import export, load_network, predict
 
 __all__ = [
     "DATASETS",
@@ -29,7 +30,11 @@ __all__ = [
     "SANMLosses",
     "Step",
     "TrainConfig",
+    "export",
     "in_memory",
+    "load_network",
+    "load_run",
+    "predict",
     "register",
     "register_dataset",
     "register_model",

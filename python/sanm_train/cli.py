@@ -108,6 +108,18 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         if function is _inspect:
             added.add_argument("--out", type=_path, help="folder (default: RUN/inspect)")
 
+    trained = command(_predict, "predict", "class of images by a trained network, as CSV")
+    trained.add_argument("run", type=_path, help="folder of a run")
+    _add_import(trained)
+    trained.add_argument("images", nargs="+", type=_path, help="image files, and folders of them")
+    trained.add_argument("--out", type=_path, help="CSV file (default: standard output)")
+    trained.add_argument("--device", default="cpu", help="torch device (%(default)s)")
+    trained.add_argument("--workers", type=int, default=0, help="processes that read images")
+    exported = command(_export, "export", "a trained network for use without sanm_train")
+    exported.add_argument("run", type=_path, help="folder of a run")
+    _add_import(exported)
+    exported.add_argument("--out", type=_path, help="folder (default: RUN/export)")
+
     table = command(_compare, "compare", "table of recipes on kinds of noise", "sanm-compare")
     table.add_argument("--recipes", nargs="+", help="default: all")
     table.add_argument("--noises", nargs="+", default=NOISES, help="default: " + " ".join(NOISES))
@@ -288,6 +300,20 @@ def _eval(options: argparse.Namespace) -> int:
     from .reports.inspection import evaluate
 
     evaluate(options.run, device=options.device)
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from .trained import write_predictions
+
+    write_predictions(options.run, options.images, options.out, options.device, options.workers)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .trained import export
+
+    print(f"The trained network: {export(options.run, options.out)}")
     return 0
 
 

@@ -6,6 +6,7 @@ import csv
 import fcntl
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"
+#: How text begins that a spreadsheet would run.
+RUNS = r"^[=+\-@\t\r]"
 
 
 @contextmanager
@@ -103,6 +106,11 @@ def first_line(error: BaseException) -> str:
     if "weights_only" in text:
         return "it names what is not a tensor, a number or a container of these"
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def inert(text: str) -> str:
+    """`text` as a cell that no spreadsheet runs: an apostrophe in front makes it text."""
+    return f"'{text}" if re.match(RUNS, text) else text
 
 
 def _short(value: Any) -> Any:

@@ -186,7 +186,7 @@ def read_animal10n(root: str | Path, split: str = "training") -> Records:
     """Animal-10N: `root`/training or `root`/testing with files named label_id.jpg, by name."""
     check_choice("split", split, ("training", "testing"))
     folder = Path(root) / split
-    paths = [path for path in _images(folder) if os.path.dirname(path) == str(folder)]
+    paths = [path for path in images_below(folder) if os.path.dirname(path) == str(folder)]
     labels = []
     for path in paths:
         label = os.path.basename(path).partition("_")[0]
@@ -210,7 +210,7 @@ def read_folder(root: str | Path) -> Records:
     classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not _hidden(e.name))
     if not classes:
         raise DataError(f"{root} holds no sub-folder; one is needed for each class")
-    found = [list(_images(root / name)) for name in classes]
+    found = [list(images_below(root / name)) for name in classes]
     for name, paths in zip(classes, found, strict=True):
         if not paths:
             raise DataError(
@@ -390,7 +390,7 @@ def _labels(values: Any, size: int, num_classes: int | None, what: str) -> Tenso
     return labels
 
 
-def _images(folder: Path) -> Iterator[str]:
+def images_below(folder: Path) -> Iterator[str]:
     """Paths of the images in `folder` and below it, in the order of their names."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")

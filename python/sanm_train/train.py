@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, distributed
+from . import checkpoint, distributed, record
 from .config import TrainConfig
 from .data import Dataset, generator
 from .datasets import DATASETS
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from .loop import Loop
 
 METRICS, CONFIG = "metrics.csv", "config.yaml"
-LEFT = (checkpoint.NAME, METRICS, CONFIG, "tensorboard", "inspect")  # by a run in its folder
+#: By a run in its folder.
+LEFT = (checkpoint.NAME, METRICS, CONFIG, record.NAME, "tensorboard", "inspect", "export")
 PER_RANK = {"device", "threads", "workers"}  # settings in which ranks may differ
 LOOKED_AT = 256  # images that are read before a run starts, of each process
 ANYTIME = {"workers", "threads", "device", "checkpoint_steps", "tensorboard", "lr"}
@@ -149,6 +150,7 @@ def train(
             if saved is None:
                 _remove_run(first)
             dataclasses.replace(result.config, device=config.device).write(first / CONFIG)
+            record.write_record(first, config, result, RESOLVED)
         try:
             shown = progress and fabric.is_global_zero
             with _progress(result) if shown else nullcontext() as bar:

@@ -269,7 +269,7 @@ def test_a_new_run_leaves_nothing_of_the_old_one(tiny, tmp_path):
     (tmp_path / "notes.txt").touch()  # not a run's
     train(config, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint.pt", CONFIG, METRICS, "notes.txt"]
+    assert names == ["checkpoint.pt", CONFIG, METRICS, "notes.txt", "run.json"]
 
 
 @pytest.mark.parametrize("offset", [0.2, 0.5, 0.9])

@@ -45,7 +45,7 @@ def test_a_module_of_one_s_own_in_every_command(mine, capsys):
     assert main(["train", *words, "--out", "run", "--quiet", "--smoothing", "0.2"]) == 0
     config = TrainConfig.read(mine / "run/config.yaml")
     assert (config.imports, config.smoothing, config.model) == (("mine",), 0.2, "plain")
-    for command in ("eval", "inspect"):
+    for command in ("eval", "inspect", "export"):
         forget()
         assert main([command, "run"]) == 0  # the run remembers
     again = ["train", "--resume", "--out", "run", "--quiet", "--epochs"]

@@ -125,7 +125,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert (tmp_path / checkpoint.NAME).read_bytes() == good
-    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.NAME, CONFIG, METRICS]
+    names = [checkpoint.NAME, CONFIG, METRICS, "run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "half"])

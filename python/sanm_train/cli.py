@@ -107,6 +107,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         added.add_argument("--device", default="auto", help="torch device (%(default)s)")
         if function is _inspect:
             added.add_argument("--out", type=_path, help="folder (default: RUN/inspect)")
+            text = "a mixture for each class instead of one for all"
+            added.add_argument("--per-class", action="store_true", help=text)
 
     trained = command(_predict, "predict", "class of images by a trained network, as CSV")
     trained.add_argument("run", type=_path, help="folder of a run")
@@ -292,7 +294,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from .reports.inspection import inspect
 
-    inspect(options.run, options.out, device=options.device)
+    inspect(options.run, options.out, device=options.device, per_class=options.per_class)
     return 0
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import math
 import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +27,8 @@ from sanm_train.checkpoint import NAME, CheckpointError
 from sanm_train.datasets import DATASETS, DigitsConfig, load_digits
 from sanm_train.images import TensorImages
 from sanm_train.reports.inspection import evaluate, inspect
+from sanm_train.reports.report import _matrix, _moves
+from sanm_train.reports.split import overlap_of, quality_by_class, split
 from sanm_train.train import load_run
 
 CLASSES = ["null", 'a, "b"', "<b>bold</b>", "[red]é", "日本\n語", "&amp;", "'", "true", "NaN", ""]
@@ -83,7 +89,7 @@ def columns(folder):
 
 
 def test_files_and_columns(odd):
-    names = {"samples.csv", "samples.parquet", "pred_probs.npy", "report.html"}
+    names = {"samples.csv", "samples.parquet", "pred_probs.npy", "relabel.csv", "report.html"}
     assert {path.name for path in (odd / "inspect").iterdir()} == names  # no temporary file is left
     found = columns(odd / "inspect")
     assert list(found) == [
@@ -167,7 +173,7 @@ def test_cleanlab_takes_the_predictions(tmp_path):
 class Page(HTMLParser):
     """Fails at tags that are not closed in their order; gathers texts, addresses and headings."""
 
-    EMPTY = ("meta", "br", "img")
+    EMPTY = ("meta", "br", "img", "input")
 
     def __init__(self, html: str):
         super().__init__()
@@ -192,17 +198,40 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.texts.append(data)
+        if self.open[-1:] != ["script"]:
+            self.texts.append(data)
+
+
+TEMPLATE = Path(sanm_train.reports.figure.__file__).with_name("report.html").read_text("utf-8")
+SCRIPT = TEMPLATE[TEMPLATE.index("<script>") : TEMPLATE.index("</script>")]
+assert "{{" not in SCRIPT and "{%" not in SCRIPT and "innerHTML" not in SCRIPT
 
 
 def check_page(path) -> Page:
     html = path.read_text(encoding="utf-8")
     page = Page(html)
-    assert html.startswith("<!DOCTYPE html>") and not set(page.tags) & {"script", "link", "iframe"}
+    assert html.startswith("<!DOCTYPE html>") and not set(page.tags) & {"link", "iframe"}
+    assert page.tags.count("script") == 1 and SCRIPT in html  # which no run has a part in
     assert page.addresses and all(a.startswith("data:image/") for a in page.addresses)
     outside = re.sub(r"data:image/[\w+]+;base64,[\w+/=]+", "", html)
     assert not re.search(r"https?://|//\w|url\(|@import", outside)
     return page
+
+
+def unlearnt(found):
+    """Whether each sample's given class is one of which nearly all labels have a low clean
+    probability and hardly any image is predicted to be."""
+    given = found["given_label"]
+    low, size = found["clean_prob"] <= 0.5, np.bincount(given, minlength=10)
+    predicted = np.bincount(found["proposed_label"], minlength=10)
+    return ((np.bincount(given[low], minlength=10) / size >= 0.85) & (predicted <= size / 10))[
+        given
+    ]
+
+
+def most_suspicious(found):
+    """The first 24 rows by the report's order."""
+    return np.lexsort((found["given_prob"], found["clean_prob"], unlearnt(found)))[:24]
 
 
 def test_report(odd):
@@ -213,35 +242,44 @@ def test_report(odd):
     assert not re.search(r"\bnan\b", text.replace("nan.png", "").replace("NaN", ""))
     assert "b" not in page.tags and "<b>bold</b>" in text and "<script>alert(" in text
     found = columns(odd / "inspect")
-    first = np.lexsort((found["given_prob"], found["clean_prob"]))[:24]
+    first = most_suspicious(found)
     for row in first:
         assert f"sample {found['index'][row]}" in text and found["path"][row] in text
     order = [int(i) for i in re.findall(r"sample (\d+)", text)]
     assert order == found["index"][first].tolist()
-    assert page.addresses[3:5] != page.addresses[5:7]  # three figures, then the first image
+    assert page.addresses[5:7] != page.addresses[7:9]  # five panels, then the first image
     for given, count in zip(*np.unique(found["given_label"], return_counts=True), strict=True):
         rows = found["given_label"] == given
-        suspected = (found["clean_prob"][rows] <= 0.5).mean()
-        assert f"{CLASSES[given]}{count}{suspected:.1%}" in text
+        share = f"{(found['clean_prob'][rows] <= 0.5).mean():.1%}"
+        suspected = "not learnt" if unlearnt(found)[rows].any() else share
+        predicted = (found["proposed_label"] == given).sum()
+        assert f"{CLASSES[given]}{count}{predicted}{suspected}" in text
     for setting in ("lr0.05", "epochs3", "rate0.4", "batch_size32"):  # what is not the default
         assert text.count(setting) == 2
-    assert text.count("momentum0.9") == 1
+    assert text.count("momentum0.9") == text.count("small-cnn") == 1
+    record = json.loads((odd / "run.json").read_text())["starts"][0]
+    date, time = record["date"].removesuffix("+00:00").split("T")
+    assert f"Trained {date} {time} UTC;" in text and "seed 0." in text
+    assert f"torch {record['versions']['torch']}, Python" in text and "pillow" in text
 
 
 def test_pictures_show_the_samples(odd):
     import base64
 
     page, found = check_page(odd / "inspect" / "report.html"), columns(odd / "inspect")
-    row = np.lexsort((found["given_prob"], found["clean_prob"]))[0]
-    png = base64.b64decode(page.addresses[3].partition(",")[2])
+    row = most_suspicious(found)[0]
+    png = base64.b64decode(page.addresses[5].partition(",")[2])
     shown = imread(io.BytesIO(png))[:, :, 0]
     image = load_run(odd).data.images.images[int(row), 0]
     np.testing.assert_allclose(shown, image, atol=1 / 255 + 1e-6)
+    small = base64.b64decode(page.addresses[5 + 48].partition(",")[2])  # the table's first
+    np.testing.assert_allclose(imread(io.BytesIO(small))[:, :, 0], image, atol=1 / 255 + 1e-6)
+    assert len(page.addresses) == 5 + 48 + 200
 
 
 def test_same_run_same_report(odd, tmp_path):
     inspect(odd, tmp_path)
-    for name in ("samples.csv", "pred_probs.npy", "report.html"):
+    for name in ("samples.csv", "pred_probs.npy", "relabel.csv", "report.html"):
         assert (tmp_path / name).read_bytes() == (odd / "inspect" / name).read_bytes()
 
 
@@ -265,7 +303,9 @@ def test_interrupted_in_the_warmup(tiny, tmp_path, monkeypatch, finished):
     found = columns(tmp_path / "run" / "inspect")
     assert all(value is None for value in found["clean_prob"])
     order = [int(i) for i in re.findall(r"sample (\d+)", text)]
-    assert order == np.argsort(found["given_prob"], kind="stable")[:24].tolist()
+    moved = found["given_label"] != found["proposed_label"]
+    last = unlearnt({**found, "clean_prob": np.where(moved, 0.0, 1.0)})
+    assert order == np.lexsort((found["given_prob"], last))[:24].tolist()
 
 
 @pytest.mark.parametrize(
@@ -380,3 +420,139 @@ def test_a_run_with_synchronised_statistics_is_read_without_a_gpu(odd, tmp_path)
     saved["config"]["sync_batchnorm"] = True
     torch.save(saved, tmp_path / "run" / NAME)
     assert not load_run(tmp_path / "run").config.sync_batchnorm
+
+
+def test_relabelling_holds_the_suspected_labels(odd):
+    found = columns(odd / "inspect")
+    with (odd / "inspect/relabel.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        *("index", "path", "given_label", "given_class", "proposed_label", "proposed_class"),
+        "clean_prob",
+    ]
+    suspect = (found["clean_prob"] <= 0.5) & ~unlearnt(found)
+    assert 10 < suspect.sum() < 180 and unlearnt(found).any()
+    assert {int(row["index"]) for row in rows} == set(found["index"][suspect])
+    probabilities = [float(row["clean_prob"]) for row in rows]
+    assert probabilities == sorted(probabilities)
+    place = {index: row for row, index in enumerate(found["index"])}
+    for row in rows:
+        at = place[int(row["index"])]
+        assert row["path"] == found["path"][at]
+        assert int(row["given_label"]) == found["given_label"][at]
+        assert row["proposed_class"] == CLASSES[found["proposed_label"][at]]
+
+
+def mixture(*components):
+    """(3, 2) of components (mean, deviation, weight)."""
+    return torch.tensor([[m, s * s, w] for m, s, w in components], dtype=torch.float64).T
+
+
+def test_overlap_of_two_gaussians():
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for distance in (0.0, 0.1, 0.2, 1.0):
+        found = overlap_of(mixture((0.3, 0.1, 0.5), (0.3 + distance, 0.1, 0.5)))
+        assert found == pytest.approx(normal.cdf(torch.tensor(-distance / 0.2)).item(), abs=1e-4)
+    wide_and_narrow = mixture((0.5, 0.2, 0.8), (0.5, 1e-5, 0.2))
+    assert overlap_of(wide_and_narrow) == pytest.approx(0.0, abs=1e-3)
+    draws = np.random.default_rng(0)
+    kind = draws.random(400_000) < 0.7
+    x = np.where(kind, draws.normal(0.2, 0.1, kind.size), draws.normal(0.5, 0.3, kind.size))
+    parts = [
+        w / s * np.exp(-(((x - m) / s) ** 2) / 2) for m, s, w in ((0.2, 0.1, 0.7), (0.5, 0.3, 0.3))
+    ]
+    wrong = np.where(kind, parts[0] < parts[1], parts[0] >= parts[1]).mean()
+    found = overlap_of(mixture((0.2, 0.1, 0.7), (0.5, 0.3, 0.3)))
+    assert found == pytest.approx(wrong, abs=3e-3) and wrong > 0.05
+
+
+def made_up(quality, given, proposed, classes=None, overlap=False, epochs=9):
+    """What `split` takes, of a run that has been trained for so many epochs."""
+    far = 0.1 if overlap else 0.9
+    result = SimpleNamespace(
+        config=SimpleNamespace(threshold=0.5, warmup=3),
+        data=SimpleNamespace(num_classes=3, classes=classes),
+        recipe=SimpleNamespace(
+            mixtures=mixture((0.0, 0.1, 0.5), (far, 0.1, 0.5))[None], uses_quality=True
+        ),
+        history=[{}] * epochs,
+    )
+    columns = {"clean_prob": quality, "given_label": given, "proposed_label": proposed}
+    return result, {name: np.array(values) for name, values in columns.items()}
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_an_unlearnt_class_is_not_called_mislabelled(fitted):
+    """Of class 2 every label would be suspected and no image is predicted; of class 1 half of the
+    labels are."""
+    given = [0] * 20 + [1] * 20 + [2] * 20
+    proposed = [0] * 20 + [1] * 10 + [0] * 30
+    quality = [0.9] * 20 + [0.9] * 10 + [0.1] * 30 if fitted else [math.nan] * 60
+    found = split(*made_up(quality, given, proposed, ["a", "b", "<c>"]), None)
+    assert found.unlearnt.tolist() == [False, False, True]
+    assert found.suspect.nonzero()[0].tolist() == list(range(30, 40))
+    (warning,) = found.warnings
+    assert warning.startswith("Not learnt: <c>. ")
+    predicted = [0] * 20 + [1] * 10 + [0] * 10 + [2] * 5 + [0] * 15
+    assert not split(*made_up(quality, given, predicted), None).unlearnt.any()
+
+
+def test_a_split_that_is_not_to_be_trusted_says_so():
+    given, quality = [0, 1, 2] * 20, [0.9, 0.2, 0.8] * 20
+    good = split(*made_up(quality, given, given), None)
+    assert not good.warnings and good.overlap < 1e-4
+    assert good.overlap_in_words == "0.0% (hardly any)"
+    bad = split(*made_up(quality, given, given, overlap=True), None)
+    (warning,) = bad.warnings
+    assert "not to be trusted" in warning and "about 31% of the labels" in warning
+    assert bad.overlap_in_words == "30.9% (too many)"
+    early = split(*made_up(quality, given, given, epochs=3), None)
+    assert ["warm-up (3 of 3 epochs)" in text for text in early.warnings] == [True]
+    each = split(*made_up(quality, given, given, overlap=True), np.array([0.0, 0.06, math.nan]))
+    assert each.overlap == pytest.approx((0.06 + 0.3085) / 3, abs=1e-3)
+
+
+def test_two_epochs_are_warned_of_and_twelve_are_not(tmp_path, recwarn):
+    for epochs in (2, 12):
+        folder = tmp_path / str(epochs)
+        train(TrainConfig(recipe="ce", rate=0.2, epochs=epochs), folder)
+        text = "".join(check_page(inspect(folder)).texts)
+        warned = " ".join(str(recwarn.pop().message) for _ in range(len(recwarn)))
+        for where in (text, warned):
+            assert ("The split is not to be trusted" in where) == (epochs == 2)
+        found = columns(folder / "inspect")
+        suspect = found["clean_prob"] <= 0.5
+        wrong = found["given_label"] != found["true_label"]
+        assert (wrong[suspect].mean() > 0.8) == (epochs == 12)  # the warning is right
+
+
+def test_a_mixture_for_each_class(odd, tmp_path):
+    import sanm_kernels as sk
+
+    page = check_page(inspect(odd, tmp_path, per_class=True))
+    result, found = load_run(odd), columns(tmp_path)
+    labels = result.data.labels
+    quality, overlaps = quality_by_class(result)
+    fitted = (~np.isnan(overlaps)).nonzero()[0]
+    assert len(fitted) >= 1
+    for k in range(10):
+        rows = labels == k
+        for n, losses in enumerate(result.losses):
+            fit = sk.fit_label_quality(losses[rows], seed=0, backend="reference")
+            expected = fit.clean_prob if k in fitted else result.quality[n, rows]
+            np.testing.assert_allclose(quality[n, rows], expected, atol=1e-6)
+            np.testing.assert_allclose(
+                found[f"clean_prob_{n + 1}"][rows], expected, rtol=1e-5, atol=1e-6
+            )
+    assert not torch.allclose(quality, result.quality, atol=1e-3)
+    assert "on the wrong side" in "".join(page.texts)
+    assert f"{overlaps[fitted[0]]:.1%}" in "".join(page.texts)
+
+
+def test_labels_given_against_proposed():
+    given, proposed = np.array([0, 0, 0, 1, 2, 2]), np.array([0, 1, 1, 1, 0, 0])
+    counts = [[count for count, _ in row] for row in _matrix(given, proposed, 3)]
+    assert counts == [[1, 2, 0], [0, 1, 0], [2, 0, 0]]
+    assert _matrix(given, proposed, 3)[0][1][1] == pytest.approx(2 / 3)
+    assert _moves(given, proposed, 3) == [(0, 1, 2), (2, 0, 2)]
+    assert _matrix(given, proposed, 31) == []  # then the pairs are listed

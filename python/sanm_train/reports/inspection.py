@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 import sanm_kernels as sk
 
 from ..extra import extra
-from ..files import prepare_folder, replacing, reserve, write_csv
+from ..files import RUNS, prepare_folder, replacing, reserve, write_csv
+from ..record import read_record
 from ..train import CONFIG, Result, load_run
 from .report import print_rows, share, write_report
+from .split import quality_by_class, split
 
 with extra():
     import pyarrow as pa
@@ -29,7 +32,13 @@ PRINTED = 30  # classes in the table on the terminal
 Array = np.ndarray[Any, Any]
 
 
-def inspect(run: str | Path, out: str | Path | None = None, device: str = "cpu") -> Path:
+def inspect(
+    run: str | Path,
+    out: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    per_class: bool = False,
+) -> Path:
     """Write what the last checkpoint of `run` says of its training samples; one pass over them.
 
     Into `out` (default: the folder inspect in `run`):
@@ -38,9 +47,13 @@ def inspect(run: str | Path, out: str | Path | None = None, device: str = "cpu")
     - pred_probs.npy: the predictions (N, K), float32, a row per row of the table. With its column
       given_label they are what `cleanlab.filter.find_label_issues` takes. They are in-sample: the
       networks have been trained on these images, and may have learnt some wrong labels by heart.
+    - relabel.csv: of the suspected labels alone, what is given and what is proposed.
     - report.html: figures, the most suspicious images and numbers by class, in one file.
 
-    Prints where they are, and returns the report's path.
+    With per_class, clean probabilities come from a mixture for each class of given labels, fitted
+    to the losses of the last epoch: a class that is harder than others is then not suspected as a
+    whole. Prints where the files are, warns of what speaks against trusting them, and returns the
+    report's path.
 
     Raises:
         OSError: there is no checkpoint, it cannot be read, or `out` cannot be written.
@@ -52,25 +65,35 @@ def inspect(run: str | Path, out: str | Path | None = None, device: str = "cpu")
     with replacing(folder / "pred_probs.npy") as temporary:
         predictions = np.lib.format.open_memmap(temporary, "w+", np.dtype("float32"), shape)
         reserve(temporary)
-        table = sample_table(result, predictions)
+        quality, overlaps = quality_by_class(result) if per_class else (result.quality, None)
+        table = sample_table(result, predictions, quality)
         predictions.flush()
     with replacing(folder / "samples.csv") as temporary:
         csv.write_csv(_inert(table), temporary)
     with replacing(folder / "samples.parquet") as temporary:
         parquet.write_table(table, temporary)
+    numeric = [name for name in table.column_names if name != "path" and name[-6:] != "_class"]
+    columns = {name: table[name].to_numpy() for name in numeric}
+    found = split(result, columns, overlaps)
+    with replacing(folder / "relabel.csv") as temporary:
+        csv.write_csv(_inert(relabelling(table, found.suspect)), temporary)
     settings = dataclasses.asdict(result.config)
     written = Path(run) / CONFIG  # what `load_run` needs to be otherwise is here as it was
     if written.exists():
         settings |= yaml.safe_load(written.read_text(encoding="utf-8"))
     report = folder / "report.html"
-    write_report(report, result, table, settings)
+    write_report(report, result, table, columns, found, settings, read_record(run))
     print(f"Label quality of every training sample: {folder / 'samples.csv'}")
+    print(f"{found.suspect.sum()} suspected labels: {folder / 'relabel.csv'}")
     print(f"Report: {report}")
+    for text in found.warnings:
+        warnings.warn(text, stacklevel=2)
     return report
 
 
-def sample_table(result: Result, predictions: Array) -> pa.Table:
-    """One row per training sample; the predictions' mean over the networks goes to (N, K).
+def sample_table(result: Result, predictions: Array, quality: Tensor) -> pa.Table:
+    """One row per training sample, its clean probabilities those of `quality` (networks, N); the
+    predictions' mean over the networks goes to (N, K).
 
     index; path (where images are files); given_label; true_label (where any is known, else −1);
     proposed_label, the most probable one; the same as given_class, … (where classes have names);
@@ -95,7 +118,7 @@ def sample_table(result: Result, predictions: Array) -> pa.Table:
         names = pa.array(map(str, data.classes))
         for kind, values in labels.items():
             columns[f"{kind}_class"] = names.take(pa.array(values.numpy(), mask=values.numpy() < 0))
-    quality = torch.where(recipe.mixtures[:, 0, 0].isnan()[:, None], torch.nan, result.quality)
+    quality = torch.where(recipe.mixtures[:, 0, 0].isnan()[:, None], torch.nan, quality)
     columns["clean_prob"] = quality.mean(0)
     if len(quality) > 1:
         columns |= {f"clean_prob_{k + 1}": row for k, row in enumerate(quality)}
@@ -111,6 +134,14 @@ def sample_table(result: Result, predictions: Array) -> pa.Table:
     )
 
 
+def relabelling(table: pa.Table, suspect: Array) -> pa.Table:
+    """Of a `sample_table` the rows of `suspect` (N,), the least probable labels first."""
+    wanted = ("index", "path", "given_label", "given_class", "proposed_label", "proposed_class")
+    names = [name for name in (*wanted, "clean_prob") if name in table.column_names]
+    ranked = [("clean_prob", "ascending"), ("given_prob", "ascending"), ("index", "ascending")]
+    return table.filter(pa.array(suspect)).sort_by(ranked).select(names)
+
+
 def _inert(table: Any) -> Any:
     """An Arrow table in which no text is one that a spreadsheet would run: an apostrophe in front
     makes it text."""
@@ -120,7 +151,7 @@ def _inert(table: Any) -> Any:
             quoted = pc.binary_join_element_wise(
                 pa.scalar("'", field.type), column, pa.scalar("", field.type)
             )
-            runs = pc.match_substring_regex(column, r"^[=+\-@\t\r]")
+            runs = pc.match_substring_regex(column, RUNS)
             table = table.set_column(i, field, pc.if_else(runs, quoted, column))
     return table
 

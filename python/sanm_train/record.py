@@ -11,39 +11,37 @@ import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import sanm_kernels
 
 from .config import TrainConfig, own_settings, settings_of
+from .data import Dataset
 from .extra import PACKAGES
 from .files import replacing
 from .models import MODELS
-
-if TYPE_CHECKING:
-    from .train import Result
 
 NAME = "run.json"
 LIBRARIES = ("numpy", "triton", *PACKAGES.values())
 
 
 def write_record(
-    folder: Path, config: TrainConfig, result: Result, resolved: Iterable[str] = ()
+    folder: Path, config: TrainConfig, data: Dataset, device: str, resolved: Iterable[str] = ()
 ) -> None:
     """Record a start of the run in `folder`, beside those that it is a continuation of.
 
     config is as the user gave it; `resolved` are settings that a resumed run's has from its first
     start.
     """
-    path, data = folder / NAME, result.data
+    path = folder / NAME
     old = json.loads(path.read_text("utf-8")) if path.exists() else {"starts": [], "changed": {}}
     changed = _changed(config)
     if old["starts"]:
         changed = {n: x for n, x in changed.items() if n not in resolved or n in old["changed"]}
     record = {
-        "starts": [*old["starts"], _start(result.config.device)],
+        "starts": [*old["starts"], _start(device)],
         "changed": changed,
         "network": {
             "model": config.model,

@@ -150,7 +150,7 @@ def train(
             if saved is None:
                 _remove_run(first)
             dataclasses.replace(result.config, device=config.device).write(first / CONFIG)
-            record.write_record(first, config, result, RESOLVED)
+            record.write_record(first, config, result.data, str(device), RESOLVED)
         try:
             shown = progress and fabric.is_global_zero
             with _progress(result) if shown else nullcontext() as bar:

@@ -51,6 +51,12 @@ class RunSettings:
     augmentation: str = setting("crop", "augmentation")
     pretrained: str = setting("", "file with a state dict all networks start from, as in C2D")
     limit: int = setting(0, "use only the first N training samples; 0: all", low=0)
+    validation: float = setting(
+        0.0,
+        "share of the training set, with its noisy labels, to validate on instead of the test set",
+        low=0,
+        high=0.5,
+    )
     max_unreadable: float = setting(
         0.05, "share of unreadable images, of a sample, above which no run starts", low=0, high=1
     )

@@ -20,9 +20,10 @@ class Dataset:
     """Training and test images with integer labels (N,) on the images' device.
 
     labels are the given, possibly wrong ones; true_labels what is known to be right, −1 where
-    nothing is. mean and std are the pixels' (C,). image_size (H, W) is what augmentation cuts the
-    images to. index (N,) are the samples' positions in the training set as it was read, of which
-    this may be one of several `shards`.
+    nothing is. There may be no test images; with `test_noisy` they are a share of the training set,
+    with its noisy labels. mean and std are the pixels' (C,). image_size (H, W) is what augmentation
+    cuts the images to. index (N,) are the samples' positions in the training set as it was read, of
+    which this may be one of several `shards`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Dataset:
     image_size: tuple[int, int]
     index: Tensor
     shards: int = 1
+    test_noisy: bool = False
     classes: Sequence[str] | None = None
     confusions: Mapping[int, int] | None = field(default=None, repr=False)
 
@@ -92,6 +94,29 @@ class Dataset:
         )
         return replace(self, labels=labels)
 
+    def with_validation(self, part: float, seed: int = 0) -> Dataset:
+        """The same data with a `part` of the training samples in the place of the test set, drawn
+        evenly from each given label. Their labels are as noisy as the others'."""
+        draws = generator(seed, "validation")
+        order = torch.randperm(len(self), generator=draws)
+        labels = self.labels.cpu()[order]
+        order = order[labels.argsort(stable=True)]  # class by class, each in an order of its own
+        place = torch.arange(len(order), dtype=torch.float64)
+        chosen = ((place + 1) * part).floor() > (place * part).floor()
+        kept, held = (order[where].sort().values for where in (~chosen, chosen))
+        apart = self.select(held)
+        return replace(
+            self.select(kept),
+            test_images=apart.images,
+            test_labels=apart.labels,
+            test_noisy=True,
+        )
+
+    @property
+    def accuracy_name(self) -> str:
+        """What the accuracy on the test images is called in metrics."""
+        return "noisy_validation_accuracy" if self.test_noisy else "test_accuracy"
+
     def select(self, positions: Tensor) -> Dataset:
         """The training samples at `positions` (M,) alone, in their order; the whole test set."""
         there = positions.to(self.labels.device)
@@ -118,12 +143,14 @@ class Dataset:
 def in_memory(
     name: str,
     train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor] | None,
     device: str | torch.device,
     **more: Any,
 ) -> Dataset:
-    """A data set of images (N, C, H, W), uint8 or in [0, 1], and labels (N,), held on `device`."""
-    (images, labels), (test_images, test_labels) = train, test
+    """A data set of images (N, C, H, W), uint8 or in [0, 1], and labels (N,), held on `device`;
+    test may be None."""
+    images, labels = train
+    test_images, test_labels = (images[:0], labels[:0]) if test is None else test
     pixels = images if images.is_floating_point() else images.float().div_(255)
     return Dataset(
         name=name,

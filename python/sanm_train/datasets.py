@@ -142,20 +142,21 @@ class Animal10NConfig(PhotosConfig):
 class FolderConfig(PhotosConfig):
     def check(self) -> None:
         super().check()
-        check_root(self, ("train", _test_folder(Path(self.data_root))))
+        check_root(self, ("train",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestConfig(PhotosConfig):
     """manifest"""
 
-    test_root: str = setting("", "manifest of the test images")
+    test_root: str = setting("", "manifest of the test images, if there are any")
 
     def check(self) -> None:
         super().check()
         for name in ("data_root", "test_root"):
-            if not Path(getattr(self, name)).is_file():
-                raise ConfigError(f"{name} must be a file, got {getattr(self, name)!r}")
+            file = getattr(self, name)
+            if not Path(file).is_file() and (file or name == "data_root"):
+                raise ConfigError(f"{name} must be a file, got {file!r}")
 
 
 @DATASETS.register("digits", DigitsConfig)
@@ -253,23 +254,29 @@ def load_animal10n(config: TrainConfig) -> Dataset:
 
 @DATASETS.register("folder", FolderConfig)
 def load_folder(config: TrainConfig) -> Dataset:
-    """Image folders: `data_root`/train and `data_root`/test (or val), a sub-folder per class."""
+    """Image folders: `data_root`/train and, if there is one, `data_root`/test (or val), each with a
+    sub-folder per class."""
     root = Path(config.data_root)
-    train, test = read_folder(root / "train"), read_folder(root / _test_folder(root))
-    classes, others = train.metadata["classes"], test.metadata["classes"]
-    if classes != others:
-        odd = ", ".join(sorted({*classes} ^ {*others}))
-        raise DataError(f"{root}: train and {_test_folder(root)} must have the same classes: {odd}")
+    train = read_folder(root / "train")
+    classes = train.metadata["classes"]
+    apart = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    if not apart:
+        return _files(config, train, None, len(classes))
+    test = read_folder(apart[0])
+    if classes != test.metadata["classes"]:
+        odd = ", ".join(sorted({*classes} ^ {*test.metadata["classes"]}))
+        raise DataError(f"{root}: train and {apart[0].name} must have the same classes: {odd}")
     return _files(config, train, test, len(classes))
 
 
 @DATASETS.register("manifest", ManifestConfig)
 def load_manifest(config: ManifestConfig) -> Dataset:
-    """Any images listed in tables: `data_root` those to train on, `test_root` those to test on."""
+    """Any images listed in tables: `data_root` those to train on, `test_root`, if there is one,
+    those to test on."""
     train = read_manifest(config.data_root)
     classes = train.metadata.get("classes")
-    test = read_manifest(config.test_root, classes=classes)
-    if classes is None and "classes" in test.metadata:
+    test = read_manifest(config.test_root, classes=classes) if config.test_root else None
+    if classes is None and test is not None and "classes" in test.metadata:
         raise DataError(f"{config.test_root} names classes, but {config.data_root} counts them")
     used = train.labels.unique()
     gaps = (used != torch.arange(len(used))).nonzero()
@@ -318,9 +325,11 @@ def _cifar(
 
 
 def _files(
-    config: TrainConfig, train: Records, test: Records, num_classes: int, size: int = 224
+    config: TrainConfig, train: Records, test: Records | None, num_classes: int, size: int = 224
 ) -> Dataset:
     """A data set of image files, kept a little larger than what networks see of them."""
+    if test is None:
+        test = Records(train.items[:0], train.labels[:0], {})
     unseen = test.labels[~torch.isin(test.labels, train.labels)]
     if len(unseen):
         raise DataError(f"no training image is of class {int(unseen[0])}, but test images are")
@@ -347,7 +356,3 @@ def _files(
         index=torch.arange(len(train.labels), device=config.device),
         classes=train.metadata.get("classes"),
     )
-
-
-def _test_folder(root: Path) -> str:
-    return "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"

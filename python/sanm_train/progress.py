@@ -17,7 +17,7 @@ with extra():
 
 
 class RunProgress:
-    """One line: recipe, epochs done, step, last and best test accuracy. A context manager."""
+    """One line: recipe, epochs done, step, last and best accuracy. A context manager."""
 
     def __init__(self, title: str, epochs: int) -> None:
         texts = (TextColumn(f"{{task.{name}}}") for name in ("description", "fields[note]"))
@@ -39,6 +39,8 @@ class RunProgress:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch with these metrics is done."""
-        last, best = row["test_accuracy"], row["best_accuracy"]
-        self._accuracy = f"test {last:.1%} (best {best:.1%}) "
+        for name in ("test_accuracy", "noisy_validation_accuracy"):
+            if row.get(name) is not None:
+                shown = name.removesuffix("_accuracy").replace("_", " ")
+                self._accuracy = f"{shown} {row[name]:.1%} (best {row['best_accuracy']:.1%}) "
         self._progress.update(self._task, completed=row["epoch"] + 1, note=self._accuracy)

@@ -40,7 +40,8 @@ RESOLVED = {"image_size"}  # by the data set, where they are not given
 
 @dataclass
 class Result:
-    """What a run gives. Accuracies are shares of the test set.
+    """What a run gives. Accuracies are shares of the test set, or, where `data.test_noisy`, of a
+    share of the training set with its noisy labels; NaN where there is neither.
 
     `last_accuracy` is the final epoch's. `best_accuracy` is the largest over the epochs: it is
     picked on the test set, so it only says how far memorisation pulled the run down again.
@@ -62,11 +63,17 @@ class Result:
 
     @property
     def last_accuracy(self) -> float:
-        return self.history[-1]["test_accuracy"] if self.history else float("nan")
+        return self.accuracies[-1] if self.accuracies else float("nan")
 
     @property
     def best_accuracy(self) -> float:
-        return max((row["test_accuracy"] for row in self.history), default=float("nan"))
+        return max(self.accuracies, default=float("nan"))
+
+    @property
+    def accuracies(self) -> list[float]:
+        """On the test or validation images after each epoch; none without such."""
+        found = (row.get(self.data.accuracy_name) for row in self.history)
+        return [accuracy for accuracy in found if accuracy is not None]
 
     @property
     def quality_auc(self) -> float | None:
@@ -199,6 +206,8 @@ def build(config: TrainConfig) -> Result:
         if lost := classes - len(data.labels.unique()):
             what = f"the first {config.limit} samples lack {lost} of {classes} classes (limit)"
             warn(f"{data.name}: {what}")
+    if config.validation:
+        data = data.with_validation(config.validation, config.seed)
     if len(data) < 2 * ranks:
         raise ConfigError(f"{data.name}: {len(data)} samples are too few for {ranks} processes")
     if data.noise_rate in (0.0, 1.0):
@@ -290,7 +299,7 @@ def _evaluate(loop: Loop, result: Result) -> dict[str, Any]:
         recipe.fit_quality()
     hits = (recipe.predict(data.test_images).argmax(1) == data.test_labels).double()
     right = distributed.total(torch.stack([hits.sum(), hits.new_tensor(len(hits))]))
-    accuracy = (right[0] / right[1]).item()
+    accuracy = (right[0] / right[1]).item() if right[1] else None
     _collect(result)
     fitted = (recipe.uses_quality and epoch >= config.warmup) or last
     losses = loop.mean_losses()
@@ -302,12 +311,12 @@ def _evaluate(loop: Loop, result: Result) -> dict[str, Any]:
         "seconds": loop.seconds,
         "train_loss": losses.pop("loss"),
         **losses,
-        "test_accuracy": accuracy,
+        data.accuracy_name: accuracy,
         "quality_auc": result.quality_auc if fitted else None,
         "labeled_share": (result.quality > config.threshold).double().mean().item(),
         "noise_rate": result.data.noise_rate,
         "corrupt_images": sum(map(sum, distributed.gather(corrupt))),
-        "best_accuracy": max([accuracy, *(row["test_accuracy"] for row in result.history)]),
+        "best_accuracy": max([accuracy, *result.accuracies]) if accuracy is not None else None,
     }
 
 

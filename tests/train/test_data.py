@@ -345,7 +345,8 @@ def test_what_is_missing_is_found_before_anything_starts(tmp_path):
     root = {"data_root": str(tmp_path)}
     with pytest.raises(ConfigError, match=r"cifar10 needs cifar-10-batches-py/data_batch_3 in"):
         TrainConfig(dataset="cifar10", **root)
-    with pytest.raises(ConfigError, match=rf"folder needs test in {tmp_path}, not found"):
+    (tmp_path / "train").rmdir()
+    with pytest.raises(ConfigError, match=rf"folder needs train in {tmp_path}, not found"):
         TrainConfig(dataset="folder", **root)
     (tmp_path / "annotations").mkdir()
     with pytest.raises(
@@ -355,8 +356,8 @@ def test_what_is_missing_is_found_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError, match=rf"data_root must be a file, got '{tmp_path}'"):
         TrainConfig(dataset="manifest", **root)
     (tmp_path / "a.csv").touch()
-    with pytest.raises(ConfigError, match="test_root must be a file, got ''"):
-        TrainConfig(dataset="manifest", data_root=str(tmp_path / "a.csv"))
+    with pytest.raises(ConfigError, match="test_root must be a file, got 'b'"):
+        TrainConfig(dataset="manifest", data_root=str(tmp_path / "a.csv"), test_root="b")
     with pytest.raises(ConfigError, match="noise_file must be a file, got 'x'"):
         TrainConfig(dataset="cifar100", noise="file", noise_file="x", **root)
     with pytest.raises(ConfigError, match="noise file is for cifar10 and cifar100, not for digits"):

@@ -205,6 +205,8 @@ class Recipe:
         """Logits (N, K), float32, of all `images` in eval mode."""
         network.eval()
         distributed.same_buffers(network)
+        if not len(images):
+            return torch.zeros(0, self.data.num_classes, device=self.data.labels.device)
         stream = images.stream(self.eval_batches(images))
         with self.config.autocast():
             return torch.cat([network(self.augment.plain(part)).float() for part in stream])

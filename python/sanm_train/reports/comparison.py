@@ -82,8 +82,8 @@ def compare(
                 "variant": name,
                 "seed": seed,
                 "wrong_labels": result.data.noise_rate,
-                "last_accuracy": result.last_accuracy,
-                "best_accuracy": result.best_accuracy,
+                "last_accuracy": result.accuracies[-1] if result.accuracies else None,
+                "best_accuracy": max(result.accuracies, default=None),
                 "quality_auc": result.quality_auc,
                 "ms_per_step": 1000 * result.seconds_per_step,
                 "seconds": result.seconds,
@@ -150,7 +150,10 @@ def _check_settings(path: Path, variants: dict[str, dict[str, Any]], started: bo
 
 
 def mean_and_spread(accuracies: Sequence[float]) -> str:
-    """Mean and, with several values, sample standard deviation of shares, as per cents."""
+    """Mean and, with several values, sample standard deviation of shares, as per cents; a dash
+    for none."""
+    if not accuracies:
+        return "–"
     mean = f"{statistics.mean(accuracies):.1%}"
     if len(accuracies) < 2:
         return mean

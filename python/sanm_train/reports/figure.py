@@ -169,8 +169,8 @@ def draw_history(history: Sequence[Mapping[str, Any]], warmup: int) -> Figure:
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     longest = max(history, key=len)
     names = list(longest)  # the warm-up's rows have fewer losses
-    losses = names[names.index("train_loss") : names.index("test_accuracy")]
-    shares = ["test_accuracy", "quality_auc", "labeled_share"]
+    shares = ["test_accuracy", "noisy_validation_accuracy", "quality_auc", "labeled_share"]
+    losses = names[names.index("train_loss") : min(names.index(n) for n in shares if n in names)]
     for axis, lines in zip(figure.subplots(1, 2), (shares, losses), strict=True):
         for name in lines:
             points = [(r["epoch"] + 1, r[name]) for r in history if r.get(name) is not None]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sanm_kernels as sk
 
+from ..errors import ConfigError
 from ..extra import extra
 from ..files import RUNS, prepare_folder, replacing, reserve, write_csv
 from ..record import read_record
@@ -197,10 +198,15 @@ def evaluate(run: str | Path, device: str = "cpu") -> dict[str, Any]:
 
     Raises:
         OSError: there is no checkpoint, it cannot be read, or `run` cannot be written.
-        ConfigError: the run's data set is not where it was.
+        ConfigError: the run's data set is not where it was, or has no test images.
     """
     result = load_run(run, device)
     data, recipe = result.data, result.recipe
+    if not len(data.test_labels):
+        raise ConfigError(
+            f"{run}: there are no test images to evaluate it on; training with --validation 0.1 "
+            "keeps a share of the training set apart"
+        )
     logits = torch.stack([recipe.evaluate(net, data.test_images) for net in recipe.networks]).cpu()
     labels, size = data.test_labels.cpu(), data.num_classes
     predicted = logits.mean(0).argmax(1)
@@ -226,7 +232,8 @@ def evaluate(run: str | Path, device: str = "cpu") -> dict[str, Any]:
     accuracy = (predicted == labels).double().mean().item()
     networks = (logits.argmax(2) == labels).double().mean(1).tolist()
     few = f", the worst {PRINTED} of {size} classes" if size > PRINTED else ""
-    print_rows(f"{data.name}, {len(labels)} test images{few}", rows)
+    kind = "validation images with noisy labels" if data.test_noisy else "test images"
+    print_rows(f"{data.name}, {len(labels)} {kind}{few}", rows)
     print(f"accuracy {accuracy:.2%}; of each network: {', '.join(f'{x:.2%}' for x in networks)}")
     return {
         "accuracy": accuracy,

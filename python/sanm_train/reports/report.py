@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def print_table(results: Sequence[Result]) -> None:
     rows = [
         {
             "recipe": result.config.recipe,
-            "last accuracy": f"{result.last_accuracy:.1%}",
-            "best accuracy": f"{result.best_accuracy:.1%}",
+            "last accuracy": share(result.last_accuracy),
+            "best accuracy": share(result.best_accuracy),
             "quality AUC": "–" if result.quality_auc is None else f"{result.quality_auc:.3f}",
             "epochs": str(len(result.history)),
             "steps": str(result.steps),
@@ -50,7 +51,15 @@ def print_table(results: Sequence[Result]) -> None:
     ]
     first = results[0]
     print_rows(f"{first.data.name}, {len(first.data)} training samples, {first.noise}", rows)
-    print("best accuracy is picked on the test set; quality AUC: label quality against correctness")
+    data = first.data
+    if not len(data.test_labels):
+        print("there is no test set, and so no accuracy", end="; ")
+    elif data.test_noisy:
+        images = f"{len(data.test_labels)} validation images, whose labels are noisy"
+        print(f"accuracies are on {images}; the best is picked on them", end="; ")
+    else:
+        print("best accuracy is picked on the test set", end="; ")
+    print("quality AUC: label quality against correctness")
 
 
 def print_rows(title: str, rows: Sequence[dict[str, str]]) -> None:
@@ -63,9 +72,9 @@ def print_rows(title: str, rows: Sequence[dict[str, str]]) -> None:
     Console().print(table)
 
 
-def share(part: float, whole: float) -> str:
-    """As a per cent; a dash for a share of nothing."""
-    return f"{part / whole:.1%}" if whole else "–"
+def share(part: float, whole: float = 1) -> str:
+    """As a per cent; a dash for a share of nothing, and for what is not known, NaN."""
+    return "–" if not whole or math.isnan(part) else f"{part / whole:.1%}"
 
 
 def write_report(
@@ -127,9 +136,14 @@ def _numbers(result: Result, columns: Mapping[str, Any], split: Split) -> dict[s
     suspect = split.suspect
     quality = torch.tensor(columns["clean_prob"])
     auc = quality_auc(quality, result.data) if split.overlap is not None else None
-    numbers = {
-        "test accuracy, last epoch": share(result.last_accuracy, len(result.history) > 0),
-        "best epoch (picked on the test set)": share(result.best_accuracy, len(result.history) > 0),
+    numbers = {}
+    if len(result.data.test_labels):
+        tested = "noisy validation" if result.data.test_noisy else "test"
+        numbers = {
+            f"{tested} accuracy, last epoch": share(result.last_accuracy),
+            f"best epoch (picked on the {tested} set)": share(result.best_accuracy),
+        }
+    numbers |= {
         "labels suspected": f"{suspect.mean():.1%}",
         "labels on the wrong side of the split, by its own mixture": split.overlap_in_words,
     }

@@ -115,7 +115,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     _add_import(trained)
     trained.add_argument("images", nargs="+", type=_path, help="image files, and folders of them")
     trained.add_argument("--out", type=_path, help="CSV file (default: standard output)")
-    trained.add_argument("--device", default="cpu", help="torch device (%(default)s)")
+    trained.add_argument("--device", default="auto", help="torch device (%(default)s)")
     trained.add_argument("--workers", type=int, default=0, help="processes that read images")
     exported = command(_export, "export", "a trained network for use without sanm_train")
     exported.add_argument("run", type=_path, help="folder of a run")

@@ -17,11 +17,13 @@ import torch
 
 import sanm_kernels
 
-from .config import TrainConfig, own_settings, settings_of
+from .config import TrainConfig
 from .data import Dataset
+from .errors import ConfigError
 from .extra import PACKAGES
 from .files import replacing
 from .models import MODELS
+from .settings import own_settings, settings_of
 
 NAME = "run.json"
 LIBRARIES = ("numpy", "triton", *PACKAGES.values())
@@ -120,7 +122,17 @@ def _commit(folder: Path) -> str | None:
 
 def _changed(config: TrainConfig) -> dict[str, Any]:
     """The settings that are not those that would be without asking."""
-    default = {name: entry.default for name, entry in settings_of(type(config)).items()}
-    if not default["noise"]:  # decided by other settings
-        default["noise"] = dataclasses.replace(config, noise="").noise
-    return {n: x for n, x in dataclasses.asdict(config).items() if x != default[n]}
+    return {
+        name: getattr(config, name)
+        for name, entry in settings_of(type(config)).items()
+        if getattr(config, name) != entry.default and _asked(config, name, entry.default)
+    }
+
+
+def _asked(config: TrainConfig, name: str, default: Any) -> bool:
+    """Whether `config` has something else than what becomes of the default, as "auto" does."""
+    try:
+        without = dataclasses.replace(config, **{name: default})
+    except ConfigError:  # it is needed
+        return True
+    return bool(getattr(without, name) != getattr(config, name))

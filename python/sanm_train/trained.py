@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import import_modules
+from .config import TrainConfig
 from .errors import DataError
 from .files import inert, prepare_folder, replacing
 from .images import ImageFiles
@@ -23,6 +23,7 @@ from .models import MODELS
 from .readers import images_below
 from .record import read_record, versions
 from .sanm import SANM
+from .settings import import_modules
 
 GREY = (0.299, 0.587, 0.114)  # luma of red, green and blue
 BATCH = 128
@@ -78,10 +79,12 @@ def load_network(run: str | Path, device: str = "cpu") -> Trained:
 
     Raises:
         OSError: there is no checkpoint, or it or the run's record cannot be read.
+        ConfigError: the device cannot be used.
     """
     saved = checkpoint.load(Path(run))
     if saved is None:
         raise checkpoint.CheckpointError(f"run must be a folder with a checkpoint, got {run}")
+    device = TrainConfig(device=device).device
     facts = read_record(run)["network"]
     import_modules(facts["imports"])
     channels, height, width = facts["image_shape"]
@@ -114,7 +117,8 @@ def predict(
     network = load_network(run, device)
     # Names that are not UTF-8 are shown, and not found.
     paths = [os.fsencode(p).decode("utf-8", "backslashreplace") for p in _files(images)]
-    files = ImageFiles(paths, max(network.read_shape[1:]), device=device, workers=workers)
+    side = max(network.read_shape[1:])
+    files = ImageFiles(paths, side, device=network.mean.device, workers=workers)
     parts = torch.arange(len(files)).split(BATCH)
     for part, batch in zip(parts, files.stream(parts), strict=True):
         probability, label = network(network.prepare(batch)).softmax(1).max(1)

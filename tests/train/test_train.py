@@ -133,7 +133,7 @@ def test_metrics_file(tiny, tmp_path):
     assert result.best_accuracy == pytest.approx(max(accuracies), abs=1e-5)
     assert rows[0]["quality_auc"] == "" and 0 <= float(rows[-1]["quality_auc"]) <= 1
     assert {"lr", "train_loss", "labeled", "unlabeled", "prior", "reconstruction"} <= set(rows[0])
-    names = [CONFIG, METRICS, checkpoint.NAME]
+    names = [CONFIG, METRICS, checkpoint.NAME, "run.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)  # no temporary file is left
 
 

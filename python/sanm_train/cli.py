@@ -255,6 +255,11 @@ def _train(options: argparse.Namespace) -> int:
     if not (options.resume or options.overwrite):
         check_free(options.out, "--resume continues, --overwrite replaces it")
     config = TrainConfig.read(_file(options), options.preset, **_settings(options))
+    if config.folds and not config.fold:
+        from .reports.folds import train_folds
+
+        shown = {"overwrite": options.overwrite, "progress": not options.quiet}
+        return train_folds(config, options.out, **shown)
     result = train(config, options.out, progress=not options.quiet, resume=options.resume)
     if result.interrupted:
         done = f"{len(result.history)} of {config.epochs} epochs"

@@ -57,6 +57,13 @@ class RunSettings:
         low=0,
         high=0.5,
     )
+    folds: int = setting(
+        0,
+        "a run for each of so many parts of the training set, on all the others: each label is "
+        "judged by networks that have not seen it; 0: one run on all",
+        low=0,
+    )
+    fold: int = setting(0, "of the folds: the part left out, from 1; 0: each in turn", low=0)
     max_unreadable: float = setting(
         0.05, "share of unreadable images, of a sample, above which no run starts", low=0, high=1
     )
@@ -180,6 +187,12 @@ class TrainConfig(
         if self.noise == "file" and not hasattr(self, "noise_file"):
             those = " and ".join(owners("noise_file"))
             raise ConfigError(f"noise file is for {those}, not for {self.dataset}")
+        if self.folds == 1:
+            raise ConfigError("folds must be 0 or at least 2, got 1")
+        if self.folds and self.validation:
+            raise ConfigError("validation and folds exclude each other")
+        if self.fold > self.folds:
+            raise ConfigError(f"fold must be from 1 to folds, {self.folds}, got {self.fold}")
         if self.pretrained and not Path(self.pretrained).is_file():
             raise ConfigError(f"pretrained must be a file, got {self.pretrained!r}")
         try:

@@ -97,20 +97,33 @@ class Dataset:
     def with_validation(self, part: float, seed: int = 0) -> Dataset:
         """The same data with a `part` of the training samples in the place of the test set, drawn
         evenly from each given label. Their labels are as noisy as the others'."""
-        draws = generator(seed, "validation")
-        order = torch.randperm(len(self), generator=draws)
-        labels = self.labels.cpu()[order]
-        order = order[labels.argsort(stable=True)]  # class by class, each in an order of its own
-        place = torch.arange(len(order), dtype=torch.float64)
-        chosen = ((place + 1) * part).floor() > (place * part).floor()
-        kept, held = (order[where].sort().values for where in (~chosen, chosen))
-        apart = self.select(held)
+        place = torch.arange(len(self), dtype=torch.float64)
+        taken = ((place + 1) * part).floor() > (place * part).floor()
+        held = torch.empty(len(self), dtype=torch.bool)
+        held[self._by_label(generator(seed, "validation"))] = taken
+        return self.without(held)
+
+    def folds(self, number: int, seed: int = 0) -> Tensor:
+        """The parts (N,) from 0 that the training samples are in, drawn evenly from each given
+        label."""
+        parts = torch.empty(len(self), dtype=torch.int64)
+        parts[self._by_label(generator(seed, "folds"))] = torch.arange(len(self)) % number
+        return parts
+
+    def without(self, held: Tensor) -> Dataset:
+        """The same data with the training samples `held` (N,) in the place of the test set."""
+        apart = self.select(held.nonzero()[:, 0])
         return replace(
-            self.select(kept),
+            self.select((~held).nonzero()[:, 0]),
             test_images=apart.images,
             test_labels=apart.labels,
             test_noisy=True,
         )
+
+    def _by_label(self, draws: torch.Generator) -> Tensor:
+        """Positions (N,) label by label, of each label in an order drawn."""
+        order = torch.randperm(len(self), generator=draws)
+        return order[self.labels.cpu()[order].argsort(stable=True)]
 
     @property
     def accuracy_name(self) -> str:

@@ -195,19 +195,13 @@ def build(config: TrainConfig) -> Result:
             f"batch_size must be at least two for each of {ranks} processes and "
             f"{config.accumulate} passes (accumulate), got {config.batch_size}"
         )
-    data = DATASETS[config.dataset](config)
-    if config.noise not in ("none", "file"):
-        data = data.with_noise(
-            config.noise, config.rate, seed=config.seed, include_true=config.include_true
-        )
-    if config.limit:
-        classes = len(data.labels.unique())
-        data = data.select(torch.arange(min(config.limit, len(data))))
-        if lost := classes - len(data.labels.unique()):
-            what = f"the first {config.limit} samples lack {lost} of {classes} classes (limit)"
-            warn(f"{data.name}: {what}")
+    if config.folds and not config.fold:
+        raise ConfigError(f"train takes one fold at a time, 1 to {config.folds}")
+    data = read_data(config)
     if config.validation:
         data = data.with_validation(config.validation, config.seed)
+    if config.folds:
+        data = data.without(data.folds(config.folds, config.seed) == config.fold - 1)
     if len(data) < 2 * ranks:
         raise ConfigError(f"{data.name}: {len(data)} samples are too few for {ranks} processes")
     if data.noise_rate in (0.0, 1.0):
@@ -223,6 +217,22 @@ def build(config: TrainConfig) -> Result:
     seed_everything(config.seed)
     config = dataclasses.replace(config, image_size=config.image_size or data.image_size[0])
     return Result(config, data, RECIPES[config.recipe](config, shard))
+
+
+def read_data(config: TrainConfig) -> Dataset:
+    """The data set with its noise, before any of it is kept apart."""
+    data = DATASETS[config.dataset](config)
+    if config.noise not in ("none", "file"):
+        data = data.with_noise(
+            config.noise, config.rate, seed=config.seed, include_true=config.include_true
+        )
+    if config.limit:
+        classes = len(data.labels.unique())
+        data = data.select(torch.arange(min(config.limit, len(data))))
+        if lost := classes - len(data.labels.unique()):
+            what = f"the first {config.limit} samples lack {lost} of {classes} classes (limit)"
+            warn(f"{data.name}: {what}")
+    return data
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> Result:

@@ -69,27 +69,37 @@ def inspect(
         quality, overlaps = quality_by_class(result) if per_class else (result.quality, None)
         table = sample_table(result, predictions, quality)
         predictions.flush()
-    with replacing(folder / "samples.csv") as temporary:
-        csv.write_csv(_inert(table), temporary)
-    with replacing(folder / "samples.parquet") as temporary:
-        parquet.write_table(table, temporary)
-    numeric = [name for name in table.column_names if name != "path" and name[-6:] != "_class"]
-    columns = {name: table[name].to_numpy() for name in numeric}
+    columns = numbers_of(table)
     found = split(result, columns, overlaps)
-    with replacing(folder / "relabel.csv") as temporary:
-        csv.write_csv(_inert(relabelling(table, found.suspect)), temporary)
+    write_tables(folder, table, found.suspect)
     settings = dataclasses.asdict(result.config)
     written = Path(run) / CONFIG  # what `load_run` needs to be otherwise is here as it was
     if written.exists():
         settings |= yaml.safe_load(written.read_text(encoding="utf-8"))
     report = folder / "report.html"
     write_report(report, result, table, columns, found, settings, read_record(run))
-    print(f"Label quality of every training sample: {folder / 'samples.csv'}")
-    print(f"{found.suspect.sum()} suspected labels: {folder / 'relabel.csv'}")
     print(f"Report: {report}")
     for text in found.warnings:
         warnings.warn(text, stacklevel=2)
     return report
+
+
+def write_tables(folder: Path, table: pa.Table, suspect: Array) -> None:
+    """A `sample_table` as CSV and Parquet, and relabel.csv of the rows of `suspect` (N,)."""
+    with replacing(folder / "samples.csv") as temporary:
+        csv.write_csv(_inert(table), temporary)
+    with replacing(folder / "samples.parquet") as temporary:
+        parquet.write_table(table, temporary)
+    with replacing(folder / "relabel.csv") as temporary:
+        csv.write_csv(_inert(relabelling(table, suspect)), temporary)
+    print(f"Label quality of every training sample: {folder / 'samples.csv'}")
+    print(f"{suspect.sum()} suspected labels: {folder / 'relabel.csv'}")
+
+
+def numbers_of(table: pa.Table) -> dict[str, Array]:
+    """The columns of a `sample_table` that are numbers."""
+    numeric = [name for name in table.column_names if name != "path" and name[-6:] != "_class"]
+    return {name: table[name].to_numpy() for name in numeric}
 
 
 def sample_table(result: Result, predictions: Array, quality: Tensor) -> pa.Table:

@@ -38,7 +38,7 @@ def write_record(
     start.
     """
     path = folder / NAME
-    old = json.loads(path.read_text("utf-8")) if path.exists() else {"starts": [], "changed": {}}
+    old = read_record(folder) if path.exists() else {"starts": [], "changed": {}}
     changed = _changed(config)
     if old["starts"]:
         changed = {n: x for n, x in changed.items() if n not in resolved or n in old["changed"]}

@@ -428,7 +428,7 @@ def test_relabelling_holds_the_suspected_labels(odd):
         "clean_prob",
     ]
     suspect = (found["clean_prob"] <= 0.5) & ~unlearnt(found)
-    assert 10 < suspect.sum() < 180 and unlearnt(found).any()
+    assert suspect.any() and not suspect.all() and unlearnt(found).any()
     assert {int(row["index"]) for row in rows} == set(found["index"][suspect])
     probabilities = [float(row["clean_prob"]) for row in rows]
     assert probabilities == sorted(probabilities)

@@ -157,7 +157,7 @@ def train(
             if saved is None:
                 _remove_run(first)
             dataclasses.replace(result.config, device=config.device).write(first / CONFIG)
-            record.write_record(first, config, result.data, str(device), RESOLVED)
+            record.write_record(first, config, result.data, result.config.device, RESOLVED)
         try:
             shown = progress and fabric.is_global_zero
             with _progress(result) if shown else nullcontext() as bar:
@@ -185,11 +185,6 @@ def seed_everything(seed: int) -> None:
 def build(config: TrainConfig) -> Result:
     """The data set and the recipe of a run, before its first step."""
     ranks = distributed.size()
-
-    def warn(what: str) -> None:
-        if distributed.rank() == 0:
-            warnings.warn(what, stacklevel=3)
-
     if config.batch_size < 2 * ranks * config.accumulate:
         raise ConfigError(
             f"batch_size must be at least two for each of {ranks} processes and "
@@ -206,10 +201,10 @@ def build(config: TrainConfig) -> Result:
         raise ConfigError(f"{data.name}: {len(data)} samples are too few for {ranks} processes")
     if data.noise_rate in (0.0, 1.0):
         what = "right: there is no noise to find" if data.noise_rate == 0 else "wrong"
-        warn(f"{data.name}: all labels are {what} (noise {config.noise})")
+        _warn(f"{data.name}: all labels are {what} (noise {config.noise})")
     if RECIPES[config.recipe].uses_quality and config.warmup >= config.epochs:
         what = f"never leaves its warm-up (warmup {config.warmup}, epochs {config.epochs})"
-        warn(f"{config.recipe} {what}")
+        _warn(f"{config.recipe} {what}")
     # Shuffled for good, so that a shard has all classes; on one process too, since the mixture's
     # fit depends on the order, and is to be the same on any number of ranks.
     order = torch.randperm(len(data), generator=generator(config.seed, "shards"))
@@ -231,8 +226,14 @@ def read_data(config: TrainConfig) -> Dataset:
         data = data.select(torch.arange(min(config.limit, len(data))))
         if lost := classes - len(data.labels.unique()):
             what = f"the first {config.limit} samples lack {lost} of {classes} classes (limit)"
-            warn(f"{data.name}: {what}")
+            _warn(f"{data.name}: {what}")
     return data
+
+
+def _warn(what: str) -> None:
+    """Once, not on every rank."""
+    if distributed.rank() == 0:
+        warnings.warn(what, stacklevel=3)
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> Result:

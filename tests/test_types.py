@@ -82,7 +82,8 @@ print(erased.shape, soft.shape)
 
 model = SANM(nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "0")
 losses = model.losses(Batch(images, labels, clean_prob))
-print(losses.total, losses.masked.images_max.shape, model.losses((images, labels)).logits)
+print(losses.total, losses.masked and losses.masked.images_max.shape)
+print(model.losses((images, labels)).logits)
 print(Decoder((4, 3, 3), images.shape[1:])(features).shape, TrainConfig(epochs=3).recipe)
 """
 

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     images (B, C, H, W); targets: class indices (B,) or soft (B, K); clean_prob (B,) in [0, 1],
     None for 1 everywhere; sample_index (B,) int64, positions in the training set; row (B,) int64,
-    positions in the part of it that this process has.
+    positions in the part of it that this process has. masked False hides nothing, as in a warm-up.
     """
 
     images: Tensor
@@ -39,13 +39,15 @@ class Batch(NamedTuple):
     clean_prob: Tensor | None = None
     sample_index: Tensor | None = None
     row: Tensor | None = None
+    masked: bool = True
 
 
 class SANMLosses(NamedTuple):
     """`total` = `classification` + mask_config.reconstruction_weight · `reconstruction`, 0-d.
 
     logits (B, K) are those of the unmasked images, sample_loss (B,) their cross-entropies, without
-    gradient, which the label quality is fitted to; masked is what `SANM.mask` returned.
+    gradient, which the label quality is fitted to; masked is what `SANM.mask` returned, None where
+    nothing is hidden.
     """
 
     total: Tensor
@@ -53,7 +55,7 @@ class SANMLosses(NamedTuple):
     reconstruction: Tensor
     logits: Tensor
     sample_loss: Tensor
-    masked: sk.MaskedForward[Tensor]
+    masked: sk.MaskedForward[Tensor] | None
 
 
 class SANM(nn.Module):
@@ -241,7 +243,9 @@ class SANM(nn.Module):
         """Classification loss over the images and their masked views, and the reconstruction loss.
 
         Masked views carry the modulated targets. Two runs of the model: the images, then the
-        views together. `batch` is a `Batch` or a tuple in its order.
+        views together. `batch` is a `Batch` or a tuple in its order. Where nothing is hidden, the
+        losses are those of the images and of their own reconstruction: every parameter has a
+        gradient, which DistributedDataParallel wants.
 
         Args:
             criterion: called once for each view, the images first, for its loss (B,) per sample or
@@ -249,24 +253,31 @@ class SANM(nn.Module):
                 A criterion that withstands wrong labels has to train the masked views as well:
                 their targets are as wrong as the images'.
         """
-        images, targets, clean_prob, sample_index, row = Batch(*batch)
+        images, targets, clean_prob, sample_index, row, hide = Batch(*batch)
         if not torch.compiler.is_compiling():
             self._check_wrapped()
         logits, features = self.forward_features(images)
-        masked = self.mask(
-            images,
-            targets,
-            clean_prob,
-            features=features.detach(),
-            num_classes=logits.shape[1],
-            generator=generator,
-            sample_index=sample_index,
-        )
-        reconstruction, view_logits = self.reconstruction_loss(masked, images)
+        masked = None
+        if hide:
+            masked = self.mask(
+                images,
+                targets,
+                clean_prob,
+                features=features.detach(),
+                num_classes=logits.shape[1],
+                generator=generator,
+                sample_index=sample_index,
+            )
+            reconstruction, view_logits = self.reconstruction_loss(masked, images)
+        else:
+            _check_targets(targets)
+            view_logits = logits[:0]
+            rebuilt = self.reconstruct(features, images.shape[1:])
+            reconstruction = sk.reconstruction_loss(rebuilt, images)
         if targets.ndim == 1:
             targets = F.one_hot(targets.long(), logits.shape[1]).to(logits.dtype)
         if criterion is None:
-            ratios = self.view_ratios(masked)
+            ratios = [] if masked is None else self.view_ratios(masked)
             found = sk.masked_loss(
                 torch.cat([logits, view_logits]),
                 targets.expand(1 + len(ratios), *targets.shape),
@@ -277,10 +288,10 @@ class SANM(nn.Module):
             sample_loss = found.per_sample[: len(logits)].detach()
         else:
             rows = torch.arange(len(images), device=images.device) if row is None else row
-            views = {"image": targets, "max": masked.targets_max, "min": masked.targets_min}
-            views = {
-                view: t if self.modulate else targets for view, t in views.items() if t is not None
-            }
+            views = {"image": targets}
+            if masked is not None:
+                hidden = {"max": masked.targets_max, "min": masked.targets_min}.items()
+                views |= {v: t if self.modulate else targets for v, t in hidden if t is not None}
             parts = torch.cat([logits, view_logits]).chunk(len(views))
             losses = [
                 criterion(z, t, rows, view).mean()

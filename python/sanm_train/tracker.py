@@ -54,7 +54,8 @@ class LabelQualityTracker:
 
     Args:
         num_samples: of the training set, on all processes together.
-        warmup: epochs after which the first mixture is fitted; before, every label counts as right.
+        warmup: epochs of plain cross-entropy first, in which every label counts as right and
+            `losses` hides nothing; then the first mixture is fitted.
         average_losses: average the losses over five epochs, for noise of about 90 %.
         seed: of the mixture's start.
 
@@ -87,11 +88,19 @@ class LabelQualityTracker:
         return self.clean_prob[index]
 
     def losses(
-        self, model: Callable[[Batch], SANMLosses], images: Tensor, targets: Tensor, index: Tensor
+        self,
+        model: Callable[[Batch], SANMLosses],
+        images: Tensor,
+        targets: Tensor,
+        index: Tensor | None,
     ) -> SANMLosses:
         """The losses of `model`, a SANM or what wraps one, with the label quality of the samples at
-        `index` (B,), which are then updated."""
-        losses = model(Batch(images, targets, self[index], index))
+        `index` (B,), which are then updated. None is for samples that are not trained on: nothing
+        is hidden or noted."""
+        if index is None:
+            return model(Batch(images, targets, masked=False))
+        hide = self.epochs >= self.warmup
+        losses = model(Batch(images, targets, self[index], index, masked=hide))
         self.update(index, losses.sample_loss)
         return losses
 

@@ -63,7 +63,7 @@ def test_losses_equal_their_definition():
     torch.manual_seed(0)
     config = sk.MaskConfig.paper().replace(ratio_low=0.1, ratio_high=0.2)
     sanm = SANM(SmallCNN(), image_shape=(1, 8, 8), config=config).eval()
-    images, labels, quality, index, _ = batch()
+    images, labels, quality, index = batch()[:4]
     losses = sanm.losses((images, labels, quality, index), generator=5)  # a plain tuple will do
     masked = losses.masked
     views = torch.cat([masked.images_max, masked.images_min])
@@ -83,6 +83,27 @@ def test_losses_equal_their_definition():
         images, labels, quality, num_classes=10, generator=5, sample_index=index
     )  # fmt: skip
     assert torch.equal(masked.box_max, again.box_max)
+
+
+def test_losses_where_nothing_is_hidden():
+    """Of the images alone; and every parameter has a gradient, also the decoder's."""
+    torch.manual_seed(0)
+    sanm = SANM(SmallCNN(), image_shape=(1, 8, 8)).eval()
+    data = batch()._replace(masked=False)
+    losses = sanm(data)
+    logits, features = sanm.forward_features(data.images)
+    cross_entropy = F.cross_entropy(logits, data.targets)
+    torch.testing.assert_close(losses.classification, cross_entropy)
+    rebuilt = F.mse_loss(sanm.decoder(features), data.images)
+    torch.testing.assert_close(losses.total, cross_entropy + 0.02 * rebuilt)
+    torch.testing.assert_close(losses.sample_loss, sk.sample_loss(logits, data.targets).detach())
+    assert losses.masked is None and torch.equal(losses.logits, logits)
+    soft = sanm(data._replace(targets=F.one_hot(data.targets, 10).float()))
+    torch.testing.assert_close(soft.total, losses.total)
+    with pytest.raises(ValueError, match="look like multi-hot targets"):
+        sanm(data._replace(targets=torch.ones(6, 10)))
+    losses.total.backward()
+    assert all(p.grad is not None for p in sanm.parameters())
 
 
 @pytest.mark.parametrize("views", [("max",), ("min",), ("max", "min")])

@@ -32,10 +32,12 @@ def batch(step, size=12):
     return Batch(torch.randn(size, 3, 16, 16, generator=generator),
                  torch.randint(10, (size,), generator=generator),
                  torch.rand(size, generator=generator),
-                 torch.randperm(1000, generator=generator)[:size])
+                 torch.randperm(1000, generator=generator)[:size],
+                 masked=step != 1)  # an epoch may begin or end a warm-up
 
 def part(batch, rank, ranks):
-    return Batch(*(x if x is None else x.chunk(ranks)[rank] for x in batch))
+    parts = (x.chunk(ranks)[rank] for x in batch[:4])
+    return Batch(*parts, masked=batch.masked)
 
 def train(model, optimizer, batches, backward=lambda loss: loss.backward()):
     for step, batch in enumerate(batches):

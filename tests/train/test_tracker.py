@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from inputs import extended
 from ranks import run_ranks
+from torch.utils.data import DataLoader, TensorDataset
 
 import sanm_kernels as sk
 from sanm_train import SANM, Batch, Indexed, LabelQualityTracker
@@ -43,7 +44,7 @@ def test_it_is_the_mixture_over_the_epoch_s_losses():
 def test_losses_are_the_model_s_and_noted():
     torch.manual_seed(0)
     sanm = SANM(SmallCNN(), image_shape=(1, 8, 8)).eval()
-    quality, index = LabelQualityTracker(N, warmup=1), torch.tensor([7, 3, 9])
+    quality, index = LabelQualityTracker(N, warmup=0), torch.tensor([7, 3, 9])
     quality.clean_prob = torch.rand(N)
     images, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
     losses = quality.losses(lambda batch: sanm(batch, generator=1), images, labels, index)
@@ -53,12 +54,44 @@ def test_losses_are_the_model_s_and_noted():
         quality.noted[index], F.cross_entropy(losses.logits, labels, reduction="none")
     )
     assert int((quality.noted > -torch.inf).sum()) == 3
+    aside = quality.losses(sanm, images, labels, None)  # samples that are not trained on
+    assert aside.masked is None and torch.equal(aside.logits, losses.logits)
+    assert int((quality.noted > -torch.inf).sum()) == 3
+
+
+def test_nothing_is_hidden_in_the_warm_up():
+    torch.manual_seed(0)
+    sanm = SANM(SmallCNN(), image_shape=(1, 8, 8))
+    quality, index = LabelQualityTracker(N, warmup=2), torch.tensor([7, 3, 9])
+    images, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
+    for epoch in range(4):
+        quality.refit()
+        losses = quality.losses(sanm, images, labels, index)
+        assert (losses.masked is None) == (epoch < 2)
+        quality.update(torch.arange(N), two_groups())
 
 
 def test_positions_come_with_the_samples():
     pairs = Indexed([("a", 0), ("b", 1)])
     assert len(pairs) == 2 and pairs[1] == ("b", 1, 1)
     assert Indexed([{"labels": 4}])[0] == {"labels": 4, "index": 0}
+
+
+@extended
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_positions_come_from_workers(start):
+    """Those of the whole set, whichever worker reads a sample and in whichever order."""
+    images, labels = torch.rand(37, 1, 2, 2), torch.randint(5, (37,))
+    loader = DataLoader(
+        Indexed(TensorDataset(images, labels)), 4, shuffle=True, num_workers=2,
+        multiprocessing_context=start, persistent_workers=True,
+    )  # fmt: skip
+    for _ in range(2):
+        seen = []
+        for x, y, index in loader:
+            assert torch.equal(x, images[index]) and torch.equal(y, labels[index])
+            seen += index.tolist()
+        assert sorted(seen) == list(range(37)) and seen != sorted(seen)
 
 
 def test_warmup_and_samples_that_are_left_out():

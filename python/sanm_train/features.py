@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .layouts import LAYOUTS, layout_of, shape_text
 
@@ -59,17 +60,22 @@ def default_logits(out: Any) -> Any:
 class Tap:
     """A forward hook that keeps a copy of its layer's output while it is on: a copy, since what
     follows may change the output in place. A compiled model has it in its graph, twice, on and
-    off; so it stays on the layer, where copying and pickling find it empty."""
+    off; so it stays on the layer, where copying and pickling find it empty. It computes
+    nothing: gradient checkpointing would miss that when it runs the layer again, the hook off.
 
-    def __init__(self, to_map: Callable[[Any], Tensor] | None) -> None:
-        self.to_map = to_map
-        self.on = False
+    Args:
+        whole: keep the whole output, for `to_map`, not the tensor in it alone.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.whole, self.on = whole, False
         self.found: Any = None
 
     def __call__(self, module: nn.Module, inputs: Any, out: Any) -> None:
         if self.on:
-            found = first_map(out) if self.to_map is None else self.to_map(out)
-            self.found = found.clone() if isinstance(found, Tensor) else what_came(out)
+            found = out if self.whole else first_map(out)
+            known = self.whole or isinstance(found, Tensor)
+            self.found = tree_map_only(Tensor, torch.clone, found) if known else what_came(out)
 
 
 class Reader:
@@ -100,7 +106,7 @@ class Reader:
         self.layer, self.layout = layer_name(model, layer), layout
         self.grid = None if grid is None else (grid[0], grid[1])
         self.to_logits = default_logits if logits is None else logits
-        self.tap = Tap(to_map)
+        self.to_map, self.tap = to_map, Tap(whole=to_map is not None)
         own = [logits] if isinstance(logits, nn.Module) else []
         self.heads = frozenset(head for part in (model, *own) for head in _heads(part))
         self.patch = _patch(model)
@@ -157,10 +163,13 @@ class Reader:
 
     def _read(self, model: nn.Module, images: Tensor, found: Any, classes: int) -> Tensor:
         image = (images.shape[2], images.shape[3])
-        name = f"feature_layer {self.layer!r}"
+        gave = f"feature_layer {self.layer!r} gave"
+        if self.to_map is not None:
+            found, gave = self.to_map(found), f"to_map made of feature_layer {self.layer!r}"
         if not isinstance(found, Tensor):
-            raise ValueError(f"{name} gave {found}, no tensor; give to_map=, which makes it one")
-        given = self.tap.to_map is not None and self.layout == "auto"
+            what = found if self.to_map is None else what_came(found)
+            raise ValueError(f"{gave} {what}, no tensor; give a to_map= that makes it one")
+        given = self.to_map is not None and self.layout == "auto"
         try:
             layout = layout_of(
                 found.shape,
@@ -171,9 +180,8 @@ class Reader:
                 self.patch,
             )
         except ValueError as error:
-            made = f"{name} gave" if self.tap.to_map is None else f"to_map made of {name}"
             raise ValueError(
-                f"{made} {shape_text(found.shape)}, {error}{self.advice(model, images)}"
+                f"{gave} {shape_text(found.shape)}, {error}{self.advice(model, images)}"
             ) from None
         return layout.read(found)
 

@@ -305,6 +305,24 @@ def test_errors_list_five_layers_with_their_shapes():
         assert names == ["steps", "steps.5", "steps.4", "steps.3", "steps.2"]
 
 
+class Empty(nn.Module):
+    def forward(self, x: Tensor) -> dict:
+        return {"map": None}
+
+
+@pytest.mark.parametrize(
+    ("to_map", "message"),
+    [
+        (None, "feature_layer 'last' gave dict of 'map', no tensor; give a to_map="),
+        (lambda out: [out["map"]], "to_map made of feature_layer 'last' list of NoneType, no ten"),
+        (lambda out: torch.ones(1, 8), r"to_map made of feature_layer 'last' \(B, 8\), which is"),
+    ],
+)
+def test_what_is_no_map_is_named(to_map, message):
+    with pytest.raises(ValueError, match=message):
+        SANM(Net(Empty()), "last", image_shape=(3, 16, 16), to_map=to_map)
+
+
 def test_no_map_at_all():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
     with pytest.raises(ValueError, match="no layer gives a feature map of more than one cell"):
@@ -335,12 +353,13 @@ def test_wrong_arguments(options, message):
         SANM(Net(), **{"feature_layer": "last", **options})
 
 
-def test_captured_before_it_is_changed_in_place():
+@pytest.mark.parametrize("to_map", [None, lambda x: x], ids=["", "to_map"])
+def test_captured_before_it_is_changed_in_place(to_map):
     net = nn.Sequential(
         nn.Conv2d(3, 12, 3, 2, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(12, 5),
     )  # fmt: skip
-    sanm = SANM(net, "0", image_shape=(3, 16, 16))
+    sanm = SANM(net, "0", image_shape=(3, 16, 16), to_map=to_map)
     features = sanm.forward_features(batch().images)[1]
     assert torch.equal(features, net[0](batch().images)) and bool((features < 0).any())
     sanm(batch(), generator=0).total.backward()

@@ -224,7 +224,8 @@ def test_wrapping_the_wrong_way_round_is_refused():
         SANM(SmallCNN())._replicate_for_data_parallel()  # DataParallel does, on several devices
 
 
-def test_losses_under_checkpointing():
+@pytest.mark.parametrize("to_map", [None, torch.exp], ids=["", "to_map"])  # exp saves its result
+def test_losses_under_checkpointing(to_map):
     """Without reentry all is as without; with it the map has no gradient, which is said."""
 
     class Checkpointed(SmallCNN):
@@ -234,8 +235,8 @@ def test_losses_under_checkpointing():
             features = checkpoint(self.features, x, use_reentrant=self.reentrant)
             return self.linear(features.mean((2, 3)))
 
-    plain = SANM(SmallCNN(), image_shape=(1, 8, 8))
-    sanm = SANM(Checkpointed(), image_shape=(1, 8, 8))
+    plain = SANM(SmallCNN(), image_shape=(1, 8, 8), to_map=to_map)
+    sanm = SANM(Checkpointed(), image_shape=(1, 8, 8), to_map=to_map)
     sanm.load_state_dict(plain.state_dict())
     for one in (plain, sanm):
         one(batch(), generator=0).total.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import warnings
 from collections import namedtuple
@@ -101,7 +102,8 @@ class Net(nn.Module):
     def __init__(self, form: nn.Module | None = None, wrap=lambda z: z) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1))
-        self.last, self.wrap = form or nn.Identity(), wrap
+        self.last = nn.Identity() if form is None else form
+        self.wrap = wrap
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x):
@@ -380,6 +382,9 @@ COMPILED = {
     ),
     "in place after": lambda: compiled_in_place(SANM(Net(), "last", image_shape=(3, 16, 16))),
     "first batch": lambda: torch.compile(SANM(Net()), backend="eager"),
+    "the layer": lambda: SANM(
+        Net(torch.compile(nn.Identity(), backend="eager")), "last", image_shape=(3, 16, 16)
+    ),
 }
 
 
@@ -406,6 +411,10 @@ def test_compiled_models_are_read(how, order):
     assert torch.equal(losses.masked.stats.peak, wanted.peak)
     sanm(data.images)
     assert inner.reader.tap.found is None and not inner.reader.tap.on
+    del losses
+    gc.collect()
+    kept = [x for x in gc.get_objects() if type(x) is Tensor and x.shape == (4, 8, 4, 4)]
+    assert not kept  # no feature map, by whatever Dynamo has stored
     torch.testing.assert_close(inner.forward_features(data.images)[1], net.body(data.images))
 
 

@@ -223,7 +223,15 @@ class Reader:
         if self.layer is None:
             self.propose(model, images)
         with quiet(model):
-            return self(model, images)[1].shape[1:]
+            features = self(model, images)[1]
+        if features.mean(1).abs().amax() < 1e-5 * features.abs().amax():
+            warnings.warn(
+                f"feature_layer {self.layer!r} gave a map whose mean over the channels is 0 in "
+                "every cell, as a LayerNorm does that has not been trained: its peak is rounding; "
+                "name the layer before it",
+                stacklevel=4,
+            )
+        return features.shape[1:]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def propose(self, model: nn.Module, images: Tensor) -> None:

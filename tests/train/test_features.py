@@ -355,6 +355,24 @@ def test_wrong_arguments(options, message):
         SANM(Net(), **{"feature_layer": "last", **options})
 
 
+def test_maps_of_mean_zero_are_told(recwarn):
+    """As of a transformer's last LayerNorm, which its classifier reads."""
+    norm = nn.LayerNorm(8)
+    net = Net(nn.Sequential(ChannelsLast(), norm))
+    with torch.no_grad():
+        norm.weight.normal_()
+    SANM(net, "last", image_shape=(3, 16, 16))
+    SANM(net, "body", image_shape=(3, 16, 16))
+    nn.init.zeros_(net.body[1].weight)  # a map of zeros says nothing: images differ
+    nn.init.zeros_(net.body[1].bias)
+    SANM(net, "body", image_shape=(3, 16, 16))
+    assert not recwarn.list
+    net.body[1].reset_parameters()
+    norm.reset_parameters()
+    with pytest.warns(UserWarning, match=r"'last' gave a map whose mean .* name the layer before"):
+        SANM(net, "last", image_shape=(3, 16, 16))
+
+
 @pytest.mark.parametrize("to_map", [None, lambda x: x], ids=["", "to_map"])
 def test_captured_before_it_is_changed_in_place(to_map):
     net = nn.Sequential(

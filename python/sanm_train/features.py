@@ -239,9 +239,10 @@ class Reader:
         maps = self.survey(model, images)
         if not maps:
             shapes = [f"{n!r} {shape_text(s)}" for n, s in _outputs(self, model, images)[0]]
+            last = ", ".join(shapes[: -PROPOSED - 1 : -1]) or "of neither three nor four dimensions"
             raise ValueError(
                 "feature_layer: no layer gives a feature map of more than one cell in the aspect "
-                f"of the image; the last outputs are {', '.join(shapes[: -PROPOSED - 1 : -1])}"
+                f"of the image; the last outputs are {last}"
             )
         self.layer, shape = maps[-1]
         warnings.warn(

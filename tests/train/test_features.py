@@ -327,7 +327,7 @@ def test_what_is_no_map_is_named(to_map, message):
 
 def test_no_map_at_all():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
-    with pytest.raises(ValueError, match="no layer gives .* are of neither three nor four dimen"):
+    with pytest.raises(ValueError, match=r"no layer gives .* are of neither three nor four dimen"):
         SANM(net, image_shape=(3, 16, 16))
     with pytest.raises(
         ValueError, match=r"one cell.* the last outputs are '1' \(B, 8, 1, 1\), '0'"

@@ -101,7 +101,7 @@ ZOO = {
         "torchvision", torchvision("efficientnet_b0"), "features", as_it_is, "features"
     ),
     "torchvision vgg11": Entry(
-        "torchvision", torchvision("vgg11"), "features", as_it_is, "avgpool"
+        "torchvision", torchvision("vgg11"), "avgpool", as_it_is, "avgpool"
     ),
     "torchvision vit": Entry(
         "torchvision",
@@ -115,7 +115,7 @@ ZOO = {
     "timm convnext_atto": Entry("timm", timm("convnext_atto"), "stages", as_it_is, "norm_pre"),
     "timm swin_tiny": Entry(
         "timm", timm("swin_tiny_patch4_window7_224", img_size=SIDE, window_size=2), "norm",
-        channels_last, "head.drop",
+        channels_last, "norm",
     ),
     "timm efficientnet_b0": Entry(
         "timm", timm("efficientnet_b0"), "bn2", as_it_is, "bn2"

@@ -9,14 +9,11 @@ from typing import Any
 import torch
 
 from . import distributed
+from .errors import CheckpointError
 from .files import first_line, replacing
 
 NAME = "checkpoint.pt"
 FORMAT = 3
-
-
-class CheckpointError(OSError):
-    """A checkpoint that cannot be written, read or used here."""
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:

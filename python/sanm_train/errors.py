@@ -15,6 +15,10 @@ class DataError(ConfigError):
     """A file or folder of a data set that cannot be used; the message names it."""
 
 
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written, read or used here."""
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """ "; did you mean …?" with the name of `known` that is most like `name`, if one is."""
     near = difflib.get_close_matches(reprlib.repr(name).strip("'\""), list(known), 1, 0.4)

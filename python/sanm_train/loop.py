@@ -176,7 +176,7 @@ class Loop:
     def _batch(self, k: int, rows: Tensor, images: Tensor) -> Batch:
         recipe, data = self.recipe, self.recipe.data
         there = rows.to(data.labels.device, non_blocking=True)
-        if self.config.channels_last:
+        if recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         quality = recipe.clean_prob(k)[there]
         return Batch(images, data.labels[there], quality, data.index[there], there)

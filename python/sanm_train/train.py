@@ -20,7 +20,7 @@ from . import checkpoint, distributed, record
 from .config import TrainConfig
 from .data import Dataset, generator
 from .datasets import DATASETS
-from .errors import ConfigError, DataError
+from .errors import CheckpointError, ConfigError, DataError
 from .extra import extra
 from .files import locked, prepare_folder, remove_partial, write_csv
 from .images import unreadable
@@ -246,7 +246,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Result:
     folder = Path(folder)
     saved = checkpoint.load(folder)
     if saved is None:
-        raise checkpoint.CheckpointError(f"run must be a folder with a checkpoint, got {folder}")
+        raise CheckpointError(f"run must be a folder with a checkpoint, got {folder}")
     here = {"device": device, "pretrained": "", "sync_batchnorm": False}
     config = TrainConfig.read(**{**saved["config"], **here})
     result = build(config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import TrainConfig
-from .errors import DataError
+from .errors import CheckpointError, DataError
 from .files import inert, prepare_folder, replacing
 from .images import ImageFiles
 from .models import MODELS
@@ -83,7 +83,7 @@ def load_network(run: str | Path, device: str = "cpu") -> Trained:
     """
     saved = checkpoint.load(Path(run))
     if saved is None:
-        raise checkpoint.CheckpointError(f"run must be a folder with a checkpoint, got {run}")
+        raise CheckpointError(f"run must be a folder with a checkpoint, got {run}")
     device = TrainConfig(device=device).device
     facts = read_record(run)["network"]
     import_modules(facts["imports"])

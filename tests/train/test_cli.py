@@ -92,7 +92,7 @@ def test_help_has_the_settings_of_what_is_chosen(capsys, tmp_path):
     page = help_of(["train", "--recipe", "elr", "--dataset", "folder"], capsys)
     assert "early-learning regularisation: --elr-weight FLOAT λ of the penalty" in page
     assert "--alpha" not in page
-    assert "--noise {none,symmetric,asymmetric,file} label noise (default: none)" in page
+    assert "--noise {none,symmetric,asymmetric,instance,file} label noise (default: none)" in page
     assert "masking, where not set below (default: paper)" in page
     assert "passes over the training set (default: 80)" in page
     assert "network (default: torchvision:resnet50)" in page

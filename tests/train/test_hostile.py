@@ -16,7 +16,7 @@ from real_formats import tag
 
 from sanm_train import TrainConfig, checkpoint, readers, train
 from sanm_train.cli import main
-from sanm_train.errors import ConfigError, DataError
+from sanm_train.errors import CheckpointError, ConfigError, DataError
 from sanm_train.files import locked, replacing, reserve
 from sanm_train.images import read_image
 from sanm_train.train import CONFIG, METRICS, load_run
@@ -280,9 +280,9 @@ def test_a_checkpoint_with_a_wrong_bit_is_refused(tiny, tmp_path, offset):
     content = bytearray(path.read_bytes())
     content[int(offset * len(content))] ^= 4
     path.write_bytes(content)
-    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         train(config, tmp_path, resume=True)
-    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_run(tmp_path)
 
 
@@ -325,7 +325,7 @@ def test_a_run_belongs_to_its_data(tmp_path, change):
         lambda: load_run(out),
         lambda: train(images_config(tmp_path), out, resume=True),
     ):
-        with pytest.raises(checkpoint.CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=message):
             read()
     manifest.unlink()
     folder_of(tmp_path)

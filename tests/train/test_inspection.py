@@ -21,8 +21,9 @@ from pyarrow import parquet
 
 import sanm_train.reports.figure
 from sanm_train import RECIPES, TrainConfig, train
-from sanm_train.checkpoint import NAME, CheckpointError
+from sanm_train.checkpoint import NAME
 from sanm_train.datasets import DATASETS, DigitsConfig, load_digits
+from sanm_train.errors import CheckpointError
 from sanm_train.images import TensorImages
 from sanm_train.reports.inspection import evaluate, inspect
 from sanm_train.reports.split import quality_by_class

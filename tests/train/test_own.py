@@ -13,7 +13,7 @@ from sanm_train.cli import main
 from sanm_train.registry import REGISTRIES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/training.md"
-NAMES = ("smooth", "stripes", "plain")
+NAMES = ("smooth", "sanm-gce", "stripes", "plain")
 
 
 def forget() -> None:
@@ -29,7 +29,7 @@ def mine(tmp_path, monkeypatch):
     """The module that the documentation shows, in the present folder."""
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     parts = [block for block in blocks if "register" in block]
-    assert len(parts) == 3
+    assert len(parts) == 4
     (tmp_path / "mine.py").write_text("\n\n".join(parts))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])

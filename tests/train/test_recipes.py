@@ -298,6 +298,16 @@ def test_pretrained_weights_that_do_not_fit(build, tmp_path):
         build("dividemix", pretrained=str(path))
 
 
+def test_narrow_networks_do_not_spoil_memory(build):
+    """In channels_last, on two threads, torch wrote past its memory and the process died."""
+    settings = {"model": "resnet20", "threads": 2}
+    assert build("ce", **settings).channels_last
+    narrow = build("ce", width=4, **settings)
+    assert not narrow.channels_last
+    run = TrainConfig(recipe="ce", epochs=2, limit=400, width=4, **settings)
+    assert train(run).history[-1]["train_loss"] > 0
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("called",))

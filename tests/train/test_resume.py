@@ -16,7 +16,7 @@ from inputs import more
 
 from sanm_train import RECIPES, TrainConfig, checkpoint, train
 from sanm_train.cli import main
-from sanm_train.errors import ConfigError
+from sanm_train.errors import CheckpointError, ConfigError
 from sanm_train.train import CONFIG, METRICS, load_run
 
 FIRST = "sanm-dividemix"
@@ -137,7 +137,7 @@ def test_a_broken_checkpoint_is_named(tiny, tmp_path, content):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     for read in (lambda: train(config, tmp_path, resume=True), lambda: load_run(tmp_path)):
-        with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint.pt cannot be read"):
+        with pytest.raises(CheckpointError, match=r"checkpoint.pt cannot be read"):
             read()
 
 
@@ -147,7 +147,7 @@ def test_checkpoints_run_no_code(tmp_path):
             return print, ("code of the file was run",)
 
     torch.save({"format": 1, "evil": Evil()}, tmp_path / checkpoint.NAME)
-    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.load(tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_a_run_read_back(tiny, tmp_path):
     images = result.data.test_images
     assert torch.equal(again.recipe.predict(images), result.recipe.predict(images))
     assert torch.equal(again.data.labels, result.data.labels)
-    with pytest.raises(checkpoint.CheckpointError, match="must be a folder with a checkpoint"):
+    with pytest.raises(CheckpointError, match="must be a folder with a checkpoint"):
         load_run(tmp_path / "nowhere")
 
 

@@ -16,10 +16,9 @@ from PIL import Image
 import sanm_kernels
 import sanm_train
 from sanm_train import TrainConfig, load_network, load_run, predict, train
-from sanm_train.checkpoint import CheckpointError
 from sanm_train.cli import main
 from sanm_train.datasets import DATASETS
-from sanm_train.errors import DataError
+from sanm_train.errors import CheckpointError, DataError
 from sanm_train.images import TensorImages
 from sanm_train.models import MODELS
 from sanm_train.trained import export

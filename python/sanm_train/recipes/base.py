@@ -70,7 +70,8 @@ class Recipe:
                 return {"loss": F.cross_entropy(logits, batch.targets, label_smoothing=0.1)}
 
     Attributes: config; data, this rank's shard; augment; generator (draws of the masking) and
-    order (draws of `plan`); networks and their optimizers; quality (networks, N), each network's
+    order (draws of `plan`); networks, their optimizers, and whether
+    they take images in channels_last; quality (networks, N), each network's
     clean probability of every sample in data, 1 until `fit_quality` is called; losses (networks,
     N) and mixtures (networks, 3, 2), means, variances and weights, that it comes from.
     """
@@ -78,8 +79,8 @@ class Recipe:
     num_networks = 1
     masking = False  # builds the decoders
     uses_quality = False  # fits the label quality after the warm-up
-    #: What the images and their masked views are trained with; None: cross-entropy. A method of a
-    #: subclass, (self, logits, targets, rows, view) -> (B,).
+    #: A method (self, logits, targets, rows, view) -> (B,), which the images and their masked views
+    #: are trained with. None is cross-entropy.
     criterion: Criterion | None = None
     #: Attributes that hold tensors with an entry per sample, to be saved in checkpoints.
     persistent: tuple[str, ...] = ("quality", "losses", "history")
@@ -88,6 +89,10 @@ class Recipe:
         self.config, self.data = config, data
         self.augment = Augment(config.augmentation, data.mean, data.std, data.image_size)
         self.networks = [self._build_network() for _ in range(self.num_networks)]
+        self.channels_last = config.channels_last and not _spoils_memory(self.networks[0])
+        if self.channels_last:
+            for network in self.networks:
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.pretrained:
             load_pretrained(config.pretrained, [network.model for network in self.networks])
         self.optimizers = [
@@ -237,6 +242,14 @@ class Recipe:
             random_box=config.box == "random",
             modulate=config.modulate,
         )
-        if config.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
+
+
+def _spoils_memory(network: torch.nn.Module) -> bool:
+    """Whether torch's convolutions on the CPU (2.13, oneDNN) would write past their memory: in
+    channels_last, on several threads, back through strided 1×1 ones of fewer than 16 channels."""
+    return any(
+        m.in_channels < 16 and m.kernel_size == (1, 1) and m.stride != (1, 1)
+        for m in network.modules()
+        if isinstance(m, torch.nn.Conv2d) and m.weight.device.type == "cpu"
+    )

@@ -102,7 +102,8 @@ def test_one_pass_loss(backend, kind):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_statistics_of_a_large_map(backend):
-    features = torch.rand(1, 1, 1500, 1500, generator=torch.Generator().manual_seed(0))
+    side = 250 if backend == "triton" else 1500  # interpreted
+    features = torch.rand(1, 1, side, side, generator=torch.Generator().manual_seed(0))
     actual = sk.activation_stats(features, (8, 8), backend=backend)
     exact = sk.activation_stats(features.double(), (8, 8), backend="reference")
     for name in ("mean", "std", "entropy"):

@@ -80,30 +80,35 @@ def energy(
 
 @triton.jit
 def statistics(e, n, CELLS: tl.constexpr, ACC: tl.constexpr):
-    """Maximum, minimum, mean, standard deviation, entropy of e (n,); whether all are finite."""
+    """Maximum, minimum, mean, standard deviation, entropy of e (n,); whether all are finite.
+
+    What tiles add up to is added up in float64: a large map has thousands of them.
+    """
     high = -float("inf")
     low = float("inf")
-    total = tl.zeros((), ACC)
+    total = tl.zeros((), tl.float64)
     strange = 0
     for first in range(0, n, CELLS):
         p = first + tl.arange(0, CELLS)
         v = tl.load(e + p, mask=p < n, other=0.0)
         high = tl.maximum(high, tl.max(tl.where(p < n, v, -float("inf")), 0))
         low = tl.minimum(low, tl.min(tl.where(p < n, v, float("inf")), 0))
-        total += tl.sum(v, 0)
+        total += tl.sum(v, 0).to(tl.float64)
         # float32 is what positions are found in
         strange += tl.sum(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 0)
+    total = total.to(ACC)
     mean = numeric.divide(total, n.to(ACC))
-    square = tl.zeros((), ACC)
-    entropy = tl.zeros((), ACC)
+    square = tl.zeros((), tl.float64)
+    entropy = tl.zeros((), tl.float64)
     for first in range(0, n, CELLS):
         p = first + tl.arange(0, CELLS)
         v = tl.load(e + p, mask=p < n, other=0.0)
-        square += tl.sum(tl.where(p < n, (v - mean) * (v - mean), 0.0), 0)
+        square += tl.sum(tl.where(p < n, (v - mean) * (v - mean), 0.0), 0).to(tl.float64)
         share = v / total
-        entropy -= tl.sum(tl.where(v == 0, 0.0, share * numeric.log(share).to(ACC)), 0)
-    std = numeric.root(numeric.divide(square, n.to(ACC)))
-    entropy = entropy / numeric.log(tl.maximum(n, 2).to(ACC)).to(ACC)
+        term = tl.where(v == 0, 0.0, share * numeric.log(share).to(ACC))
+        entropy -= tl.sum(term, 0).to(tl.float64)
+    std = numeric.root(numeric.divide(square.to(ACC), n.to(ACC)))
+    entropy = entropy.to(ACC) / numeric.log(tl.maximum(n, 2).to(ACC)).to(ACC)
     entropy = tl.where((n == 1) | (total == 0), 1.0, entropy).to(ACC)
     nan = total != total
     high = tl.where(nan, total, high)

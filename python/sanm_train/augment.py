@@ -119,9 +119,10 @@ class Augment:
     def strong(self, images: Tensor) -> Tensor:
         """The weak view, then RandAugment; or a small affine map and a change of contrast."""
         if self.policy.released:
-            return _cutout(_rand_released(self._crop(images), 2))
+            tenths = torch.randint(1, 10, (len(images), 2))
+            return _cutout(_rand(self._crop(images), tenths / 10, chance=0.5))
         if not self.policy.affine:
-            return _rand(self._crop(images), 2, 10)
+            return _rand(self._crop(images), torch.full((len(images), 2), 10 / 30))
         angle, scale, shear, right, down, gain = torch.rand(6, len(images)).mul(2).sub(1)
         moved = _warp(
             images,
@@ -239,20 +240,14 @@ def _auto(images: Tensor, name: str) -> Tensor:
     return _apply(images, operation[pick] * happens, magnitude[pick])  # operation 0: none
 
 
-def _rand(images: Tensor, count: int, magnitude: float) -> Tensor:
-    """RandAugment (Cubuk et al., 2020): `count` operations for each image, magnitude of 30."""
+def _rand(images: Tensor, magnitude: Tensor, chance: float = 1.0) -> Tensor:
+    """RandAugment (Cubuk et al., 2020): for each image operations of the magnitudes (B, n) in
+    [0, 1], each of them with probability `chance`."""
     known = len(_operations()) - 1  # inversion, the last one, is AutoAugment's alone
-    operation = torch.randint(known, (len(images), count))
-    return _apply(images, operation, torch.full((len(images), count), magnitude / 30))
-
-
-def _rand_released(images: Tensor, count: int) -> Tensor:
-    """RandAugment as the released scripts draw it: each operation with probability ½, its magnitude
-    1 to 9 of 10."""
-    known = len(_operations()) - 1
-    operation = torch.randint(known, (len(images), count))
-    operation *= torch.rand(len(images), count) < 0.5
-    return _apply(images, operation, torch.randint(1, 10, (len(images), count)) / 10)
+    operation = torch.randint(known, magnitude.shape)
+    if chance < 1:
+        operation *= torch.rand(magnitude.shape) < chance
+    return _apply(images, operation, magnitude)
 
 
 def _cutout(images: Tensor) -> Tensor:

@@ -16,15 +16,8 @@ register_model = MODELS.register
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreActResNet18Config(TrainConfig):
-    """preact-resnet18"""
-
-    width: int = setting(64, "channels of the first stage; the last has 8 times as many", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ResNet18Config(TrainConfig):
-    """resnet18"""
+    """ResNet-18, of both kinds"""
 
     width: int = setting(64, "channels of the first stage; the last has 8 times as many", low=1)
 
@@ -63,7 +56,7 @@ class PreActBlock(nn.Module):
         return residual + shortcut
 
 
-@MODELS.register("preact-resnet18", PreActResNet18Config)
+@MODELS.register("preact-resnet18", ResNet18Config)
 class PreActResNet18(nn.Module):
     """PreAct ResNet-18 for 32×32 images; its last feature map is 512×4×4.
 

@@ -78,14 +78,15 @@ def read_cifar100(root: str | Path, split: str = "train") -> Records:
 
 
 def read_idx(root: str | Path, split: str = "train") -> Records:
-    """`root` with the files of MNIST, Fashion-MNIST or KMNIST: images (N, 1, 28, 28)."""
+    """`root` with the files of MNIST, Fashion-MNIST or KMNIST: images (N, 1, 28, 28) of 10
+    classes."""
     check_choice("split", split, IDX_FILES)
     images, labels = (_idx(Path(root) / name) for name in IDX_FILES[split])
     if images.ndim != 3 or len(images) != len(labels):
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
         raise DataError(f"{root}: {split} must have images (N, H, W) and labels (N,), got {shapes}")
     where = f"{root}: {IDX_FILES[split][1]}"
-    return Records(images[:, None], _labels(labels, len(images), None, where), {})
+    return Records(images[:, None], _labels(labels, len(images), 10, where), {})
 
 
 def _idx(path: Path) -> Tensor:

@@ -70,10 +70,10 @@ class Recipe:
                 return {"loss": F.cross_entropy(logits, batch.targets, label_smoothing=0.1)}
 
     Attributes: config; data, this rank's shard; augment; generator (draws of the masking) and
-    order (draws of `plan`); networks, their optimizers, and whether
-    they take images in channels_last; quality (networks, N), each network's
-    clean probability of every sample in data, 1 until `fit_quality` is called; losses (networks,
-    N) and mixtures (networks, 3, 2), means, variances and weights, that it comes from.
+    order (draws of `plan`); networks, their optimizers, and whether they take images in
+    channels_last; quality (networks, N), each network's clean probability of every sample in data,
+    1 until `fit_quality` is called; losses (networks, N) and mixtures (networks, 3, 2), means,
+    variances and weights, that it comes from.
     """
 
     num_networks = 1
@@ -203,7 +203,7 @@ class Recipe:
                 self.quality[k] = 1.0
             else:
                 self.quality[k] = fit.clean_prob.to(self.quality)
-            self.mixtures[k] = torch.stack([fit.means, fit.variances, fit.weights])
+            self.mixtures[k] = mixture_of(fit)
 
     @torch.no_grad()
     def evaluate(self, network: SANM, images: Images) -> Tensor:
@@ -243,6 +243,11 @@ class Recipe:
             modulate=config.modulate,
         )
         return network
+
+
+def mixture_of(fit: sk.LabelQuality) -> Tensor:
+    """The means, variances and weights of both components in one tensor (3, 2)."""
+    return torch.stack([fit.means, fit.variances, fit.weights])
 
 
 def _spoils_memory(network: torch.nn.Module) -> bool:

@@ -17,6 +17,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from ..extra import extra
 from ..files import prepare_folder, replacing
+from ..recipes.base import mixture_of
 from ..train import Result, load_run, read_data, train
 from .inspection import numbers_of, sample_table, write_tables
 from .split import split
@@ -94,5 +95,5 @@ def held_out_quality(result: Result) -> tuple[Tensor, Tensor]:
         fit = sk.fit_label_quality(losses, seed=result.config.seed, backend="reference")
         degenerate = bool(fit.degenerate)
         quality.append(torch.ones_like(fit.clean_prob) if degenerate else fit.clean_prob)
-        mixtures.append(torch.stack([fit.means, fit.variances, fit.weights]))
+        mixtures.append(mixture_of(fit))
     return torch.stack(quality), torch.stack(mixtures)

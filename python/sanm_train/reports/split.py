@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sanm_kernels as sk
 
+from ..recipes.base import mixture_of
 from ..train import Result
 
 Array = np.ndarray[Any, Any]
@@ -125,6 +126,5 @@ def quality_by_class(result: Result) -> tuple[Tensor, Array]:
         if any(bool(fit.degenerate) for fit in fits):
             continue
         quality[:, rows] = torch.stack([fit.clean_prob for fit in fits]).to(quality)
-        mixtures = [torch.stack([fit.means, fit.variances, fit.weights]) for fit in fits]
-        overlaps[k] = np.mean([overlap_of(mixture) for mixture in mixtures])
+        overlaps[k] = np.mean([overlap_of(mixture_of(fit)) for fit in fits])
     return quality, overlaps

@@ -157,6 +157,7 @@ for epoch in range(args.epochs):
 with torch.no_grad():
     hits = sum(net.eval()(test_x)[0].softmax(1) for net in nets).argmax(1) == test_y
 print(f"{hits.float().mean():.1%} of the test digits right")
-print(f"masking: {len(seconds)} calls, {1e3 * np.median(seconds):.2f} ms each")
+each = f", {1e3 * np.median(seconds):.2f} ms each" if seconds else ""
+print(f"masking: {len(seconds)} calls{each}")
 if args.losses:
     print(*(" ".join(f"{part:.9g}" for part in step) for step in losses), sep="\n")

@@ -274,9 +274,9 @@ def _list(options: argparse.Namespace) -> int:
     for title, registry in REGISTRIES.items():
         print(f"--{title}")
         for name in registry.names():
-            about = getattr(registry.get(name), "__doc__", None) or ""
-            shown = about.strip().partition("\n")[0] if callable(registry.get(name)) else ""
-            print(f"  {name:<26} {shown}".rstrip())
+            about = (registry.get(name).__doc__ or "") if callable(registry.get(name)) else ""
+            sentence = " ".join(about.split()).partition(". ")[0].rstrip(".")
+            print(f"  {name:<26} {sentence}".rstrip())
     print("--preset")
     for name in preset_names():
         preset = read_preset(name)

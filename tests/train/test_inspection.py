@@ -25,6 +25,8 @@ from sanm_train.checkpoint import NAME
 from sanm_train.datasets import DATASETS, DigitsConfig, load_digits
 from sanm_train.errors import CheckpointError
 from sanm_train.images import TensorImages
+from sanm_train.reports import report
+from sanm_train.reports.figure import draw_history
 from sanm_train.reports.inspection import evaluate, inspect
 from sanm_train.reports.split import quality_by_class
 from sanm_train.train import load_run
@@ -476,3 +478,21 @@ def test_a_mixture_for_each_class(odd, tmp_path):
     assert not torch.allclose(quality, result.quality, atol=1e-3)
     assert "on the wrong side" in "".join(page.texts)
     assert f"{overlaps[fitted[0]]:.1%}" in "".join(page.texts)
+
+
+def test_panels_are_cut_where_the_axes_are(monkeypatch):
+    """Writing one panel laid the figure out anew, and the next was cut beside its labels."""
+    rows = [{"epoch": e, "train_loss": 2.3, "test_accuracy": 0.5} for e in range(60)]
+    drawn, places, whole = draw_history(rows, warmup=10), [], report._svg
+
+    def write(*arguments):
+        written = whole(*arguments)
+        places.append([axis.get_position().bounds for axis in drawn.axes])
+        return written
+
+    monkeypatch.setattr(report, "_svg", write)
+    assert len(report._panels(drawn)) == 2
+    measured = [axis.get_tightbbox().width for axis in drawn.axes]
+    drawn.draw_without_rendering()
+    assert places[0] == places[1] == [axis.get_position().bounds for axis in drawn.axes]
+    assert measured == [axis.get_tightbbox().width for axis in drawn.axes]

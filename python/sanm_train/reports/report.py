@@ -255,6 +255,7 @@ def _uri(buffer: io.BytesIO, kind: str) -> str:
 def _panels(drawn: Figure) -> list[str]:
     """Each of the figure's axes by itself, so that a narrow page has them one below another."""
     drawn.draw_without_rendering()  # places them
+    drawn.set_layout_engine("none")  # where they stay, while one by one is written
     inches = drawn.dpi_scale_trans.inverted()
     boxes = [axis.get_tightbbox() for axis in drawn.axes]
     return [_svg(drawn, box.transformed(inches).padded(0.06)) for box in boxes if box is not None]

@@ -13,7 +13,7 @@ from .errors import CheckpointError
 from .files import first_line, replacing
 
 NAME = "checkpoint.pt"
-FORMAT = 3
+FORMAT = 4
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Every setting of a training run, and its validation before anything starts.
 
-Recipes, data sets and networks bring settings of their own, as frozen dataclasses that extend
-`TrainConfig`. `TrainConfig(recipe=…, dataset=…, model=…)` has those of the three it names.
+Recipes, data sets, networks and optimisers bring settings of their own, as frozen dataclasses that
+extend `TrainConfig`. `TrainConfig(recipe=…, dataset=…, model=…)` has those of the ones it names.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ MASKS = {
 }
 VIEWS = {"both": ("max", "min"), "max": ("max",), "min": ("min",)}
 BOXES = ("activation", "random")
+SCHEDULES = ("step", "cosine")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRESETS = Path(__file__).with_name("presets.yaml")
 
@@ -111,12 +112,28 @@ class OptimiserSettings:
     )
     accumulate: int = setting(1, "backward passes that a step is divided into", low=1)
     clip: float = setting(0.0, "gradient norm allowed; 0: any", low=0)
-    lr: float = setting(0.02, "SGD learning rate", above=0)
-    lr_drop: float = setting(
-        0.75, "share of the epochs after which the rate is divided by ten", low=0, high=1
+    optimizer: str = setting("sgd", "optimiser")
+    lr: float = setting(0.02, "learning rate", above=0)
+    weight_decay: float = setting(5e-4, "weight decay, of all weights", low=0)
+    schedule: str = setting(
+        "step",
+        "course of the rate; step: once divided by ten, between two epochs; cosine: at every step "
+        "lower, to 0 at the end",
+        SCHEDULES,
     )
-    momentum: float = setting(0.9, "SGD momentum", low=0)
-    weight_decay: float = setting(5e-4, "SGD weight decay", low=0)
+    lr_drop: float = setting(
+        0.75, "step: share of the epochs after which the rate is divided by ten", low=0, high=1
+    )
+    lr_warmup_epochs: float = setting(
+        0.0, "epochs, or a part of one, in which the rate rises at every step, from 1 %", low=0
+    )
+    ema: float = setting(
+        0.0,
+        "decay, per step, of running averages of the weights, as 0.999: the averages are tested, "
+        "predict and are exported; training and label quality are without them; 0: none",
+        low=0,
+        high=0.99999,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +175,14 @@ class TrainConfig(
     RunSettings,
     Settings,
 ):
-    """Settings of one run, those of its recipe, data set and network among them.
+    """Settings of one run, those of its recipe, data set, network and optimiser among them.
 
     Raises:
         ConfigError: a setting is unknown (the nearest is named), of the wrong type, or cannot be
             used.
     """
 
-    choices = ("dataset", "recipe", "model")
+    choices = ("dataset", "recipe", "model", "optimizer")
 
     if TYPE_CHECKING:  # which settings there are depends on the choices
 
@@ -193,6 +210,11 @@ class TrainConfig(
             raise ConfigError("validation and folds exclude each other")
         if self.fold > self.folds:
             raise ConfigError(f"fold must be from 1 to folds, {self.folds}, got {self.fold}")
+        if self.lr_warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"lr_warmup_epochs must be less than epochs, {self.epochs}, got "
+                f"{self.lr_warmup_epochs:g}"
+            )
         if self.pretrained and not Path(self.pretrained).is_file():
             raise ConfigError(f"pretrained must be a file, got {self.pretrained!r}")
         try:

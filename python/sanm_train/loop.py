@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .errors import ConfigError
 from .extra import extra
 from .files import first_line
+from .optimizers import learning_rate
 from .recipes import RECIPES, Recipe
 from .recipes.base import Losses
 from .sanm import SANM, Batch
@@ -136,14 +137,13 @@ class Loop:
         plan = recipe.plan(self.epoch)
         passes = Counter(step.network for step in plan for _ in step.passes)
         done = Counter(step.network for step in plan[: self.step] for _ in step.passes)
-        rate = config.lr * (0.1 if self.epoch >= config.lr_drop * config.epochs else 1.0)
-        for group in [group for optimizer in recipe.optimizers for group in optimizer.param_groups]:
-            group["lr"] = rate
         todo, started = plan[self.step :], time.perf_counter() - self.seconds
         images = recipe.data.images.stream(rows for step in todo for rows in step.passes)
         for k, parts in todo:
             module = self.modules[k]
             recipe.networks[k].train()
+            for group in recipe.optimizers[k].param_groups:
+                group["lr"] = learning_rate(config, self.epoch + done[k] / passes[k])
             for number, rows in enumerate(parts, 1):
                 batch, epoch = self._batch(k, rows, next(images)), self.epoch + done[k] / passes[k]
                 with self.fabric.no_backward_sync(module, enabled=number < len(parts)):
@@ -187,6 +187,8 @@ class Loop:
             self.fabric.clip_gradients(module, optimizer, max_norm=norm, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad()
+        if self.recipe.averages:
+            self.recipe.averages[k].update_parameters(self.recipe.networks[k])
 
     def _check_loss(self) -> None:
         loss = distributed.total(self.sums["loss"]).item()
@@ -210,6 +212,7 @@ class Loop:
             "step": self.step,
             "seconds": self.seconds,
             "networks": [network.state_dict() for network in recipe.networks],
+            "averages": [average.state_dict() for average in recipe.averages],
             "optimizers": [optimizer.state_dict() for optimizer in recipe.optimizers],
             "scaler": self.fabric.strategy.precision.state_dict(),
             "mixtures": recipe.mixtures,
@@ -219,8 +222,7 @@ class Loop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         recipe, own = self.recipe, state["ranks"][distributed.rank()]
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        for network, saved in zip(recipe.networks, state["networks"], strict=True):
-            network.load_state_dict(saved)
+        recipe.load_weights(state)
         for optimizer, saved in zip(recipe.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.fabric.strategy.precision.load_state_dict(state["scaler"])

@@ -252,8 +252,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Result:
     result = build(config)
     checkpoint.check_data(saved, result.fingerprint)
     recipe = result.recipe
-    for network, state in zip(recipe.networks, saved["networks"], strict=True):
-        network.load_state_dict(state)
+    recipe.load_weights(saved)
     recipe.mixtures = saved["mixtures"]
     for name in ("quality", "losses", "history"):
         parts = [rank[name] for rank in saved["ranks"]]

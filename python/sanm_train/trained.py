@@ -89,12 +89,14 @@ def load_network(run: str | Path, device: str = "cpu") -> Trained:
     import_modules(facts["imports"])
     channels, height, width = facts["image_shape"]
     networks = []
-    for state in saved["networks"]:
+    for state in saved["averages"] or saved["networks"]:
         model = MODELS.build(
             facts["model"], channels, facts["num_classes"], (height, width), **facts["settings"]
         )
-        own = {k.removeprefix("model."): x for k, x in state.items() if k.startswith("model.")}
-        model.load_state_dict(own)  # the decoder, which only training needs, is left out
+        # an average's names begin with "module."; the decoder, which only training needs, is left
+        named = {name.removeprefix("module."): value for name, value in state.items()}
+        own = {k.removeprefix("model."): x for k, x in named.items() if k.startswith("model.")}
+        model.load_state_dict(own)
         networks.append(SANM(model))
     return Trained(networks, facts).to(device).eval()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ..data import Dataset, batches, generator
 from ..decoders import DECODERS
 from ..images import Images
 from ..models import build_model
+from ..optimizers import OPTIMIZERS, averaged
 from ..pretrained import load_pretrained
 from ..registry import Registry
 from ..sanm import SANM, Batch, Criterion
@@ -70,10 +71,10 @@ class Recipe:
                 return {"loss": F.cross_entropy(logits, batch.targets, label_smoothing=0.1)}
 
     Attributes: config; data, this rank's shard; augment; generator (draws of the masking) and
-    order (draws of `plan`); networks, their optimizers, and whether they take images in
-    channels_last; quality (networks, N), each network's clean probability of every sample in data,
-    1 until `fit_quality` is called; losses (networks, N) and mixtures (networks, 3, 2), means,
-    variances and weights, that it comes from.
+    order (draws of `plan`); networks, their optimizers, with `ema` the averages of their weights,
+    and whether they take images in channels_last; quality (networks, N), each network's clean
+    probability of every sample in data, 1 until `fit_quality` is called; losses (networks, N) and
+    mixtures (networks, 3, 2), means, variances and weights, that it comes from.
     """
 
     num_networks = 1
@@ -96,14 +97,9 @@ class Recipe:
         if config.pretrained:
             load_pretrained(config.pretrained, [network.model for network in self.networks])
         self.optimizers = [
-            torch.optim.SGD(
-                network.parameters(),
-                lr=config.lr,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-            )
-            for network in self.networks
+            OPTIMIZERS[config.optimizer](config, network.parameters()) for network in self.networks
         ]
+        self.averages = [averaged(net, config.ema) for net in self.networks if config.ema]
         self.generator = generator(config.seed, "masking", distributed.rank())
         self.order = generator(config.seed, "order", distributed.rank())
         shape = (self.num_networks, len(data))
@@ -221,9 +217,20 @@ class Recipe:
         size = self.config.eval_batch_size or (1024 if images.paths is None else 128)
         return torch.arange(len(images)).split(size)
 
+    @property
+    def tested(self) -> list[SANM]:
+        """The networks that are tested, shown and exported: the averages, where there are any."""
+        return [cast(SANM, average.module) for average in self.averages] or self.networks
+
     def predict(self, images: Images) -> Tensor:
-        """Logits (N, K) of `images`, averaged over the networks."""
-        return torch.stack([self.evaluate(net, images) for net in self.networks]).mean(0)
+        """Logits (N, K) of `images`, averaged over the tested networks."""
+        return torch.stack([self.evaluate(net, images) for net in self.tested]).mean(0)
+
+    def load_weights(self, saved: Mapping[str, Any]) -> None:
+        """Networks and averages as a checkpoint has them."""
+        for ours, theirs in ((self.networks, "networks"), (self.averages, "averages")):
+            for module, state in zip(ours, saved[theirs], strict=True):
+                module.load_state_dict(state)
 
     def _total(self, number: int) -> Tensor:
         """The sum of `number` over the ranks."""

@@ -96,7 +96,7 @@ def explain(result: Result, chosen: Tensor, seed: int = 0) -> dict[str, Tensor]:
     (n, 4), targets, ratio, view, and what a decoder, if there is one, has rebuilt of it.
     """
     recipe, data, quality = result.recipe, result.data, result.quality.mean(0)[chosen]
-    network, augment = recipe.networks[0].eval(), recipe.augment
+    network, augment = recipe.tested[0].eval(), recipe.augment
     images = torch.cat([augment.plain(part) for part in data.images.stream([chosen])])
     labels, clean_prob = (x.to(images.device) for x in (data.labels.cpu()[chosen], quality))
     logits, features = network.forward_features(images)

@@ -90,7 +90,7 @@ def held_out_quality(result: Result) -> tuple[Tensor, Tensor]:
     fitted to the losses of the networks, which have not seen them."""
     recipe, labels = result.recipe, result.data.labels
     quality, mixtures = [], []
-    for network in recipe.networks:
+    for network in recipe.tested:
         losses = sk.sample_loss(recipe.evaluate(network, result.data.images), labels).cpu()
         fit = sk.fit_label_quality(losses, seed=result.config.seed, backend="reference")
         degenerate = bool(fit.degenerate)

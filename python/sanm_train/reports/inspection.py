@@ -171,7 +171,7 @@ def _inert(table: Any) -> Any:
 def _predict(result: Result, predictions: Array) -> dict[str, Tensor]:
     """The columns (N,) that come from the networks' outputs."""
     data, recipe = result.data, result.recipe
-    first, *others = [network.eval() for network in recipe.networks]
+    first, *others = [network.eval() for network in recipe.tested]
     parts = recipe.eval_batches(data.images)
     images = data.images.stream(parts)
     columns: dict[str, list[Tensor]] = {}
@@ -217,7 +217,7 @@ def evaluate(run: str | Path, device: str = "cpu") -> dict[str, Any]:
             f"{run}: there are no test images to evaluate it on; training with --validation 0.1 "
             "keeps a share of the training set apart"
         )
-    logits = torch.stack([recipe.evaluate(net, data.test_images) for net in recipe.networks]).cpu()
+    logits = torch.stack([recipe.evaluate(net, data.test_images) for net in recipe.tested]).cpu()
     labels, size = data.test_labels.cpu(), data.num_classes
     predicted = logits.mean(0).argmax(1)
     confusion = torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)

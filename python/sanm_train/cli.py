@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import platform
 import sys
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,12 +280,23 @@ def _list(options: argparse.Namespace) -> int:
             print(f"  {name:<26} {sentence}".rstrip())
     print("--preset")
     for name in preset_names():
-        preset = read_preset(name)
-        recipe = preset.get("recipe", TrainConfig.recipe)
-        noise = preset.get("noise_set") or preset.get("noise", "")
-        noise += f" {preset['rate']:.0%}" if noise in ("symmetric", "asymmetric") else ""
-        print(f"  {name:<26} {recipe} on {preset['dataset']}, {noise}".rstrip(", "))
+        print(f"  {name:<26} {_published(read_preset(name))}")
     return 0
+
+
+def _published(preset: Mapping[str, Any]) -> str:
+    """A preset in one line: recipe, data set, noise, and how it is trained."""
+    noise = preset.get("noise_set") or preset.get("noise", "")
+    noise += f" {preset['rate']:.0%}" if noise in ("symmetric", "asymmetric") else ""
+    what = f"{preset.get('recipe', TrainConfig.recipe)} on {preset['dataset']}, {noise}"
+    if "lr" not in preset:
+        return what.rstrip(", ")
+    drop, epochs = preset["lr_drop"] * preset["epochs"], preset["epochs"]
+    return (
+        f"{what}: {preset.get('optimizer', TrainConfig.optimizer)}, rate {preset['lr']}, a tenth "
+        f"from epoch {math.ceil(drop)} of {epochs}, weight decay {preset['weight_decay']}, "
+        f"batches of {preset['batch_size']}, warm-up {preset['warmup']}"
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ class EarlyLearning(Recipe):
 
     The penalty's gradient holds the prediction at what the network believed before it began to
     memorise. There is no warm-up: t starts at 0, where the penalty and its gradient vanish.
+    Published are λ = 3 and β = 0.7 for CIFAR-10, 7 and 0.9 for CIFAR-100, as the presets have them.
 
     Attributes: ensemble (N, K), the targets t of this rank's samples, by position.
     """

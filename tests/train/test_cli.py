@@ -118,11 +118,11 @@ def test_list_says_the_published_settings(capsys):
     """Of the presets: optimiser, rate, epochs, batch, warm-up, as the method's section 7."""
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    cifar = "sgd, rate 0.02, a tenth from epoch 150 of 360, weight decay 0.0005, batches of 128"
+    made = "sgd, rate 0.02, a tenth from epoch 150 of 360, weight decay 0.0005, batches of 128"
     for line in (
-        f"cifar10-sym50              sanm-dividemix on cifar10, symmetric 50%: {cifar}, warm-up 10",
-        f"cifar100-sym80             sanm-dividemix on cifar100, symmetric 80%: {cifar}, warm-up 20",
-        f"cifar10n-worse             sanm-dividemix on cifar10, worse_label: {cifar}, warm-up 10",
+        f"cifar10-sym50              sanm-dividemix on cifar10, symmetric 50%: {made}, warm-up 10",
+        f"cifar100-sym80             sanm-dividemix on cifar100, symmetric 80%: {made}, warm-up 20",
+        f"cifar10n-worse             sanm-dividemix on cifar10, worse_label: {made}, warm-up 10",
         "clothing1m                 sanm-dividemix on clothing1m, none: sgd, rate 0.0009, a tenth "
         "from epoch 40 of 80, weight decay 0.001, batches of 64, warm-up 1",
     ):

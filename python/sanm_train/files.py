@@ -108,6 +108,22 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def shown(path: str | Path) -> str:
+    """A path as text for Arrow and JSON: bytes that are not UTF-8 as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def open_shown(path: str, flags: int) -> int:
+    """`os.open` of a path that `shown` may have changed."""
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        named = re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes([int(m[1], 16)]), path.encode())
+        if named == path.encode():
+            raise
+        return os.open(named, flags)
+
+
 def inert(text: str) -> str:
     """`text` as a cell that no spreadsheet runs: an apostrophe in front makes it text."""
     return f"'{text}" if re.match(RUNS, text) else text

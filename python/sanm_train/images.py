@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .extra import extra
-from .files import first_line
+from .files import first_line, open_shown, shown
 
 REPORTED = 20  # corrupt images that are named; further ones are only counted
 #: Formats that are read, by their content. Of Pillow's others, some start programs (EPS).
@@ -112,9 +112,13 @@ class ImageFiles(Images):
             import PIL.Image  # noqa: F401  (if missing, not the fault of every single image)
             import pyarrow as pa
         strings = pa.large_string()
-        self.paths: Any = (
-            paths.cast(strings) if isinstance(paths, pa.Array) else pa.array(list(paths), strings)
-        )
+        if not isinstance(paths, pa.Array):
+            paths = list(paths)
+            try:
+                paths = pa.array(paths, strings)
+            except UnicodeEncodeError:
+                paths = pa.array([shown(path) for path in paths], strings)
+        self.paths: Any = paths.cast(strings)
         self.shape = (3, size, size)
         self.device, self.workers = torch.device(device), workers
 
@@ -189,7 +193,7 @@ def read_image(path: str, size: int) -> np.ndarray[Any, Any]:
     """
     with extra():
         from PIL import Image, ImageOps
-    with _regular(path) as opened, Image.open(opened, formats=FORMATS) as file:
+    with _regular(path) as opened, _identified(opened) as file:
         image: Image.Image = file
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width}×{image.height} pixels, more than {MOST_PIXELS:,}")
@@ -227,11 +231,21 @@ def unreadable(images: Images, most: int) -> tuple[int, list[tuple[str, str]]]:
 
 def _regular(path: str) -> BinaryIO:
     """An open regular file; a pipe or a device, which might never give anything, is refused."""
-    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    opened = open_shown(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
         raise OSError("not a regular file")
     return os.fdopen(opened, "rb")
+
+
+def _identified(opened: BinaryIO) -> Any:
+    """An image that is not decoded yet."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(opened, formats=FORMATS)
+    except UnidentifiedImageError:  # its message names what was opened, not the file
+        raise OSError(f"cannot identify it as one of {', '.join(FORMATS)}") from None
 
 
 def _orientation(image: Any) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .errors import DataError, check_choice
 from .extra import extra
-from .files import first_line
+from .files import first_line, shown
 
 CIFAR10_FILES = tuple(
     f"cifar-10-batches-py/{name}"
@@ -218,7 +218,8 @@ def read_folder(root: str | Path) -> Records:
                 f"class {name!r}: {root / name} holds no image (looked for {', '.join(IMAGES)})"
             )
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(p) for p in found]))
-    return Records([path for paths in found for path in paths], labels, {"classes": classes})
+    names = [shown(name) for name in classes]
+    return Records([path for paths in found for path in paths], labels, {"classes": names})
 
 
 def read_manifest(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .config import TrainConfig
 from .errors import CheckpointError, DataError
-from .files import inert, prepare_folder, replacing
+from .files import inert, prepare_folder, replacing, shown
 from .images import ImageFiles
 from .models import MODELS
 from .readers import images_below
@@ -117,8 +116,7 @@ def predict(
         OSError: as `load_network`; a path is neither a file nor a folder; a folder has no image.
     """
     network = load_network(run, device)
-    # Names that are not UTF-8 are shown, and not found.
-    paths = [os.fsencode(p).decode("utf-8", "backslashreplace") for p in _files(images)]
+    paths = [shown(path) for path in _files(images)]
     side = max(network.read_shape[1:])
     files = ImageFiles(paths, side, device=network.mean.device, workers=workers)
     parts = torch.arange(len(files)).split(BATCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import pickle
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from real_formats import tag
 
-from sanm_train import TrainConfig, checkpoint, readers, train
+from sanm_train import TrainConfig, checkpoint, predict, readers, train
 from sanm_train.cli import main
 from sanm_train.errors import CheckpointError, ConfigError, DataError
 from sanm_train.files import locked, replacing, reserve
@@ -138,7 +139,7 @@ def test_broken_metadata_leave_an_image_readable(tmp_path):
 def test_other_formats_start_no_program(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(OSError, match=r"^cannot identify it as one of BMP, .*, TIFF, WEBP$"):
         read_image(str(path), 8)
 
 
@@ -398,3 +399,24 @@ def test_cells_that_a_spreadsheet_would_run_are_text():
     expected = ["'=1+1", "'+a", "'-a.png", "'@x", "'\tx", "a=b", "", None]
     table = pa.table({"path": pa.array(given, pa.large_string()), "loss": [-1.0] * 8})
     assert _inert(table).to_pydict() == {"path": expected, "loss": [-1.0] * 8}
+
+
+def test_names_in_no_encoding_are_shown_and_found(tmp_path):
+    """Of files and of classes; Arrow and JSON take UTF-8 alone."""
+    for split, kind, number in itertools.product(("train", "test"), (b"cat", b"M\xe4use"), range(20)):
+        folder = os.fsencode(tmp_path / split) + b"/" + kind
+        os.makedirs(folder, exist_ok=True)
+        tag(tmp_path / "a.png", number)
+        os.rename(tmp_path / "a.png", folder + b"/gr\xfc\xdfe %d.png" % number)
+    config = TrainConfig(
+        dataset="folder", data_root=str(tmp_path), image_size=32, model="small-cnn", recipe="ce",
+        epochs=1, warmup=0, batch_size=20, workers=0,
+    )  # fmt: skip
+    result = train(config, tmp_path / "run")
+    assert result.history[-1]["corrupt_images"] == 0
+    assert result.data.classes == ["M\\xe4use", "cat"]
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert r"M\xe4use/gr\xfc\xdfe 0.png" in (tmp_path / "run/inspect/samples.csv").read_text()
+    assert main(["export", str(tmp_path / "run")]) == 0
+    (found,) = predict(tmp_path / "run", [os.fsdecode(folder + b"/gr\xfc\xdfe 3.png")])
+    assert found.name in result.data.classes and found.path.endswith(r"gr\xfc\xdfe 3.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .files import first_line, replacing
 
 NAME = "checkpoint.pt"
 FORMAT = 4
+PARTS = {"config", "data", "history", "networks", "averages", "mixtures", "ranks"}
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -44,9 +46,22 @@ def load(folder: Path) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken file raises depends on where it breaks
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= PARTS:
         raise CheckpointError(f"{path} is no checkpoint of format {FORMAT}")
     return state
+
+
+def load_module(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """`module.load_state_dict(state)`; a user's own network may have been changed since.
+
+    Raises:
+        CheckpointError: it is not that of the state.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n", 2)[1].split())
+        raise CheckpointError(f"the network is not that of the checkpoint: {reason}") from None
 
 
 def check_data(state: dict[str, Any], data: dict[str, Any]) -> None:

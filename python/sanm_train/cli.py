@@ -14,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config import TrainConfig, preset_names, read_preset, sources
 from .errors import ConfigError, check_choice, nearest
 from .extra import MissingPackage
+from .files import first_line, printable
 from .recipes import RECIPES
 from .registry import REGISTRIES
 from .settings import groups, import_modules, owners, settings_of
@@ -26,6 +29,9 @@ SETTING = "setting "  # before the names of what goes into the configuration
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # in ASCII or Latin-1 too
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -50,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except MissingPackage as error:
         _complain(f"error: {error}")
+        return 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _complain(f"error: not enough memory: {first_line(error)}")
         return 1
     except FloatingPointError as error:
         hint = "try a smaller --lr, with --resume from the last checkpoint if there is one"
@@ -141,8 +150,6 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _version() -> str:
-    import torch
-
     import sanm_kernels
 
     python = platform.python_version()
@@ -373,8 +380,7 @@ def _show_warning(message: Any, *where: Any, **more: Any) -> None:
 
 def _complain(text: str) -> None:
     """On one line of the terminal, to which names of files can't send control characters."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    print(f"sanm: {shown}", file=sys.stderr)
+    print(f"sanm: {printable(text)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

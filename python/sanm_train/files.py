@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import io
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: How text begins that a spreadsheet would run.
 RUNS = r"^[=+\-@\t\r]"
 
@@ -24,6 +26,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     What was written is on the disk before the old file goes, so that a crash leaves one of both.
     `remove_partial` removes what a killed process leaves of the temporary file.
+
+    Raises:
+        OSError: there is no room for it; it names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{PARTIAL}{path.suffix}")
@@ -32,17 +37,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        full: BaseException | None = error
+        while full is not None:  # torch's writer raises what hides the reason
+            if isinstance(full, OSError) and full.errno in FULL:
+                raise OSError(full.errno, os.strerror(full.errno), str(path)) from None
+            full = full.__context__
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV; the columns are all keys in order of appearance, absent values empty."""
+    """Write rows as CSV; the columns are all keys in order of appearance, absent values empty.
+    Text that a spreadsheet would run has an apostrophe in front."""
     text = io.StringIO()
     columns = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _short(value) for name, value in row.items()} for row in rows)
+    writer.writerow({name: inert(name) for name in columns})
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
@@ -103,6 +116,8 @@ def reserve(path: Path) -> None:
 def first_line(error: BaseException) -> str:
     """What is wrong, on one line; not torch's advice on loading files that run code."""
     text = str(error)
+    if "weights_only" in text and "Unsupported operand" in text:
+        return "it is no file of torch.save"
     if "weights_only" in text:
         return "it names what is not a tensor, a number or a container of these"
     return text.splitlines()[0] if text else type(error).__name__
@@ -129,5 +144,12 @@ def inert(text: str) -> str:
     return f"'{text}" if re.match(RUNS, text) else text
 
 
-def _short(value: Any) -> Any:
+def printable(text: str) -> str:
+    """`text` with control characters shown, which a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return inert(value)
     return f"{value:.6g}" if isinstance(value, float) else value

@@ -26,6 +26,10 @@ from .models import MODELS
 from .settings import own_settings, settings_of
 
 NAME = "run.json"
+NETWORK = {
+    *("model", "settings", "imports", "image_shape", "read_shape"),
+    *("num_classes", "classes", "mean", "std"),
+}
 LIBRARIES = ("numpy", "triton", *PACKAGES.values())
 
 
@@ -72,10 +76,14 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"run must be a folder with a {NAME}, got {folder}")
     try:
         record = json.loads(path.read_text("utf-8"))
-        if not {"starts", "changed", "network"} <= record.keys():
-            raise ValueError("it is no record of a run")
-    except (ValueError, AttributeError, RecursionError) as error:
+        known = {"starts", "changed", "network"} <= record.keys()
+        known = known and record["network"].keys() >= NETWORK
+    except AttributeError:  # something else than mappings
+        known = False
+    except (ValueError, RecursionError) as error:
         raise OSError(f"{path} cannot be read: {error}") from None
+    if not known:
+        raise OSError(f"{path} cannot be read: it is no record of a run")
     return dict(record)
 
 

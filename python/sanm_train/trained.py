@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .config import TrainConfig
 from .errors import CheckpointError, DataError
-from .files import inert, prepare_folder, replacing, shown
+from .files import inert, prepare_folder, printable, replacing, shown
 from .images import ImageFiles
 from .models import MODELS
 from .readers import images_below
@@ -95,7 +96,7 @@ def load_network(run: str | Path, device: str = "cpu") -> Trained:
         # an average's names begin with "module."; the decoder, which only training needs, is left
         named = {name.removeprefix("module."): value for name, value in state.items()}
         own = {k.removeprefix("model."): x for k, x in named.items() if k.startswith("model.")}
-        model.load_state_dict(own)
+        checkpoint.load_module(model, own)
         networks.append(SANM(model))
     return Trained(networks, facts).to(device).eval()
 
@@ -143,11 +144,12 @@ def write_predictions(
         nullcontext() if out is None else replacing(out) as path,
         nullcontext(sys.stdout) if path is None else path.open("w", encoding="utf-8") as file,
     ):
+        cell = printable if file.isatty() else str
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "class", "probability"))
         for row in predict(run, images, device, workers):
             shown = "" if row.probability is None else f"{row.probability:.6g}"
-            writer.writerow((inert(row.path), inert(row.name or ""), shown))
+            writer.writerow((cell(inert(row.path)), cell(inert(row.name or "")), shown))
 
 
 def export(run: str | Path, out: str | Path | None = None) -> Path:
@@ -167,13 +169,15 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
     weights = []
     for number, each in enumerate(network.networks, 1):
         weights.append(WEIGHTS.format(number))
-        with replacing(folder / weights[-1]) as path:
-            torch.save(each.get_submodule("model").state_dict(), path)
+        with replacing(folder / weights[-1]) as path, path.open("wb") as file:
+            torch.save(each.get_submodule("model").state_dict(), file)
     batch = torch.export.Dim("batch", min=1)
     example = torch.zeros(2, *network.image_shape)  # 1 would be taken for a constant
     program = torch.export.export(network, (example,), dynamic_shapes={"images": {0: batch}})
+    buffer = io.BytesIO()  # on a full disk torch's writer would end the process
+    torch.export.save(program, buffer)
     with replacing(folder / PROGRAM) as path:
-        torch.export.save(program, path)
+        path.write_bytes(buffer.getbuffer())
     height, width = network.image_shape[1:]
     facts = {
         "program": PROGRAM,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import signal
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -26,6 +29,24 @@ def tiny():
         return TrainConfig(**{"epochs": 2, "warmup": 1, "limit": 130, "batch_size": 32, **settings})
 
     return make
+
+
+@pytest.fixture
+def files_of_at_most():
+    """In `with files_of_at_most(size):` writing more fails, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -15,10 +16,10 @@ import torch
 from PIL import Image
 from real_formats import tag
 
-from sanm_train import TrainConfig, checkpoint, predict, readers, train
+from sanm_train import Recipe, TrainConfig, checkpoint, predict, readers, train
 from sanm_train.cli import main
 from sanm_train.errors import CheckpointError, ConfigError, DataError
-from sanm_train.files import locked, replacing, reserve
+from sanm_train.files import locked, replacing, reserve, write_csv
 from sanm_train.images import read_image
 from sanm_train.train import CONFIG, METRICS, load_run
 
@@ -383,6 +384,24 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(tmp_path):
     assert lines == ["1"], done.stderr
 
 
+@pytest.mark.parametrize("error", [MemoryError("60 TiB"), torch.OutOfMemoryError("60 TiB\nat x")])
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Recipe, "loss", fail)
+    words = ["--recipe", "ce", "--epochs", "1", "--limit", "130", "--warmup", "0", "--quiet"]
+    assert main(["train", "--out", str(tmp_path), *words]) == 1
+    assert capsys.readouterr().err == "sanm: error: not enough memory: 60 TiB\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_closed_output_does_not_stop_a_command(closed):
+    command = f"{sys.executable} -m sanm_train list {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, check=False)
+    assert done.returncode == 0 and done.stderr == b""
+
+
 @pytest.mark.parametrize("name", ["a\x1b[31mred\x07.yaml", "a\nb.yaml", "a\udcff.yaml"])
 def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys, tmp_path, name):
     assert main(["train", "--config", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
@@ -390,7 +409,25 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys, tmp_path, 
     assert error.count("\n") == 1 and error[:-1].isprintable() and ".yaml" in error
 
 
-def test_cells_that_a_spreadsheet_would_run_are_text():
+def test_names_of_classes_do_not_reach_the_terminal_as_they_are(capsys):
+    from sanm_train.reports.report import print_rows
+
+    print_rows("table", [{"class": "\x1b[31mred\x07\n[b]", "images": "1"}])
+    shown = capsys.readouterr().out
+    assert r"\x1b[31mred\x07\n[b]" in shown and "\x1b" not in shown and "\x07" not in shown
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(b"no", "no file of torch"), (None, "it names what")])
+def test_what_is_wrong_with_a_label_file_is_said(tmp_path, kind, reason):
+    path = tmp_path / "a.pt"
+    torch.save({"clean_label": Call(os.system, "echo called")}, path)
+    if kind is not None:
+        path.write_bytes(kind)
+    with pytest.raises(DataError, match=reason):
+        readers.read_cifar_n(path)
+
+
+def test_cells_that_a_spreadsheet_would_run_are_text(tmp_path):
     import pyarrow as pa
 
     from sanm_train.reports.inspection import _inert
@@ -399,11 +436,14 @@ def test_cells_that_a_spreadsheet_would_run_are_text():
     expected = ["'=1+1", "'+a", "'-a.png", "'@x", "'\tx", "a=b", "", None]
     table = pa.table({"path": pa.array(given, pa.large_string()), "loss": [-1.0] * 8})
     assert _inert(table).to_pydict() == {"path": expected, "loss": [-1.0] * 8}
+    write_csv(tmp_path / "a.csv", [{"class": "=1+1", "@x": -1.5, "n": -1, "empty": None}])
+    assert (tmp_path / "a.csv").read_text() == "class,'@x,n,empty\n'=1+1,-1.5,-1,\n"
 
 
 def test_names_in_no_encoding_are_shown_and_found(tmp_path):
     """Of files and of classes; Arrow and JSON take UTF-8 alone."""
-    for split, kind, number in itertools.product(("train", "test"), (b"cat", b"M\xe4use"), range(20)):
+    kinds = (b"cat", b"M\xe4use")
+    for split, kind, number in itertools.product(("train", "test"), kinds, range(20)):
         folder = os.fsencode(tmp_path / split) + b"/" + kind
         os.makedirs(folder, exist_ok=True)
         tag(tmp_path / "a.png", number)
@@ -420,3 +460,32 @@ def test_names_in_no_encoding_are_shown_and_found(tmp_path):
     assert main(["export", str(tmp_path / "run")]) == 0
     (found,) = predict(tmp_path / "run", [os.fsdecode(folder + b"/gr\xfc\xdfe 3.png")])
     assert found.name in result.data.classes and found.path.endswith(r"gr\xfc\xdfe 3.png")
+
+
+@pytest.mark.parametrize(
+    ("command", "size", "name"),
+    [
+        ("train", 20_000, "checkpoint.pt"),
+        ("export", 2_000, "weights-1.pt"),
+        ("export", 100_000, "model.pt2"),
+        ("inspect", 1_000, "pred_probs.npy"),
+        ("inspect", 8_000, "samples.csv"),
+        ("predict", 100, "found.csv"),
+    ],
+)
+def test_results_that_do_not_fit_on_the_disk(
+    tiny, tmp_path, capsys, files_of_at_most, command, size, name
+):
+    run, small = str(tmp_path / "run"), ["--epochs", "1", "--limit", "130", "--warmup", "0"]
+    train(tiny(recipe="ce", epochs=1, width=8), run)
+    tag(tmp_path / "a.png", 1)
+    words = {
+        "train": ["train", "--recipe", "ce", "--width", "8", "--quiet", *small, "--overwrite"],
+        "predict": ["predict", run, *[str(tmp_path / "a.png")] * 9],
+    }.get(command, [command, run])
+    words += ["--out", str(tmp_path / ("found.csv" if command == "predict" else "out"))]
+    with files_of_at_most(size):
+        assert main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"sanm: error: .*File too large.*{re.escape(name)}", error), error
+    assert not list(tmp_path.rglob("*partial*"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -14,9 +13,10 @@ import pytest
 import torch
 from inputs import more
 
-from sanm_train import RECIPES, TrainConfig, checkpoint, train
+from sanm_train import MODELS, RECIPES, TrainConfig, checkpoint, register_model, train
 from sanm_train.cli import main
 from sanm_train.errors import CheckpointError, ConfigError
+from sanm_train.models import SmallCNN
 from sanm_train.train import CONFIG, METRICS, load_run
 
 FIRST = "sanm-dividemix"
@@ -110,20 +110,16 @@ def test_killed(tmp_path, times):
     assert not [path.name for path in (tmp_path / "whole").iterdir() if "partial" in path.name]
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, tmp_path):
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, tmp_path, files_of_at_most):
     config = tiny(recipe="ce", epochs=1)
     train(config, tmp_path)
     good = (tmp_path / checkpoint.NAME).read_bytes()
     state = {**checkpoint.load(tmp_path), "more": torch.zeros(1 << 20)}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"checkpoint.pt cannot be written: .*the last good one"):
-            checkpoint.save(tmp_path, state)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with (
+        files_of_at_most(1 << 20),
+        pytest.raises(OSError, match=r"checkpoint.pt cannot be written: .*the last good one"),
+    ):
+        checkpoint.save(tmp_path, state)
     assert (tmp_path / checkpoint.NAME).read_bytes() == good
     names = [checkpoint.NAME, CONFIG, METRICS, "run.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -183,3 +179,40 @@ def test_command_line(tmp_path, capsys):
     assert "epochs was 1 when the run began" in capsys.readouterr().err
     assert main(["train", *out, *settings, "--overwrite", "--seed", "1"]) == 0
     assert TrainConfig.read(tmp_path / CONFIG).seed == 1
+
+
+def test_checkpoints_and_records_without_their_contents(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(tiny(recipe="ce", epochs=1), run)
+    record = (run / "run.json").read_text()
+    for facts in ("{}", "[]", '{"model": "small-cnn"}'):
+        (run / "run.json").write_text(f'{{"starts": [], "changed": {{}}, "network": {facts}}}')
+        assert main(["export", str(run)]) == 2
+        assert "run.json cannot be read: it is no record of a run" in capsys.readouterr().err
+    (run / "run.json").write_text(record)
+    torch.save({"format": checkpoint.FORMAT}, run / checkpoint.NAME)
+    for words in (["eval"], ["export"], ["inspect"], ["train", "--resume", "--out"]):
+        assert main([*words, str(run)]) == 2
+        assert "checkpoint.pt is no checkpoint of format" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "export", "resume"])
+def test_a_network_that_has_changed_since(tmp_path, capsys, monkeypatch, command):
+    """As a user's own does, which the run imports anew."""
+    width = [8]
+
+    @register_model("changing")
+    def changing(in_channels, num_classes):
+        return SmallCNN(in_channels, num_classes, width[0])
+
+    try:
+        config = TrainConfig(recipe="ce", epochs=1, warmup=0, limit=130, model="changing")
+        train(config, tmp_path)
+        width[0] = 16
+        words = ["train", "--resume", "--out"] if command == "resume" else [command]
+        assert main([*words, str(tmp_path)]) == 2
+    finally:
+        del MODELS["changing"]
+    error = capsys.readouterr().err
+    assert "sanm: error: the network is not that of the checkpoint: " in error
+    assert "size mismatch for " in error and error.count("\n") == 1

@@ -88,6 +88,12 @@ def test_predict_from_the_command_line(run, digits, tmp_path, capsys, monkeypatc
     assert len(broken) == 2 and all(row[1:] == ["", ""] for row in broken)
     assert all(row[1:] == first[1:] for row in rows if row not in broken)
     assert printed.err.count("broken.png was replaced") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout.isatty", lambda: True)
+        os.rename("odd.png", "odd\x1b[31m.png")
+        assert main(["predict", str(run), "odd\x1b[31m.png"]) == 0
+        assert r"odd\x1b[31m.png," in capsys.readouterr().out  # shown, not sent to the terminal
+        os.rename("odd\x1b[31m.png", "odd.png")
     assert main([*words, "--out", "found.csv"]) == 0
     assert (tmp_path / "found.csv").read_text() == printed.out
 

@@ -14,6 +14,7 @@ import sanm_kernels as sk
 
 from .. import distributed
 from ..augment import Augment
+from ..checkpoint import load_module
 from ..config import TrainConfig
 from ..data import Dataset, batches, generator
 from ..decoders import DECODERS
@@ -230,7 +231,7 @@ class Recipe:
         """Networks and averages as a checkpoint has them."""
         for ours, theirs in ((self.networks, "networks"), (self.averages, "averages")):
             for module, state in zip(ours, saved[theirs], strict=True):
-                module.load_state_dict(state)
+                load_module(module, state)
 
     def _total(self, number: int) -> Tensor:
         """The sum of `number` over the ranks."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..extra import extra
-from ..files import replacing
+from ..files import printable, replacing
 from ..train import Result, quality_auc
 from . import figure
 from .split import Split
@@ -68,7 +68,7 @@ def print_rows(title: str, rows: Sequence[dict[str, str]]) -> None:
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
-        table.add_row(*map(escape, row.values()))  # names may have brackets
+        table.add_row(*(escape(printable(cell)) for cell in row.values()))  # names have anything
     Console().print(table)
 
 

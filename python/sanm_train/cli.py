@@ -22,7 +22,7 @@ from .extra import MissingPackage
 from .files import first_line, printable
 from .recipes import RECIPES
 from .registry import REGISTRIES
-from .settings import groups, import_modules, owners, settings_of
+from .settings import groups, import_modules, owners, read_yaml, settings_of
 
 SETTING = "setting "  # before the names of what goes into the configuration
 
@@ -262,7 +262,16 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError("resume and overwrite exclude each other")
     if not (options.resume or options.overwrite):
         check_free(options.out, "--resume continues, --overwrite replaces it")
-    config = TrainConfig.read(_file(options), options.preset, **_settings(options))
+    file, settings = _file(options), _settings(options)
+    if file is not None and file != options.config:  # of the run, with settings of its choices
+        for name in settings.keys() & set(TrainConfig.choices):
+            before = read_yaml(file).get(name)
+            if before != settings[name]:
+                raise ConfigError(
+                    f"resume: {name} was {before!r} when the run began and is "
+                    f"{settings[name]!r} now"
+                )
+    config = TrainConfig.read(file, options.preset, **settings)
     if config.folds and not config.fold:
         from .reports.folds import train_folds
 

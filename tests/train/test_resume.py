@@ -177,6 +177,10 @@ def test_command_line(tmp_path, capsys):
     assert main(["train", *out, "--resume", "--overwrite"]) == 2
     assert main(["train", *out, "--resume", "--epochs", "2"]) == 2
     assert "epochs was 1 when the run began" in capsys.readouterr().err
+    for name, before, now in (("recipe", "ce", "elr"), ("optimizer", "sgd", "adamw")):
+        assert main(["train", *out, "--resume", f"--{name}", now]) == 2
+        error = capsys.readouterr().err
+        assert f"resume: {name} was '{before}' when the run began and is '{now}' now" in error
     assert main(["train", *out, *settings, "--overwrite", "--seed", "1"]) == 0
     assert TrainConfig.read(tmp_path / CONFIG).seed == 1
 

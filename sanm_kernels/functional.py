@@ -275,19 +275,19 @@ def _config(config: MaskConfig | None) -> MaskConfig:
 def _settings(config: MaskConfig) -> Settings:
     value = config.fill_value
     return Settings(
-        ("max" in config.views) + 2 * ("min" in config.views),
-        config.shared_draws,
-        config.position == "center",
-        config.quantize,
-        config.drop == "clamped",
-        FILLS.index(config.fill),
-        config.area_scale,
-        config.ratio_low,
-        config.ratio_high,
-        config.ratio_gamma,
-        config.aspect_low,
-        config.aspect_high,
-        value if isinstance(value, tuple) else (float(value),),
+        views=("max" in config.views) + 2 * ("min" in config.views),
+        shared=config.shared_draws,
+        centered=config.position == "center",
+        quantize=config.quantize,
+        clamp=config.drop == "clamped",
+        fill=FILLS.index(config.fill),
+        area_scale=config.area_scale,
+        ratio_low=config.ratio_low,
+        ratio_high=config.ratio_high,
+        ratio_gamma=config.ratio_gamma,
+        aspect_low=config.aspect_low,
+        aspect_high=config.aspect_high,
+        fill_value=value if isinstance(value, tuple) else (float(value),),
     )
 
 

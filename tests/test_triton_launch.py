@@ -93,6 +93,7 @@ def test_an_operator_runs_on_its_tensors_gpu_and_out_of_autocast(monkeypatch, au
             entered.append("left")
 
     monkeypatch.setattr(launch, "library", Library())
+    monkeypatch.setattr(launch, "launchers", {})
     monkeypatch.setattr(torch.cuda, "_DeviceGuard", Guard)
     launch.implements("op")(lambda *_: (torch.is_autocast_enabled("cuda"), list(entered)))
     with FakeTensorMode():

@@ -10,6 +10,8 @@ choice (`sanm_kernels.backends`), made once, above the dispatcher: a compiled gr
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -69,6 +71,8 @@ def define(
             are to be checked; called for backends whose kernels cannot report it.
     """
     operators[name] = schema
+    for function in (reference, fake, *([check] if check else [])):
+        check_order(name, schema, function)
     if check is not None:
         value_checks[name] = check
     for backend in BACKENDS:
@@ -88,6 +92,25 @@ def define(
             )
             transformable[name, backend] = transformed(ops, name, setup_context, formula, has_list)
     library.impl(f"{name}.reference", without_autocast(reference), "CompositeExplicitAutograd")
+
+
+def arguments_of(schema: str) -> list[str]:
+    """The names of its arguments, those that are written to without their trailing underscore."""
+    return re.findall(r"[\w\])?]+ (\w+?)_?[,)]", schema.partition(" -> ")[0])
+
+
+def check_order(name: str, schema: str, function: Callable[..., Any]) -> None:
+    """Raise TypeError where `function` does not take the schema's arguments in their order.
+
+    It may have ``*rest`` in the place of later ones, and parameters of its own with a default.
+    """
+    wanted = arguments_of(schema)
+    parameters = inspect.signature(function).parameters.values()
+    own = [p.name.rstrip("_") for p in parameters if p.default is p.empty]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        own = [*own[:-1], *wanted[len(own) - 1 :]]
+    if own != wanted:
+        raise TypeError(f"{name}: {function} takes {own}, the schema has {wanted}")
 
 
 class _Refuse(torch.autograd.Function):

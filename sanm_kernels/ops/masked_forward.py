@@ -15,23 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sanm_kernels.ops.base import Overloads, define, needed
+from sanm_kernels.ops.base import Overloads, arguments_of, define, needed
 from sanm_kernels.reference import masked_forward as reference
 from sanm_kernels.reference.masked_forward import MEAN, Settings, is_channels_last
 from sanm_kernels.reference.precision import accumulate_dtype
 
-TENSORS = (
-    "features",
-    "targets",
-    "clean_prob",
-    "draws",
-    "seed",
-    "sample_index",
-    "images",
-    "weight",
-    "bias",
-)
-INPUTS = (*TENSORS, "height", "width", "num_classes", "settings")
 OUTPUTS = (
     "stats",
     "positions",
@@ -49,6 +37,8 @@ _SCHEMA_INPUTS = (
     "Tensor? sample_index, Tensor? images, Tensor? weight, Tensor? bias, SymInt height, "
     "SymInt width, SymInt num_classes, float[] settings"
 )
+INPUTS = tuple(arguments_of(_SCHEMA_INPUTS + ")"))
+TENSORS = INPUTS[:9]
 
 
 class Spec(NamedTuple):

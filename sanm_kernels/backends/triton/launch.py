@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from sanm_kernels.ops.base import library, without_autocast
+from sanm_kernels.ops.base import check_order, library, operators, without_autocast
 
 #: Whether kernels run on the CPU, through Triton's interpreter (TRITON_INTERPRET=1).
 INTERPRETED: bool = knobs.runtime.interpret
@@ -49,6 +49,9 @@ CONFIGURATIONS: dict[str, list[tuple[float, Configuration]]] = {
     ],
 }
 
+#: Operator → what launches its kernels.
+launchers: dict[str, Callable[..., Any]] = {}
+
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
 
 
@@ -75,6 +78,8 @@ def implements(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
 
     def register(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        if op in operators:
+            check_order(op, operators[op], launcher)
         plain = without_autocast(launcher)
 
         @functools.wraps(launcher)
@@ -82,6 +87,7 @@ def implements(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             with torch.cuda._DeviceGuard(_gpu(arguments)):  # a tenth of torch.cuda.device's time
                 return (plain if torch.is_autocast_enabled("cuda") else launcher)(*arguments)
 
+        launchers[op] = launcher
         library.impl(f"{op}.triton", run, "CUDA")
         if INTERPRETED:
             library.impl(f"{op}.triton", plain, "CPU")

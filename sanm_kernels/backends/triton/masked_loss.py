@@ -19,8 +19,6 @@ rounding.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -404,10 +402,14 @@ def forward(
 
 
 @implements("masked_loss_backward")
-def backward(*arguments: Any) -> Tensor:
+def backward(
+    grad_total: Tensor | None, grad_labeled: Tensor | None, grad_unlabeled: Tensor | None,
+    grad_prior: Tensor | None, grad_confidence: Tensor | None, grad_per_sample: Tensor | None,
+    logits: Tensor, targets: Tensor, ratio: Tensor | None, permutation: Tensor | None,
+    prior: Tensor | None, scalars: Tensor, normalizer: Tensor, p_mean: Tensor, counts: Tensor,
+    num_labeled: int, clamp: bool, ignore_index: int, mean: bool,
+) -> Tensor:  # fmt: skip
     """Arguments and result as in `reference/masked_loss.py`."""
-    *grads, grad_per_sample, logits, targets, ratio, permutation, prior, scalars = arguments[:12]
-    normalizer, p_mean, counts, num_labeled, clamp, ignore_index, mean = arguments[12:]
     n, K = logits.shape
     numbers, values = run_time(scalars)
     soft = targets.is_floating_point()
@@ -418,7 +420,8 @@ def backward(*arguments: Any) -> Tensor:
     tile = row_tile(config, n, K)
     programs, each = _rows_each(n, tile["ROWS"], BACKWARD_PROGRAMS)
     launch(
-        masked_loss_backward_kernel, (programs,), *grads, grad_per_sample, logits, targets,
+        masked_loss_backward_kernel, (programs,), grad_total, grad_labeled, grad_unlabeled,
+        grad_prior, grad_confidence, grad_per_sample, logits, targets,
         _dense(ratio), _dense(permutation), _dense(prior), normalizer.contiguous(),
         p_mean.contiguous(), counts.contiguous(), result, n, K, M, num_labeled, ignore_index,
         each, 0 if grad_per_sample is None else grad_per_sample.stride(0),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sanm_kernels import distributed, validate
 from sanm_kernels.backends import call, constant, forced
-from sanm_kernels.ops import fit_label_quality as _fit_label_quality  # noqa: F401  (defines it)
 from sanm_kernels.reference import checks
 from sanm_kernels.reference import fit_label_quality as reference
 

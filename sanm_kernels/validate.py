@@ -290,3 +290,11 @@ def one_of(x: Any, name: str, allowed: tuple[str, ...]) -> str:
     if x not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {x!r}")
     return str(x)
+
+
+def permutation(x: Any, name: str, rows: int, device: torch.device, other: str) -> None:
+    """Integers (≥ rows,) on `device`."""
+    x = integer(x, name, shape="(at least one entry per row,)")
+    same_device(x, name, device, other)
+    if known(x.shape[0] < rows):
+        raise ValueError(f"{name}: expected at least {rows} entries, got {x.shape[0]}")

@@ -1,47 +1,25 @@
-"""The table of shapes, what a case is, and the timer."""
+"""The cases that are timed, and the timer."""
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from sheets import COMPILED, OURS, SHEETS, Case, Implementation
 
 from benchmarks import limit
 from sanm_kernels import available_backends, backends, set_cpu_cache_limit
 
-#: op → shapes, the smallest first; the arguments of `case` in bench_<op>.py.
-SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "masked_forward": [  # B, C, h = w, H = W, K
-        (128, 512, 4, 32, 10),
-        (768, 512, 4, 32, 100),
-        (32, 2048, 7, 224, 14),
-        (64, 2048, 7, 224, 1000),
-    ],
-    "masked_loss": [(64, 10), (64, 100), (64, 1000)],  # B, K; 12·B rows of logits
-    "fit_label_quality": [(50_000,), (1_000_000,)],  # N
-    "mixup_views": [(12, 64, 3, 32, 768), (8, 32, 3, 224, 128)],  # views, B, C, H = W, rows
-    "refine_targets": [(64, 10), (64, 100), (64, 1000)],  # B, K; four predictions
-    "reconstruction_loss": [(128, 3, 32), (64, 3, 224)],  # B, C, H = W; two views
-    "sample_loss": [(1024, 10), (1024, 100), (1024, 1000)],  # B, K
-}
-#: Those of them that are timed first where time is short.
-HEADLINE: dict[str, list[tuple[int, ...]]] = {
-    "masked_forward": SHAPES["masked_forward"][0::2],
-    "masked_loss": SHAPES["masked_loss"][1:],
-    "mixup_views": SHAPES["mixup_views"],
-    "fit_label_quality": SHAPES["fit_label_quality"][1:],
-}
-OURS, COMPILED = "ours", "torch.compile"
+#: Operators that are timed, and those of them that come first where time is short.
+OPS = [op for op, sheet in SHEETS.items() if sheet.case is not None]
+HEADLINE = [op for op in OPS if SHEETS[op].headline]
+GROWTH = "growth"
 CACHE = 2**28  # all buffer sets together hold this many bytes, several times the largest caches …
 MAX_SETS = 2048  # … unless that takes more sets than this
-
-Implementation = Callable[[Any], Sequence[Tensor]]
 
 
 def serving(ops: Iterable[str], device: str) -> dict[str, str]:
@@ -61,84 +39,65 @@ def serving(ops: Iterable[str], device: str) -> dict[str, str]:
     return served
 
 
-def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-    """Raise AssertionError where two results differ by more than float32 rounding explains."""
-    torch.testing.assert_close(list(a), list(b), rtol=1e-4, atol=1e-5, check_dtype=False)
+def sets(case: Case, cache: int = CACHE, device: str = "cpu") -> list[Any]:
+    """So many sets of inputs that none is in a cache when its turn comes again."""
+    torch.manual_seed(0)
+    count = -(-cache // (case.read + case.written))
+    with torch.device(device):
+        return [case.make() for _ in range(min(max(2, count), MAX_SETS))]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One operator at one shape, done by us and by the baselines.
-
-    Attributes:
-        op, shape: what it is.
-        make: draws one set of inputs.
-        run: name → a function of one set of inputs, which is timed; `OURS` is the first.
-        read, written: bytes that have to move however it is computed.
-        agree: raises AssertionError where two results differ.
-        less: names of baselines that do less than ours, so that their results cannot agree: they
-            are run once, and only the shapes of what they return are compared.
-        axis: which size varies in a series of cases, and its value.
-    """
-
-    op: str
-    shape: str
-    make: Callable[[], Any]
-    run: dict[str, Implementation]
-    read: int
-    written: int
-    agree: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = close
-    less: frozenset[str] = frozenset()
-    axis: tuple[str, int] | None = None
-
-    def sets(self, cache: int = CACHE, device: str = "cpu") -> list[Any]:
-        """So many sets of inputs that none is in a cache when its turn comes again."""
-        torch.manual_seed(0)
-        count = -(-cache // (self.read + self.written))
-        with torch.device(device):
-            return [self.make() for _ in range(min(max(2, count), MAX_SETS))]
-
-    def checked(self, inputs: Any) -> tuple[dict[str, Implementation], dict[str, str]]:
-        """What may be timed, since it agrees with ours (of those in `less`: has ours' shapes); and
-        why the rest can't be run here."""
-        torch.compiler.reset()  # so that every case is compiled for its own shape
-        expected = [x.clone() for x in self.run[OURS](inputs)]
-        able, unable = {}, {}
-        for name, function in self.run.items():
-            try:
-                result = function(inputs)
-                if name in self.less:
-                    shapes, wanted = ([tuple(x.shape) for x in r] for r in (result, expected))
-                    assert shapes == wanted, f"shapes {shapes}, not {wanted}"
-                else:
-                    self.agree(expected, result)
-                able[name] = function
-            except ImportError as error:
-                unable[name] = str(error)
-            except AssertionError as error:
-                raise AssertionError(f"{self.op}, {self.shape}, {name}: {error}") from error
-            except RuntimeError as error:
-                if name != COMPILED:
-                    raise
-                unable[name] = str(error).strip().partition("\n")[0]  # what the compiler said
-        return able, unable
+def checked(case: Case, inputs: Any) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """What may be timed, since it agrees with ours (of those in `less`: has ours' shapes); and
+    why the rest can't be run here."""
+    torch.compiler.reset()  # so that every case is compiled for its own shape
+    expected = [x.clone() for x in case.run[OURS](inputs)]
+    able, unable = {}, {}
+    for name, function in case.run.items():
+        try:
+            result = function(inputs)
+            if name in case.less:
+                shapes, wanted = ([tuple(x.shape) for x in r] for r in (result, expected))
+                assert shapes == wanted, f"shapes {shapes}, not {wanted}"
+            else:
+                case.agree(expected, result)
+            able[name] = function
+        except ImportError as error:
+            unable[name] = str(error)
+        except AssertionError as error:
+            raise AssertionError(f"{case.op}, {case.shape}, {name}: {error}") from error
+        except RuntimeError as error:
+            if name != COMPILED:
+                raise
+            unable[name] = str(error).strip().partition("\n")[0]  # what the compiler said
+    return able, unable
 
 
-def cases(op: str, shapes: dict[str, list[tuple[int, ...]]] = SHAPES) -> Iterator[Case]:
-    """The cases of ``bench_<op>.py``."""
-    module = importlib.import_module(f"benchmarks.bench_{op}")
-    yield from module.cases() if op not in shapes else (module.case(*s) for s in shapes[op])
+def cases(op: str, headline: bool = False) -> Iterator[Case]:
+    """Those of an operator, as its sheet has them; or of `GROWTH`."""
+    if op == GROWTH:
+        yield from growth()
+    else:
+        sheet = SHEETS[op]
+        assert sheet.case is not None
+        yield from (sheet.case(*shape) for shape in (sheet.headline if headline else sheet.shapes))
 
 
-def with_compiled(function: Callable[..., Any], call: Callable[..., Any]) -> dict[str, Any]:
-    """Two baselines, `function` and torch.compile of it; `call(f, inputs)` runs either."""
-    compiled = torch.compile(function, dynamic=False)
-    return {"torch": lambda x: call(function, x), COMPILED: lambda x: call(compiled, x)}
-
-
-def value_and_grad(loss: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A loss () and its gradient at x."""
-    return loss.detach(), torch.autograd.grad(loss, x)[0]
+def growth() -> Iterator[Case]:
+    """Our time as one size grows and the others stay; `benchmarks.plot` draws it."""
+    masked, loss, quality = (
+        SHEETS[op].case for op in ("masked_forward", "masked_loss", "fit_label_quality")
+    )
+    assert masked and loss and quality
+    series = [
+        *((masked(B, 512, 4, 32, 10), "B", B) for B in (32, 64, 128, 256, 512, 1024)),
+        *((masked(128, C, 4, 32, 10), "C", C) for C in (64, 128, 256, 512, 1024, 2048)),
+        *((masked(32, 512, 4, H, 10), "H·W", H * H) for H in (32, 64, 96, 128, 192, 256)),
+        *((loss(64, K), "K", K) for K in (10, 30, 100, 300, 1000, 3000)),
+        *((quality(N), "N", N) for N in (30_000, 300_000, 3_000_000)),
+    ]
+    for case, name, size in series:
+        yield replace(case, run={OURS: case.run[OURS]}, axis=(name, size))
 
 
 def wall_clock(name: str, function: Callable[[], object]) -> float:
@@ -192,19 +151,19 @@ def measure(
     each call on the next buffer set. A ratio is the median over the rounds of the ratio of the
     medians within a round: what slows the machine for a while slows both sides of it.
     """
-    sets = case.sets(cache, device)
-    able, unable = case.checked(sets[0])
-    copies = limit.copies(case.read, case.written, len(sets), device)
-    calls = {name: (lambda i, f=f: f(sets[i])) for name, f in able.items()} | copies
+    given = sets(case, cache, device)
+    able, unable = checked(case, given[0])
+    copies = limit.copies(case.read, case.written, len(given), device)
+    calls = {name: (lambda i, f=f: f(given[i])) for name, f in able.items()} | copies
     turn = 0
     clock: Any = wall_clock
     if device != "cpu":
-        held = len(sets) * (case.read + case.written)
+        held = len(given) * (case.read + case.written)
         clock = DeviceClock(held < 2 * torch.cuda.get_device_properties(0).L2_cache_size)
 
     def once(name: str) -> float:
         nonlocal turn
-        turn = (turn + 1) % len(sets)
+        turn = (turn + 1) % len(given)
         return clock(name, lambda i=turn: calls[name](i))
 
     names = list(calls)
@@ -231,7 +190,7 @@ def measure(
             "gb_per_s": (case.read + case.written) / statistics.median(medians[name]) / 1e9,
             "over_ours": over(name, OURS),
             "over_limit": over(name, best),
-            "allocated": peak(lambda f=able[name]: f(sets[0]), device) if name in able else None,
+            "allocated": peak(lambda f=able[name]: f(given[0]), device) if name in able else None,
         }
         for name in calls
     }
@@ -240,7 +199,7 @@ def measure(
             result["host_seconds"] = quartiles(clock.host[name])
     keys = ("op", "shape", "axis", "read", "written")
     return {key: getattr(case, key) for key in keys} | {
-        "sets": len(sets), "rounds": len(times[OURS]), "limit": best, "not_run": unable,
+        "sets": len(given), "rounds": len(times[OURS]), "limit": best, "not_run": unable,
         "less": sorted(case.less), "results": results,
     }  # fmt: skip
 

@@ -263,13 +263,9 @@ def plan(gpu: bool, rehearse: bool, work: Path, capability: str | None = None) -
     if not gpu and not rehearse:
         return [build, first, gpu_tests, table("errors", "errors against float64, on the CPU", 60,
                                               tiny=False)]  # fmt: skip
-    found = [
-        p for kind in ("gpu", "triton") for p in (ROOT / "tests/ops").glob(f"test_{kind}_*.py")
-    ]
-    # Compiling ahead of time needs no GPU; interpreted, the other kernels' tests take minutes.
-    kernels = sorted(
-        str(path.relative_to(ROOT)) for path in found if path.stem.endswith("compiles") != gpu
-    )
+    # Compiling ahead of time needs no GPU; interpreted, the kernels' tests take minutes.
+    files = (ROOT / "tests/ops").glob("test_gpu_*.py" if gpu else "test_triton_compiles.py")
+    kernels = sorted(str(path.relative_to(ROOT)) for path in files)
     by_triton = {"SANM_KERNELS_BACKEND": "triton"}
 
     def benchmarks(title: str, weight: float, *more: str) -> Step:

@@ -21,11 +21,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import COMPILED, HEADLINE, OURS, SHAPES, Case, cases, measure, serving
+from benchmarks.common import (
+    COMPILED,
+    GROWTH,
+    HEADLINE,
+    OPS,
+    OURS,
+    Case,
+    cases,
+    measure,
+    serving,
+)
 from sanm_kernels.__main__ import info
 
 HERE = Path(__file__).resolve().parent
-OPS = (*SHAPES, "growth")
 PACKAGES = ("numpy", "opencv-python-headless", "scikit-learn", "kornia", "timm")
 
 
@@ -112,10 +121,10 @@ def table(record: dict[str, Any]) -> str:
 
 
 def schedule(
-    ops: Sequence[str], quick: bool, in_turns: bool, shapes: Any = SHAPES
+    ops: Sequence[str], quick: bool, in_turns: bool, headline: bool = False
 ) -> Iterator[Case]:
     """The cases, one operator after the other, or the first of each, then the second of each, …"""
-    listed = [list(cases(op, shapes))[: 1 if quick else None] for op in ops]
+    listed = [list(cases(op, headline))[: 1 if quick else None] for op in ops]
     if in_turns:
         for row in itertools.zip_longest(*listed):
             yield from (case for case in row if case is not None)
@@ -134,9 +143,10 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    add = parser.add_argument
-    add("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
-    add("--headline", action="store_true", help="the shapes of HEADLINE alone, without "
+    add, every = parser.add_argument, [*OPS, GROWTH]
+    add("--ops", nargs="+", choices=every, default=every, metavar="OP",
+        help=f"of {', '.join(every)}")  # fmt: skip
+    add("--headline", action="store_true", help="the headline shapes alone, without "
         "torch.compile")  # fmt: skip
     add("--quick", action="store_true", help="a trial: the smallest shapes, few rounds, data "
         "partly in the caches; the figures mean little")  # fmt: skip
@@ -151,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.headline:
         options.no_compile, options.ops = True, [op for op in options.ops if op in HEADLINE]
 
-    ops = SHAPES if "growth" in options.ops else options.ops
+    ops = OPS if GROWTH in options.ops else options.ops
     try:
         served = serving(ops, options.device)
     except RuntimeError as error:
@@ -169,8 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = (0.5, 3, 2**25) if options.quick else (options.seconds, options.rounds)
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     records, failed, left_out = [], [], []
-    shapes = HEADLINE if options.headline else SHAPES
-    for case in schedule(options.ops, options.quick, options.minutes is not None, shapes):
+    for case in schedule(options.ops, options.quick, options.minutes is not None, options.headline):
         name = f"{case.op} {case.shape}"
         if time.monotonic() > end:
             left_out.append(name)

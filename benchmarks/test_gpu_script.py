@@ -221,7 +221,7 @@ def test_operators_take_turns_where_time_is_limited():
     in_turns = [case.op for case in schedule(ops, False, True)]
     assert in_turns == ["sample_loss", "masked_loss"] * 3
     assert [case.op for case in schedule(ops, True, False)] == list(ops)
-    few = schedule(list(HEADLINE), False, True, HEADLINE)
+    few = schedule(HEADLINE, False, True, True)
     headline = [f"{case.op} {case.shape}" for case in few]
     assert headline == [
         "masked_forward B=128 C=512 h=4 H=32 K=10", "masked_loss n=768 K=100",

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.common import OURS, SHAPES, Case, cases, serving
+from benchmarks.common import OPS, OURS, Case, cases, checked, serving, sets
 
 pytest.importorskip("pytest_benchmark")
 ALL = [
     pytest.param(case, name, id=f"{op} {case.shape} {name}")
-    for op in SHAPES
+    for op in OPS
     for case in cases(op)
     for name in case.run
 ]
@@ -22,10 +22,10 @@ ALL = [
 def test_speed(benchmark, case: Case, name: str) -> None:
     serving([case.op], "cpu")
     benchmark.group = f"{case.op} {case.shape}"
-    sets = case.sets()
+    given = sets(case)
     chosen = {key: case.run[key] for key in (OURS, name)}
-    able, unable = replace(case, run=chosen).checked(sets[0])
+    able, unable = checked(replace(case, run=chosen), given[0])
     if name in unable:
         pytest.skip(unable[name])
-    turns = itertools.cycle(sets)
+    turns = itertools.cycle(given)
     benchmark.pedantic(able[name], setup=lambda: ((next(turns),), {}), rounds=15, warmup_rounds=2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import importlib
 import json
 import re
@@ -17,18 +18,19 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
+from maker import lay_out
+from sheets import SHEETS, Operation, Recorder, with_gradients
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sanm_kernels.backends.triton import OPERATORS, launch
-from sanm_kernels.reference.masked_forward import MEAN, PIXEL, UNIFORM, Settings
+from sanm_kernels.backends.triton import launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,15 +42,6 @@ TARGETS = {
 }
 THOROUGH = "sm_90"  # compiled in every dtype also without --all
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PAPER = Settings(3, True, True, False, True, 0, 1.0, 0.02, 0.07, 0.03, 0.8, 1.25, [0.0])
-_OFFICIAL = _PAPER._replace(centered=False, quantize=True, clamp=False, fill=UNIFORM)
-PRESETS = {
-    "paper": _PAPER,
-    "official_cifar": _OFFICIAL._replace(area_scale=0.5),
-    "official_clothing1m": _OFFICIAL._replace(shared=False),
-    "mean": _PAPER._replace(fill=MEAN),
-    "pixel": _PAPER._replace(fill=PIXEL, views=1),
-}
 _NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -169,153 +162,39 @@ def _amd(asm: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def calls() -> dict[str, Any]:
-    """Calls of every operator, by name, on tensors without memory; each takes a dtype.
+def calls() -> dict[str, Callable[[torch.dtype], None]]:
+    """Calls of every operator, those of its backward pass among them, by name; each takes a dtype.
 
-    One per shape bucket of the table and branch of a kernel: small and large maps, both memory
-    formats, every fill, few and many classes.
+    Those of the sheets on tensors without memory, in both memory formats.
     """
-    ops = {
-        name: importlib.import_module(f"sanm_kernels.backends.triton.{name}") for name in OPERATORS
-    }
+    backend = importlib.import_module("sanm_kernels.backends.triton")
+    backend.register()
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
-        kind = torch.channels_last if last else torch.contiguous_format
-        return torch.empty(shape, dtype=dtype, device="meta", memory_format=kind)
+    def call(operation: Operation, layout: str, sizes: dict[str, int], dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            made = operation.make(**sizes)
+        for name, value in made.items():
+            if name in operation.cast or value.dim() == 4:
+                made[name] = lay_out(value.to(dtype), layout)
+        with Recorder() as recorder:
+            with_gradients(operation, made, backend="reference")
+        for op, arguments in recorder.calls:
+            with torch.no_grad():
+                launch.launchers[op._schema.name.removeprefix("sanm_kernels::")](*arguments)
 
-    def image_op(config: Settings, batch: int, c: int, h: int, k: int, size: int, last: bool,
-                 given: bool = False, hard: bool = False) -> Any:  # fmt: skip
-        def call(dtype: torch.dtype) -> None:
-            targets = empty(batch, dtype=torch.int64) if hard else empty(batch, k)
-            draws = empty(batch, 8, dtype=torch.float64) if given else None
-            ops["masked_forward"].forward(
-                empty(batch, c, h, h, dtype=dtype, last=last), targets, empty(batch), draws,
-                empty(dtype=torch.int64), empty(batch, dtype=torch.int64),
-                empty(batch, 3, size, size, dtype=dtype, last=last), None, None, size, size, k,
-                config.numbers(),
-            )  # fmt: skip
-
-        return call
-
-    result: dict[str, Any] = {}
-    for name, config in PRESETS.items():
-        for last in (False, True):
-            layout = "channels_last" if last else "contiguous"
-            result[f"masked_forward, {name}, 512×4×4, 32 px, {layout}"] = image_op(
-                config, 128, 512, 4, 10, 32, last
-            )
-    cifar = PRESETS["official_cifar"]
-    for last in (False, True):
-        layout = "channels_last" if last else "contiguous"
-        for batch in (32, 512):
-            result[f"masked_forward, {batch}×2048×7×7, 224 px, {layout}"] = image_op(
-                cifar, batch, 2048, 7, 1000, 224, last
-            )
-    result["masked_forward, given draws, class indices"] = image_op(
-        cifar, 128, 512, 4, 10, 32, False, given=True, hard=True
-    )
-
-    def classifier(dtype: torch.dtype) -> None:
-        f, weight, bias = empty(64, 512, 7, 7, dtype=dtype), empty(100, 512), empty(100)
-        out = ops["masked_forward"].forward(
-            f, empty(64, 100), empty(64), None, empty(dtype=torch.int64), None, None, weight, bias,
-            224, 224, 100, PRESETS["paper"].numbers(),
-        )  # fmt: skip
-        new_targets, _, logits, _, pooled, visible = out[4:]
-        backward = ops["masked_backward"]
-        backward.classifier_backward(empty(64, 100), empty(), f, weight, logits, new_targets[0],
-                                     pooled, visible)  # fmt: skip
-        backward.modulate_backward(empty(2, 64, 100), empty(64, 100), empty(2, 64), True)
-        for mean in (False, True):
-            boxes = empty(2, 64, 4, dtype=torch.int32)
-            backward.masked_views_backward(empty(128, 3, 32, 32, dtype=dtype), boxes, mean)
-
-    result["masked_forward, classifier, and all backwards"] = classifier
-
-    def sample_loss(classes: int) -> Any:
-        def call(dtype: torch.dtype) -> None:
-            z, labels = empty(768, classes, dtype=dtype), empty(768, dtype=torch.int64)
-            loss, normalizer = ops["sample_loss"].forward(z, labels)
-            ops["sample_loss"].backward(loss, z, labels, normalizer)
-
-        return call
-
-    def numbers(count: int, on_device: bool) -> Tensor:
-        """Run-time numbers: kernels get them in memory, or as arguments."""
-        kind = torch.float64
-        return empty(count, dtype=kind) if on_device else torch.full((count,), 0.7, dtype=kind)
-
-    def masked_loss(classes: int, hard: bool, ratio: bool, mixed: bool) -> Any:
-        def call(dtype: torch.dtype) -> None:
-            op, n = ops["masked_loss"], 768
-            logits, prior = empty(n, classes, dtype=dtype), empty(classes)
-            given = (
-                empty(n, dtype=torch.int64) if hard else empty(n, classes),
-                empty(n) if ratio else None,
-                empty(n, dtype=torch.int64) if mixed else None,
-                prior if mixed else None,
-                numbers(4, ratio),
-            )
-            settings = (n // 2, True, -100, True)
-            *_, per_sample, normalizer, p_mean, counts = op.forward(logits, *given, *settings)
-            for grads in ((empty(), *[None] * 5), (*[empty()] * 5, per_sample)):
-                op.backward(*grads, logits, *given, normalizer, p_mean, counts, *settings)
-
-        return call
-
-    def refine_targets(classes: int, labels: Tensor | None) -> Any:
-        def call(dtype: torch.dtype) -> None:
-            views = [empty(64, classes, dtype=dtype) for _ in range(4)]
-            quality = None if labels is None else empty(64)
-            ops["refine_targets"].forward(views, labels, quality, numbers(1, labels is None))
-
-        return call
-
-    def quality(epochs: int, normalize: bool) -> Any:
-        def call(dtype: torch.dtype) -> None:
-            history = empty(epochs - 1, 50_000, dtype=dtype) if epochs > 1 else None
-            ops["fit_label_quality"].forward(
-                empty(50_000, dtype=dtype), history, [0.1, 0.5, 0.9], 10, 1e-2, 5e-4, normalize
-            )
-
-        return call
-
-    def images(size: int, last: bool) -> Any:
-        def call(dtype: torch.dtype) -> None:
-            views = [empty(64, 3, size, size, dtype=dtype, last=last) for _ in range(12)]
-            lam, permutation = numbers(1, last), empty(768, dtype=torch.int64)
-            mixed = ops["mixup_views"].forward(views, lam, permutation, 768)
-            ops["mixup_views"].backward(mixed, lam, permutation, [64] * 12)
-            rebuilt = empty(128, 3, size, size, dtype=dtype, last=last)
-            for boxes in (None, empty(2, 64, 4, dtype=torch.int64)):
-                ops["reconstruction_loss"].forward(rebuilt, views[0], boxes)
-                ops["reconstruction_loss"].backward(empty(), rebuilt, views[0], boxes)
-
-        return call
-
-    result["activation_stats"] = lambda dtype: ops["masked_forward"].activation_stats(
-        empty(64, 512, 7, 7, dtype=dtype), 224, 224, True
-    )
-    for size in (32, 224):
-        for last in (False, True):
-            layout = "channels_last" if last else "contiguous"
-            result[f"mixup_views and reconstruction_loss, {size} px, {layout}"] = images(size, last)
-    for epochs, normalize in ((1, False), (5, True)):
-        kind = "normalised" if normalize else "as they are"
-        result[f"fit_label_quality, {epochs} epochs, {kind}"] = quality(epochs, normalize)
-    for classes in (10, 1000):
-        result[f"sample_loss, {classes} classes"] = sample_loss(classes)
-        for kind, labels in (
-            ("guessed", None),
-            ("refined, indices", empty(64, dtype=torch.int64)),
-            ("refined, soft", empty(64, classes)),
-        ):
-            result[f"refine_targets, {classes} classes, {kind}"] = refine_targets(classes, labels)
-        for hard, ratio, mixed in ((True, False, False), (False, True, True), (False, False, True)):
-            kind = "indices" if hard else "modulated and mixed" if ratio else "mixed"
-            result[f"masked_loss, {classes} classes, {kind}"] = masked_loss(
-                classes, hard, ratio, mixed
-            )
+    result = {}
+    for sheet in SHEETS.values():
+        for name, operation in (sheet.operations | sheet.variants).items():
+            if name.endswith("out="):  # which looks where memory is; the kernels are the same
+                continue
+            first = operation is next(iter(sheet.operations.values()))
+            for sizes in [*sheet.compiled, *(sheet.compiled_large if first else ())]:
+                images = any(value.dim() == 4 for value in operation.make().values())
+                for layout in ("contiguous", "channels_last")[: 1 + images]:
+                    shown = " ".join(f"{key}={value}" for key, value in sizes.items())
+                    result[f"{name}, {shown}, {layout}"] = functools.partial(
+                        call, operation, layout, sizes
+                    )
     return result
 
 

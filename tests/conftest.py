@@ -63,3 +63,29 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def seed() -> None:
     """A test's random numbers do not depend on which tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def served(request: pytest.FixtureRequest) -> None:
+    """An operator is tested on the backends that have a kernel for it; the others say that not.
+
+    It is that of the test's operation (`name`), or the one that the file is named for.
+    """
+    from inputs import GPU_DEVICES
+    from sheets import OPERATIONS
+
+    from sanm_kernels import backends
+
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    backend, operation = parameters.get("backend"), parameters.get("name")
+    file = request.path.stem.removeprefix("test_").removeprefix("gpu_")
+    named = [op for op in backends.operators if f"{file}_".startswith(f"{op}_")]
+    op = OPERATIONS[operation].op if operation in OPERATIONS else max(named, key=len, default=None)
+    if op is None or backend not in backends.BACKENDS:
+        return
+    device = torch.device(GPU_DEVICES.get(backend, "cpu") or "meta")
+    # a backend that does not run at all is not passed over: there the test fails, or skips itself
+    if backends.runs_on(backend, device) is None:
+        reason = backends.serves(backend, op, device)
+        if reason is not None:
+            pytest.skip(f"{backend}: {reason}")

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from inputs import GPU_DEVICES
-from random_calls import Call, identical, random_call
+from maker import Call, identical
+from random_calls import random_call
 from tolerances import assert_accurate
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only

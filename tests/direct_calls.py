@@ -16,53 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from operations import OPERATIONS, inputs_of, with_gradients
+from sheets import OPERATIONS, VARIANTS, Recorder, inputs_of, with_gradients
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import sanm_kernels as sk
 from sanm_kernels import backends
 from sanm_kernels.backends import cpu
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps the calls of our operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op.namespace == "sanm_kernels":
-            self.calls.append((op, args))
-        return op(*args, **(kwargs or {}))
-
-
 def recorded(backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     """A right call of every operator of the backend, those of backward and variants among them."""
-    x = inputs_of(OPERATIONS["masked_forward"], "cpu", torch.float32)
     with torch.enable_grad(), Recorder() as recorder:
-        for operation in OPERATIONS.values():
+        for operation in (OPERATIONS | VARIANTS).values():
             if backends.serves(backend, operation.op, "cpu") is None:
                 inputs = inputs_of(operation, "cpu", torch.float32)
                 with_gradients(operation, inputs, backend=backend)
-        for fill in ("mean", "uniform", "pixel"):
-            images = x["images"].clone().requires_grad_()
-            result = sk.masked_forward(
-                x["features"], x["targets"].argmax(1), x["clean_prob"], images=images,
-                num_classes=5, config=sk.MaskConfig(fill=fill, shared_draws=False), generator=1,
-                sample_index=torch.arange(3), backend=backend,
-            )  # fmt: skip
-            result.images_max.sum().backward()
-        logits, labels = torch.randn(4, 5).requires_grad_(), torch.arange(4)
-        sk.masked_loss(
-            logits, labels, ratio=torch.rand(4), prior=torch.rand(5), mix=(0.5, labels.flip(0)),
-            backend=backend,
-        ).total.backward()  # fmt: skip
-        soft = torch.softmax(torch.randn(4, 5), 1)
-        sk.refine_targets(logits, labels=soft, clean_prob=torch.rand(4), backend=backend)
-        losses = torch.rand(20)
-        sk.fit_label_quality(losses, history=torch.rand(2, 20), backend=backend)
     return [(op, args) for op, args in recorder.calls if op._overloadname == backend]
 
 

@@ -12,11 +12,13 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from maker import DTYPES as DTYPES
+from maker import LAYOUTS as LAYOUTS
+from maker import lay_out
 from torch import Tensor
 
 from sanm_kernels import MaskConfig, backends
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: One configuration per branch of masked_forward.
 MASK_CONFIGS = {
     "paper": MaskConfig.paper(),
@@ -58,7 +60,6 @@ CPU_BACKENDS = (*BACKENDS, *(name for name, device in GPU_DEVICES.items() if dev
 #: Environment of a process in which no backend is interpreted or emulated; there Triton compiles.
 EMULATION = ("TRITON_INTERPRET", "SANM_KERNELS_CUDA_EMULATION")
 COMPILING = {k: v for k, v in os.environ.items() if k not in EMULATION}
-LAYOUTS = ("contiguous", "channels_last", "offset", "strided", "transposed")
 
 #: Of a test that `make test-all` runs and `make test` does not.
 extended = pytest.mark.extended
@@ -93,39 +94,6 @@ def _title(value: object) -> str:
     if isinstance(value, tuple):
         return "x".join(map(str, value))
     return getattr(value, "__name__", str(value))
-
-
-def lay_out(x: Tensor, layout: str) -> Tensor:
-    """A detached tensor equal to `x` whose memory is laid out as `layout` says.
-
-    ``offset``: a slice of a larger storage that begins one element in, so that nothing is aligned;
-    ``strided``: every second element of a longer last dimension; ``transposed``: the last two
-    dimensions swapped in memory; ``channels_last``: for 4-D tensors (others stay contiguous).
-    """
-    x = x.detach()
-    if layout == "contiguous" or x.dim() == 0:
-        return x.contiguous().clone()
-    if layout == "channels_last":
-        return (
-            x.contiguous(memory_format=torch.channels_last).clone(
-                memory_format=torch.preserve_format
-            )
-            if x.dim() == 4
-            else x.contiguous().clone()
-        )
-    if layout == "offset":
-        storage = x.new_zeros(x.numel() + 1)
-        result = storage[1:].view(x.shape)
-    elif layout == "strided":
-        result = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])[..., ::2]
-    elif layout == "transposed":
-        if x.dim() < 2:
-            return lay_out(x, "strided")
-        result = x.new_zeros(*x.shape[:-2], x.shape[-1], x.shape[-2]).transpose(-1, -2)
-    else:
-        raise ValueError(layout)
-    result.copy_(x)
-    return result
 
 
 def upstreams(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operations import OPERATIONS
+from sheets import OPERATIONS
 
 import sanm_kernels as sk
 

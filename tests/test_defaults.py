@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from forms import FORMS
 from inputs import BACKENDS, each
-from operations import OPERATIONS, inputs_of, with_gradients
+from sheets import OPERATIONS, inputs_of, with_gradients
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 

@@ -13,17 +13,8 @@ from contextlib import contextmanager
 import pytest
 import test_run_time_numbers as run_time_numbers
 import torch
-from operations import (
-    MAP,
-    OPERATIONS,
-    Inputs,
-    Operation,
-    inputs_of,
-    is_own,
-    launched,
-    run_masked_forward,
-    with_gradients,
-)
+from operations import is_own, launched
+from sheets import OPERATIONS, Inputs, Operation, inputs_of, with_gradients
 from test_run_time_numbers import SCHEDULE
 from torch import Tensor
 
@@ -223,9 +214,10 @@ def needs(backend: str, op: str) -> None:
 def test_masked_forward_is_one_launch(backend):
     """Statistics, boxes, targets and both views. `make gpu` writes the counts of all functions."""
     needs(backend, "masked_forward")
-    x = draw(OPERATIONS["masked_forward"], size="usual")
-    assert x["features"].shape == (128, 512, 4, 4) and MAP["H"] == 32
-    assert sum(own(lambda: run_masked_forward(x, backend=backend)).values()) == 1
+    operation = OPERATIONS["masked_forward"]
+    x = draw(operation, size="usual")
+    assert x["features"].shape == (128, 512, 4, 4) and x["images"].shape[2:] == (32, 32)
+    assert sum(own(lambda: operation.run(x, backend=backend)).values()) == 1
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

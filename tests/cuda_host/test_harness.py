@@ -6,6 +6,7 @@ and with mistakes.
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -101,48 +102,27 @@ def test_a_lane_outside_its_mask_is_reported(scheduler, order):
     )
 
 
-#: File of tests → those to run under ThreadSanitizer (few and small: it takes a second each, but
-#: through every kernel) and AddressSanitizer, as pytest's -k has it.
-SANITIZED = {
-    "tests/ops/test_gpu_fit_label_quality.py": (
-        "cuda and test_fits and skewed and 2049",
-        "cuda and (test_fits and skewed and 2049 or history)",
-    ),
-    "tests/ops/test_gpu_masked_backward.py": (
-        "cuda and float32 and contiguous",
-        "cuda and (float32 or ties or missing or empty) and not (strided or transposed or offset)",
-    ),
-    "tests/ops/test_gpu_masked_forward.py": (
-        "cuda and (spread and (mean or pixel) or classifier and False-False-torch.float32)",
-        "cuda and not (same_energy or statistics or modulated or bfloat16 or float64)",
-    ),
-    "tests/ops/test_gpu_masked_loss.py": (
-        "cuda and torch.float32 and (mixed and 100- or registers and 2052)",
-        "cuda and not (20001 or many_labels or bfloat16 or float64)",
-    ),
-    "tests/ops/test_gpu_mixup_views.py": (
-        "cuda and (1x40x33-contiguous-torch.float32 or 8x20x28-channels_last-torch.float16)",
-        "cuda and not transposed",
-    ),
-    "tests/ops/test_gpu_reconstruction_loss.py": (
-        "cuda and contiguous and aligned and torch.float32",
-        "cuda and not transposed",
-    ),
-    "tests/ops/test_gpu_refine_targets.py": (
-        "cuda and test_values and soft and torch.float32",
-        "cuda and not (transposed or bfloat16 or float64)",
-    ),
-}
+FILES = sorted((ROOT / "tests/ops").glob("test_gpu_*.py"))
+
+
+def sanitized(file: Path) -> tuple[str, str] | None:
+    """A file's `SANITIZED`: what runs under ThreadSanitizer (few and small tests, which take a
+    second each, but through every kernel) and under AddressSanitizer, as pytest's -k has it."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SANITIZED":
+            chosen: tuple[str, str] = ast.literal_eval(node.value)
+            return chosen
+    return None
 
 
 def test_every_file_of_kernels_is_sanitized():
-    files = {f"tests/ops/test_gpu_{path.stem}.py" for path in (ROOT / "csrc/cuda").glob("*.cu")}
-    files.remove("tests/ops/test_gpu_runtime.py")  # it asks the driver; no kernel of an operator
-    assert files == set(SANITIZED)
+    kernels = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    kernels.remove("runtime")  # it asks the driver; no kernel of an operator
+    assert {f.stem.removeprefix("test_gpu_") for f in filter(sanitized, FILES)} == kernels
 
 
 def run_tests(
-    file: str, chosen: str, sanitize: str | None, scheduler: str, order: str, **env: str
+    file: Path, chosen: str, sanitize: str | None, scheduler: str, order: str, **env: str
 ) -> None:
     """The tests of `file` that `chosen` names pass in a process of their own.
 
@@ -160,7 +140,7 @@ def run_tests(
     suppressions = cuda_host.HERE / "tsan.txt"
     done = start(
         sanitize,
-        [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", file,
+        [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", str(file),
          "-k", chosen],
         scheduler,
         order,
@@ -176,11 +156,13 @@ def run_tests(
 
 
 @extended
-@pytest.mark.parametrize("file", SANITIZED)
+@pytest.mark.parametrize("file", [*filter(sanitized, FILES)], ids=lambda file: file.stem)
 @pytest.mark.parametrize("sanitize, scheduler", [("thread", "threads"), ("address", "fibers")])
 def test_operators_are_clean_when_sanitized(sanitize, scheduler, file):
     """The fibers run in reverse, as they do not elsewhere."""
-    run_tests(file, SANITIZED[file][sanitize == "address"], sanitize, scheduler, "reverse")
+    threads, addresses = sanitized(file)
+    chosen = threads if sanitize == "thread" else addresses
+    run_tests(file, chosen, sanitize, scheduler, "reverse")
 
 
 @pytest.mark.parametrize("sanitize", [None, *more("address")])
@@ -189,7 +171,7 @@ def test_code_for_one_architecture_runs_on_a_later_one(pair, sanitize):
     """Code for less than sm_90 takes its block for a cluster, on devices that have clusters too."""
     code, capability = pair
     run_tests(
-        "tests/ops/test_gpu_masked_forward.py",
+        ROOT / "tests/ops/test_gpu_masked_forward.py",
         "cuda and (classifier and False-torch.float32 or spread and constant)",
         sanitize,
         "fibers",

@@ -11,6 +11,11 @@ from torch import Tensor
 from sanm_kernels.backends import load
 from sanm_kernels.reference import masked_forward as reference
 
+SANITIZED = (
+    "cuda and float32 and contiguous",
+    "cuda and (float32 or ties or missing or empty) and not (strided or transposed or offset)",
+)
+
 
 def on_device(x: object, device: str) -> object:
     """Tensors on the device, with their strides and their offset from an aligned address."""

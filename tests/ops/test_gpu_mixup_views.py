@@ -7,6 +7,11 @@ from inputs import DTYPES, GPU_DEVICES, LAYOUTS, each, lay_out, upstreams
 
 import sanm_kernels as sk
 
+SANITIZED = (
+    "cuda and (1x40x33-contiguous-torch.float32 or 8x20x28-channels_last-torch.float16)",
+    "cuda and not transposed",
+)
+
 
 def run(backend, views, lam, permutation, rows, upstream):
     device = GPU_DEVICES.get(backend, "cpu")

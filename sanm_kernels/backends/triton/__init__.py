@@ -1,4 +1,4 @@
-"""Adapter of the Triton kernels: one module per operator, imported when the backend is loaded.
+"""Adapter of the Triton kernels: the modules beside this, imported when the backend is loaded.
 
 They run on CUDA tensors and, where the environment says ``TRITON_INTERPRET=1`` before the first
 import, on CPU tensors through Triton's interpreter: slowly, for tests and debugging.
@@ -8,20 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
 
 import torch
 
-#: The modules of this package that hold operators.
-OPERATORS = (
-    "fit_label_quality",
-    "masked_backward",
-    "masked_forward",
-    "masked_loss",
-    "mixup_views",
-    "reconstruction_loss",
-    "refine_targets",
-    "sample_loss",
-)
 CAPABILITY = (8, 0)  # the first with bfloat16
 
 
@@ -43,9 +33,14 @@ def load() -> str | None:
             f"torch {torch.__version__} {built} "
             "(TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
         )
-    for name in OPERATORS:
-        importlib.import_module(f"sanm_kernels.backends.triton.{name}")
+    register()
     return None
+
+
+def register() -> None:
+    """Import every module of this package: those of operators register their kernels."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
 
 
 def probe(index: int) -> str | None:

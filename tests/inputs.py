@@ -5,10 +5,11 @@ And which of the tests that are made from them `make test` runs: `each` and `mor
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from maker import DTYPES as DTYPES
 from maker import LAYOUTS as LAYOUTS
 from maker import lay_out
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sanm_kernels import MaskConfig, backends
 
@@ -163,3 +165,19 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return torch.equal(a, b)
+
+
+def assert_refused(
+    function: Callable[..., object],
+    error: type[Exception],
+    message: str,
+    arguments: Sequence[object],
+    options: dict[str, object],
+) -> None:
+    """The call raises the error with the message, and leaves its tensors as they are."""
+    tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
+    before = copy.deepcopy(tensors)
+    with pytest.raises(error, match=message):
+        function(*arguments, **options)
+    for x, y in zip(tensors, before, strict=True):
+        assert x.is_meta or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))

@@ -13,6 +13,7 @@ import torch
 from inputs import GPU_DEVICES
 from maker import Call, identical
 from random_calls import random_call
+from sheets import slopes
 from tolerances import assert_accurate
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -30,12 +31,6 @@ def outputs_of(result: Any, prefix: str = "") -> dict[str, Tensor | None]:
         if name != "buffers":
             found |= outputs_of(value, f"{prefix}.{name}" if prefix else name)
     return found
-
-
-def slopes(out: Tensor) -> Tensor:
-    """An upstream gradient that differs between the elements."""
-    flat = torch.arange(out.numel(), device=out.device).remainder(7).sub(2.5)
-    return flat.to(out.dtype).view(out.shape)
 
 
 def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:

@@ -23,14 +23,14 @@ from sanm_kernels import backends
 from sanm_kernels.backends import cpu
 
 
-def recorded(backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+def recorded(backend: str) -> list[tuple[str, Any, tuple[Any, ...]]]:
     """A right call of every operator of the backend, those of backward and variants among them."""
     with torch.enable_grad(), Recorder() as recorder:
         for operation in (OPERATIONS | VARIANTS).values():
             if backends.serves(backend, operation.op, "cpu") is None:
                 inputs = inputs_of(operation, "cpu", torch.float32)
                 with_gradients(operation, inputs, backend=backend)
-    return [(op, args) for op, args in recorder.calls if op._overloadname == backend]
+    return [call for call in recorder.calls if call[1]._overloadname == backend]
 
 
 def misfits(x: Tensor) -> Iterator[tuple[bool, Any]]:
@@ -78,9 +78,8 @@ def main(backend: str) -> None:
     else:
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     made: Counter[str] = Counter()
-    for op, args in recorded(backend):
+    for name, op, args in recorded(backend):
         op(*args)
-        name = op._schema.name.removeprefix("sanm_kernels::")
         for i, value in enumerate(args):
             for must_raise, other in changes(value):
                 try:

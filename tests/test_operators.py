@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from inputs import BACKENDS, GPU_DEVICES
-from sheets import OPERATIONS, Inputs, inputs_of, wider, with_gradients
+from sheets import OPERATIONS, Inputs, Recorder, inputs_of, wider, with_gradients
 from tolerances import assert_accurate
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sanm_kernels as sk
 from sanm_kernels import backends
@@ -89,20 +87,6 @@ def test_results_in_memory_that_is_given(backend):
         assert torch.equal(a, b)
 
 
-class Recorded(TorchDispatchMode):
-    """Names of this package's operators that are called, by backend."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[str, set[str]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "sanm_kernels":
-            name = func.name().removeprefix("sanm_kernels::").partition(".")[0]
-            self.seen.setdefault(func._overloadname, set()).add(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("backend", DEVICES)
 def test_no_operator_is_left_out(backend):
     """The backend serves what its sources register, and the calls above run all of it."""
@@ -114,13 +98,14 @@ def test_no_operator_is_left_out(backend):
         assert served == set(re.findall(pattern, sources))
     else:
         assert served == set(backends.operators)
-    with Recorded() as calls:
+    with Recorder() as recorder:
         for operation in OPERATIONS.values():
             sizes = {"N": 9} if operation.op == "fit_label_quality" else {"B": 1}
             if operation.op in served:
                 x = inputs_of(operation, device, torch.float32, **sizes)
                 with_gradients(operation, x, backend=backend)
-    assert calls.seen == {backend: served}
+    called = {(op._overloadname, name) for name, op, _ in recorder.calls}
+    assert called == {(backend, name) for name in served}
 
 
 class Exported(torch.nn.Module):

@@ -129,6 +129,12 @@ def wider(operation: Operation, x: Inputs) -> Inputs:
     return {name: v.cpu().double() if name in wide else v.cpu() for name, v in x.items()}
 
 
+def slopes(out: Tensor) -> Tensor:
+    """An upstream gradient that differs between the elements."""
+    flat = torch.arange(out.numel(), device=out.device).remainder(7).sub(2.5)
+    return flat.to(out.dtype).view(out.shape)
+
+
 def with_gradients(
     operation: Operation, x: Inputs, run: Callable[..., Inputs] | None = None, **options: Any
 ) -> Inputs:
@@ -139,27 +145,22 @@ def with_gradients(
     outputs = (run or operation.run)(x, **options)
     results = {name: out.detach() for name, out in outputs.items()}
     if operation.wrt:
-        total = sum(
-            # slopes that differ between the elements, in the dtype of the output
-            (out * torch.arange(out.numel(), device=out.device).remainder(7).sub(2.5)
-             .to(out.dtype).view(out.shape)).sum()
-            for out in outputs.values()
-        )  # fmt: skip
+        total = sum((out * slopes(out)).sum() for out in outputs.values())
         gradients = torch.autograd.grad(total, [x[name] for name in operation.wrt])
         results |= {f"d {n}": g for n, g in zip(operation.wrt, gradients, strict=True)}
     return results
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of this package's operators: those of backward too."""
+    """Keeps the calls of this package's operators, with their names: those of backward too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+        self.calls: list[tuple[str, Any, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.namespace == "sanm_kernels":
-            self.calls.append((op, args))
+            self.calls.append((op.name().split("::")[1].partition(".")[0], op, args))
         return op(*args, **(kwargs or {}))
 
 

@@ -220,7 +220,7 @@ class Recipe:
 
     @property
     def tested(self) -> list[SANM]:
-        """The networks that are tested, shown and exported: the averages, where there are any."""
+        """The networks that are tested, shown and exported; with `ema` the averages."""
         return [cast(SANM, average.module) for average in self.averages] or self.networks
 
     def predict(self, images: Images) -> Tensor:

@@ -135,7 +135,12 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     table = command(_compare, "compare", "table of recipes on kinds of noise", "sanm-compare")
     table.add_argument("--recipes", nargs="+", help="default: all")
     table.add_argument("--noises", nargs="+", default=NOISES, help="default: " + " ".join(NOISES))
-    ablate = command(_ablate, "ablate", "table of sanm-dividemix without its parts", "sanm-ablate")
+    text = "recipe that all rows are held against (default: with SANM against without)"
+    table.add_argument("--base", metavar="RECIPE", help=text)
+    ablate = command(_ablate, "ablate", "table of SANM without each of its parts", "sanm-ablate")
+    default = ["sanm-ce", "sanm-dividemix"]
+    text = f"default: {' '.join(default)}"
+    ablate.add_argument("--recipes", nargs="+", default=default, help=text)
     for added in (table, ablate):
         added.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (%(default)s)")
         _add_import(added)
@@ -353,21 +358,30 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from .reports.comparison import compare
+    from .reports.comparison import compare, recipe_table
 
-    names = options.recipes or list(RECIPES)
-    for name in names:
-        check_choice("recipes", name, RECIPES)
-    variants = {name: {"recipe": name} for name in names}
-    return compare(options.out, _seeds(options), options.noises, variants, **_settings(options))
+    variants, bases = recipe_table(_recipes(options))
+    if options.base:
+        check_choice("base", options.base, variants)
+        bases = {name: [options.base] for name in variants if name != options.base}
+    seeds = _seeds(options)
+    return compare(options.out, seeds, options.noises, variants, bases, **_settings(options))
 
 
 def _ablate(options: argparse.Namespace) -> int:
-    from .reports.comparison import ABLATION, compare
+    from .reports.comparison import ablation_table, compare
 
     settings = _settings(options)
     noise = f"{settings.pop('noise', 'symmetric')}:{settings.pop('rate', 0.5)}"
-    return compare(options.out, _seeds(options), [noise], ABLATION, **settings)
+    variants, bases = ablation_table(_recipes(options))
+    return compare(options.out, _seeds(options), [noise], variants, bases, **settings)
+
+
+def _recipes(options: argparse.Namespace) -> list[str]:
+    names = options.recipes or list(RECIPES)
+    for name in names:
+        check_choice("recipes", name, RECIPES)
+    return names
 
 
 def _seeds(options: argparse.Namespace) -> range:

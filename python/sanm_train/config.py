@@ -33,7 +33,7 @@ MASKS = {
     "official-clothing1m": sk.MaskConfig.official_clothing1m,
 }
 VIEWS = {"both": ("max", "min"), "max": ("max",), "min": ("min",)}
-BOXES = ("activation", "random")
+BOXES = ("activation", "random", "none")
 SCHEDULES = ("step", "cosine")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRESETS = Path(__file__).with_name("presets.yaml")
@@ -158,7 +158,9 @@ class MaskSettings:
     ratio_gamma: float | None = setting(None, "γ: how much more is masked of doubtful labels")
     reconstruction_weight: float | None = setting(None, "weight of the reconstruction loss")
     views: str = setting("both", "masked views", VIEWS)
-    box: str = setting("activation", "where to mask", BOXES)
+    box: str = setting(
+        "activation", "where to mask; none: as many plain views instead, as a control", BOXES
+    )
     decoder: str = setting("resize", "what rebuilds the images", DECODERS)
     modulate: bool = setting(True, "soften the masked views' targets")
     reconstruct: bool = setting(True, "train on the reconstruction loss")

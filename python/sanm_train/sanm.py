@@ -22,7 +22,8 @@ WRAPPERS = (DataParallel, DistributedDataParallel)
 
 
 #: Losses (B,) of logits (B, K) on soft targets (B, K), given rows (B,), `Batch.row` or positions in
-#: the batch, and which view the logits are of: "image", "max" (the peak is hidden) or "min".
+#: the batch, and which view the logits are of: "image", "max" (the peak is hidden), "min", "plain",
+#: a control's further view of the images (`--box none`).
 Criterion = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
 

@@ -114,6 +114,37 @@ def test_every_view_is_trained_with_the_recipe_s_criterion(build, views, modulat
     torch.testing.assert_close(losses.sample_loss, plain.sample_loss)
 
 
+@pytest.mark.parametrize("recipe", ["sanm-ce", "sanm-elr"])
+@pytest.mark.parametrize("views", ["both", "max"])
+def test_the_control_trains_as_many_plain_views(build, recipe, views):
+    made = build(recipe, warmup=1, box="none", views=views)
+    assert made.networks[0].decoder is None
+    network, batch, seen = made.networks[0].eval(), one_batch(made), []
+    network.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    torch.manual_seed(3)
+    made.loss(network, batch, 0)
+    assert len(seen) == 1  # nothing in the warm-up
+    torch.manual_seed(3)
+    loss = made.loss(network, batch, 1)["loss"]
+    torch.manual_seed(3)
+    kinds = [made.augment.weak(batch.images) for _ in range(3 if views == "both" else 2)]
+    assert not torch.equal(kinds[0], kinds[-1])
+    torch.testing.assert_close(torch.cat(seen[1:]), torch.cat(kinds))
+    if recipe == "sanm-ce":
+        wanted = [F.cross_entropy(network(kind), batch.targets) for kind in kinds]
+        torch.testing.assert_close(loss, torch.stack(wanted).mean())
+
+
+def test_the_control_of_dividemix_is_dividemix_with_more_weak_views(tiny):
+    settings = {"epochs": 4, "limit": 400, "rate": 0.2, "seed": 1}
+    control = train(tiny(recipe="sanm-dividemix", box="none", **settings))
+    assert any(row.get("unlabeled") for row in control.history)  # it has divided
+    assert control.history[-1]["reconstruction"] == 0
+    more = train(tiny(recipe="dividemix", weak_views=3, **settings))
+    rows = [(r.history[-1]["labeled"], r.last_accuracy) for r in (control, more)]
+    assert rows[0] == pytest.approx(rows[1], rel=0.2)
+
+
 def one_batch(made: Recipe, size: int = 32, quality: torch.Tensor | None = None) -> Batch:
     if quality is None:
         quality = torch.rand(len(made.data), generator=torch.Generator().manual_seed(4))

@@ -15,7 +15,7 @@ import sanm_kernels as sk
 from .. import distributed
 from ..augment import Augment
 from ..checkpoint import load_module
-from ..config import TrainConfig
+from ..config import VIEWS, TrainConfig
 from ..data import Dataset, batches, generator
 from ..decoders import DECODERS
 from ..images import Images
@@ -90,6 +90,8 @@ class Recipe:
     def __init__(self, config: TrainConfig, data: Dataset) -> None:
         self.config, self.data = config, data
         self.augment = Augment(config.augmentation, data.mean, data.std, data.image_size)
+        #: Views that are trained on in place of the masked ones, where nothing is to be hidden.
+        self.plain_views = len(VIEWS[config.views]) if config.box == "none" else 0
         self.networks = [self._build_network() for _ in range(self.num_networks)]
         self.channels_last = config.channels_last and not _spoils_memory(self.networks[0])
         if self.channels_last:
@@ -116,24 +118,33 @@ class Recipe:
         """The value to minimise as "loss", and any others to log, from images in [0, 1].
 
         The mean of `criterion` on weakly augmented images; with `masking` and after the warm-up,
-        SANM's losses.
+        SANM's losses, or those of as many `plain_views`.
         """
-        batch = batch._replace(images=self.augment.weak(batch.images))
-        if self.masking and epoch >= self.config.warmup:
+        images, masks = batch.images, self.masking and epoch >= self.config.warmup
+        batch = batch._replace(images=self.augment.weak(images))
+        if masks and not self.plain_views:
             losses = network.losses(batch, self.generator, self.criterion)
             return {
                 "loss": losses.total,
                 "labeled": losses.sample_loss.mean(),
                 "reconstruction": losses.reconstruction,
             }
-        logits = network(batch.images)
-        labeled = F.cross_entropy(logits, batch.targets)
+        logits = [network(batch.images)]
+        if masks:  # in a pass of their own, as masked ones are
+            views = torch.cat([self.augment.weak(images) for _ in range(self.plain_views)])
+            logits += network(views).chunk(self.plain_views)
         if self.criterion is None:
-            return {"loss": labeled}
-        targets = F.one_hot(batch.targets, logits.shape[1]).to(logits.dtype)
+            parts = [F.cross_entropy(z, batch.targets) for z in logits]
+            return {"loss": torch.stack(parts).mean()}
+        targets = F.one_hot(batch.targets, logits[0].shape[1]).to(logits[0].dtype)
         assert batch.row is not None  # the loop always says which samples these are
-        loss = self.criterion(logits, targets, batch.row, "image").mean()
-        return {"loss": loss, "labeled": labeled.detach()}
+        names = ["image"] + ["plain"] * (len(logits) - 1)
+        parts = [
+            self.criterion(z, targets, batch.row, name).mean()
+            for z, name in zip(logits, names, strict=True)
+        ]
+        labeled = F.cross_entropy(logits[0].detach(), batch.targets)
+        return {"loss": torch.stack(parts).mean(), "labeled": labeled}
 
     def begin_epoch(self, epoch: int) -> None:
         """What precedes the steps of an epoch: after the warm-up, the label quality is refitted."""
@@ -246,7 +257,7 @@ class Recipe:
             config.feature_layer or None,
             decoder=DECODERS[config.decoder],
             config=config.mask_config,
-            image_shape=data.image_shape if self.masking else None,
+            image_shape=data.image_shape if self.masking and not self.plain_views else None,
             random_box=config.box == "random",
             modulate=config.modulate,
         )

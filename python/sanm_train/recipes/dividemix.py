@@ -111,7 +111,10 @@ class DivideMix(Recipe):
         kinds += [augment.strong(images) for _ in range(config.strong_views)]
         ratios = [torch.zeros_like(quality)] * len(kinds)
         reconstruction = quality.new_zeros(())
-        if self.masking:
+        if self.masking and self.plain_views:
+            kinds += [augment.auto(images) for _ in range(self.plain_views)]
+            ratios += [torch.zeros_like(quality)] * self.plain_views
+        elif self.masking:
             masked = network.mask(
                 first,
                 targets,

@@ -23,7 +23,7 @@ class OnePassConfig(TrainConfig):
         super().check()
         if self.views == "min":
             raise ConfigError("views must be both or max for sanm-onepass, which hides the peak")
-        if self.box == "random":
+        if self.box != "activation":
             raise ConfigError("box must be activation for sanm-onepass: the map itself is masked")
 
 

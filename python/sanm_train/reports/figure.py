@@ -187,6 +187,49 @@ def draw_history(history: Sequence[Mapping[str, Any]], warmup: int) -> Figure:
     return figure
 
 
+def draw_accuracies(cells: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Figure:
+    """For each kind of noise a panel, with the accuracies by epoch of each variant's runs: their
+    mean, and a band of its standard error."""
+    figure = Figure(figsize=(1.5 + 4.5 * len(cells), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(cells), squeeze=False, sharey=True)[0]
+    for axis, (noise, curves) in zip(axes, cells.items(), strict=True):
+        for name, runs in curves.items():
+            if not runs:
+                continue
+            values = 100 * np.array([run[: min(map(len, runs))] for run in runs])
+            epochs, mean = 1 + np.arange(values.shape[1]), values.mean(0)
+            (line,) = axis.plot(epochs, mean, label=name)
+            if len(runs) > 1:
+                error = values.std(0, ddof=1) / math.sqrt(len(runs))
+                band = {"color": line.get_color(), "alpha": 0.2, "lw": 0}
+                axis.fill_between(epochs, mean - error, mean + error, **band)
+        axis.set(xlabel="epoch", title=noise)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes[0].set(ylabel="test accuracy, %")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    return figure
+
+
+def draw_calibration(qualities: Mapping[str, Tensor], right: Tensor) -> Figure:
+    """How many of the labels of about a clean probability are right (N,), in ten bins of it; below,
+    how many samples each bin has. On the diagonal a probability (N,) is what it says."""
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    above.plot([0, 1], [0, 1], color=GREY, linestyle=":")
+    for name, quality in qualities.items():
+        bins = (10 * quality).long().clamp_max(9)
+        count = torch.bincount(bins, minlength=10)
+        means = [torch.bincount(bins, x.double(), 10) / count for x in (quality, right)]
+        above.plot(*(mean[count > 0] for mean in means), marker=".", label=name)
+        below.stairs(count / count.sum(), np.linspace(0, 1, 11))
+    above.set(ylabel="share of right labels", ylim=(0, 1.02))
+    above.legend(frameon=False)
+    below.set(xlabel="clean probability", ylabel="samples", xlim=(0, 1), ylim=(0, 1))
+    return figure
+
+
 def draw_mixtures(result: Result) -> Figure:
     """Histogram of the losses that each network's mixture was fitted to, and the mixture."""
     recipe = result.recipe  # whose samples have an order of their own

@@ -104,6 +104,12 @@ def write_report(
             figures["history"] = _panels(figure.draw_history(history, warmup))
         if fitted:
             figures["mixtures"] = _panels(figure.draw_mixtures(result))
+            quality = torch.tensor(columns["clean_prob"])
+            known = (data.true_labels.cpu() >= 0) & ~quality.isnan()
+            if known.any():
+                right = (data.labels == data.true_labels).cpu()[known]
+                drawn = figure.draw_calibration({config.recipe: quality[known]}, right)
+                figures["calibration"] = _svg(drawn)
         statistics = {name: x for name, x in columns.items() if name.startswith("activation_")}
         figures["activations"] = _svg(figure.draw_activations(statistics, split.suspect))
     template = jinja2.Environment(

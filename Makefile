@@ -19,7 +19,7 @@ PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 EDITABLE := $(PIP) -q --no-build-isolation --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all demo docs lint format info wheel sdist dist-test gpu clean
+.PHONY: help setup test test-all demo docs lint format info wheel sdist dist-test gpu gpu-train clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -75,6 +75,9 @@ dist-test: wheel sdist  ## install both into clean environments and call every o
 # Not in .venv: a machine with a GPU has its own torch and Triton, and may have no network.
 gpu:  ## with PYTHON's own packages: build, probe, GPU tests, sanitizers, benchmarks
 	$(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
+
+gpu-train:  ## with them: minutes of training on Fashion-MNIST (ARGS='--data-root FOLDER'), and what a step costs
+	PYTHONPATH="$$PWD/python:$$PYTHONPATH" $(or $(PYTHON),python3) -m benchmarks.training $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info sanm_kernels/lib .mypy_cache .pytest_cache .ruff_cache

@@ -41,13 +41,20 @@ SKIPPED = 2  # steps that come first
 
 
 class Clock:
-    """Divides time among PARTS: what was entered last and not left yet gets it."""
+    """Divides time among PARTS: what was entered last and not left yet gets it.
 
-    def __init__(self) -> None:
+    On a GPU every part ends when the device has done it, which makes steps longer than they are.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.wait = torch.cuda.synchronize if device.startswith("cuda") else None
         self.spent = dict.fromkeys(PARTS, 0.0)
         self.inside, self.since = [REST], time.perf_counter()
+        self.watched: list[tuple[Any, str, Any]] = []
 
     def lap(self) -> None:
+        if self.wait is not None:
+            self.wait()
         now = time.perf_counter()
         self.spent[self.inside[-1]] += now - self.since
         self.since = now
@@ -79,7 +86,18 @@ class Clock:
 
     def watch(self, part: str, owner: Any, *names: str) -> None:
         for name in names:
+            self.watched.append((owner, name, getattr(owner, name)))
             setattr(owner, name, self.timed(part, getattr(owner, name)))
+
+    def watch_all(self) -> None:
+        """What does not belong to one recipe."""
+        self.watch(OURS, sk, *CALLS)
+        self.watch(NETWORKS, torch.Tensor, "backward")
+
+    def release(self) -> None:
+        """Leave what was watched as it was."""
+        for owner, name, original in reversed(self.watched):
+            setattr(owner, name, original)
 
 
 def random_images(batch: int, steps: int) -> Recipe:
@@ -95,12 +113,13 @@ def random_images(batch: int, steps: int) -> Recipe:
 
 def measure(clock: Clock, recipe: Recipe, steps: int) -> list[dict[str, float]]:
     """The seconds of each part in each of so many steps."""
-    recipe.quality, found = torch.rand(recipe.quality.shape), []
+    recipe.quality, found = torch.rand_like(recipe.quality), []
     plan, images = recipe.plan(0)[: steps + SKIPPED], recipe.data.images
     recipe.begin_epoch, recipe.plan = (lambda epoch: None), (lambda epoch: plan)
     clock.watch(VIEWS, recipe.augment, "weak", "auto", "strong")
     for module in [m for net in recipe.networks for m in (net.model, net.decoder)]:
-        clock.watch(NETWORKS, module, "forward")
+        if module is not None:
+            clock.watch(NETWORKS, module, "forward")
     for optimizer in recipe.optimizers:
         clock.watch(OPTIMIZER, optimizer, "step")
 
@@ -127,8 +146,7 @@ def main() -> None:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     clock, steps = Clock(), options.steps
-    clock.watch(OURS, sk, *CALLS)
-    clock.watch(NETWORKS, torch.Tensor, "backward")
+    clock.watch_all()
     for name, recipe, number in (
         ("digits", build(TrainConfig(warmup=0, ramp=0.0, device="cpu")).recipe, 6 * steps),
         ("random 32×32 images", random_images(options.batch, steps), steps),

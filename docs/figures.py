@@ -1,7 +1,9 @@
-"""Draws the figures of docs/method.md from a short run on noisy digits: python docs/figures.py"""
+"""Draws the figures of docs/method.md and docs/accuracy.md from a short run on noisy digits, and of
+the runs that the latter has a table of: python docs/figures.py"""
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from matplotlib.patches import Rectangle
 import sanm_kernels as sk
 from sanm_train import Result, TrainConfig, train
 from sanm_train.files import replacing
+from sanm_train.reports.comparison import accuracy_curves
+from sanm_train.reports.figure import draw_accuracies, draw_calibration
 
 DOCS = Path(__file__).resolve().parent
 PEAK, TROUGH, GREY = "#d62728", "#17becf", "#7f7f7f"
@@ -107,12 +111,31 @@ def label_quality(result: Result) -> Figure:
     return figure
 
 
+def accuracy() -> Figure:
+    """Of the runs of docs/accuracy.md on few digits: cross-entropy, SANM on it, and its control."""
+    with (DOCS.parent / "benchmarks/results/training-digits.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    return draw_accuracies(accuracy_curves(rows, ["symmetric:0.5"], variants))
+
+
+def calibration(result: Result) -> Figure:
+    right = result.data.labels == result.data.true_labels
+    return draw_calibration({result.config.recipe: result.quality.mean(0)}, right)
+
+
 def main() -> None:
     result = train(TrainConfig(recipe="sanm-ce", epochs=15))
-    for draw in (masking, label_quality):
-        path = DOCS / f"method-{draw.__name__.replace('_', '-')}.png"
+    drawn = {
+        "method-masking": masking(result),
+        "method-label-quality": label_quality(result),
+        "accuracy-epochs": accuracy(),
+        "accuracy-calibration": calibration(result),
+    }
+    for name, figure in drawn.items():
+        path = DOCS / f"{name}.png"
         with replacing(path) as temporary:
-            draw(result).savefig(temporary)
+            figure.savefig(temporary)
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -148,12 +148,15 @@ def test_cited_sections_are_headings_of_the_method() -> None:
 
 
 @extended
-def test_figures_of_the_method_are_drawn() -> None:
+def test_figures_are_drawn() -> None:
     figures = runpy.run_path(str(DOCS / "figures.py"))
     config = sanm_train.TrainConfig(recipe="sanm-ce", epochs=4, warmup=1, limit=400)
     result = sanm_train.train(config)
     assert len(figures["masking"](result).axes) == 12
     assert len(figures["label_quality"](result).axes) == 2
-    assert {path.name for path in DOCS.glob("method-*.png")} <= set(
-        re.findall(r"method-[\w-]+\.png", (DOCS / "method.md").read_text())
-    )
+    assert len(figures["calibration"](result).axes) == 2
+    assert len(figures["accuracy"]().axes[0].lines) == 3
+    for page in ("method", "accuracy"):
+        drawn = {path.name for path in DOCS.glob(f"{page}-*.png")}
+        shown = re.findall(rf"{page}-[\w-]+\.png", (DOCS / f"{page}.md").read_text())
+        assert drawn and drawn <= set(shown)

@@ -9,7 +9,6 @@ import pytest
 
 from sanm_train.cli import main
 from sanm_train.registry import REGISTRIES
-from sanm_train.reports.comparison import differences
 
 TINY = ["--epochs", "2", "--warmup", "1", "--limit", "130", "--quiet"]
 
@@ -159,53 +158,6 @@ def test_demo_writes_table_figure_and_csv(tmp_path, capsys):
         assert len((tmp_path / recipe / "metrics.csv").read_text().splitlines()) == 3
     assert main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 2
     assert "holds a run already; --overwrite replaces it" in capsys.readouterr().err
-
-
-def test_ablate_has_controls_and_paired_differences(tmp_path, capsys):
-    arguments = ["--epochs", "2", "--limit", "100", "--warmup", "1", "--seeds", "2"]
-    out = ["ablate", "--out", str(tmp_path), *arguments]
-    assert main([*out, "--recipes", "sanm-ce"]) == 0
-    printed = capsys.readouterr().out
-    with (tmp_path / "runs.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    parts = ["plain views", "random box", "no modulation", "no reconstruction"]
-    parts += ["max view only", "min view only"]
-    names = ["ce", "sanm-ce", *(f"sanm-ce: {part}" for part in parts)]
-    assert [(row["variant"], row["seed"]) for row in rows] == [(n, s) for s in "01" for n in names]
-    for row in rows:
-        assert len(row["accuracies"].split()) == 2
-        assert 0 < float(row["loss_auc"]) < 1 and 0 < float(row["cleanlab_auc"]) < 1
-    assert printed.count("│ sanm-ce: random box") == 2 + 3  # against ce, the control, the whole
-    assert main([*out, "--recipes", "ce"]) == main([*out[:3], "--seeds", "0"]) == 2
-    assert "recipes must be SANM on another recipe, got ce" in capsys.readouterr().err
-
-
-def test_differences_are_paired():
-    accuracies = {"a": (0.9, 0.8, 0.7, 0.1), "b": (0.8, 0.75, 0.6), "c": (0.5, 0.9, 0.7)}
-    rows = [
-        {"variant": name, "seed": str(seed), "last_accuracy": str(accuracy)}
-        for name, runs in accuracies.items()
-        for seed, accuracy in enumerate(runs)  # a's last one has no counterpart
-    ]
-    rows.reverse()
-    found = differences(rows, {"a": ["b", "c"], "c": ["nothing"]})
-    keys = ("variant", "against", "difference", "seeds", "beyond two errors")
-    assert [tuple(row[key] for key in keys) for row in found] == [
-        ("a", "b", "+8.3 ± 1.7", "3", "yes"),  # 10, 5, 10: deviation 2.9, over the root of 3
-        ("a", "c", "+10.0 ± 15.3", "3", "no"),  # 40, -10, 0
-    ]
-
-
-def test_compare_has_the_controls_and_a_base(tmp_path, capsys):
-    arguments = ["compare", "--out", str(tmp_path), "--recipes", "ce", "sanm-ce", "--epochs", "1"]
-    arguments += ["--limit", "100", "--seeds", "2", "--noises", "symmetric:0.5"]
-    assert main(arguments) == 0
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.count("│ sanm-ce: plain views") == 2 + 1  # against ce
-    assert main([*arguments, "--base", "sanm-ce"]) == 0
-    assert re.search(r"│ ce +│ +sanm-ce │ [+-]\d+\.\d ± \d+\.\d │", capsys.readouterr().out)
-    assert main([*arguments, "--base", "sanm"]) == 2
-    assert "base must be one of" in capsys.readouterr().err
 
 
 def test_compare_keeps_runs_of_other_settings_apart(tmp_path, capsys):

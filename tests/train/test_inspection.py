@@ -413,30 +413,6 @@ def test_mixtures_are_drawn_over_the_losses_they_were_fitted_to(odd, tiny, avera
         assert area == pytest.approx(len(x) / 60, rel=0.25)  # the tails beyond 0 and 1 are cut off
 
 
-def test_calibration_is_the_share_of_right_labels_in_each_bin(odd):
-    assert "Share of right labels by clean probability" in (odd / "inspect/report.html").read_text()
-    quality = torch.tensor([0.0, 0.05, 0.31, 0.33, 0.95, 1.0])
-    right = torch.tensor([False, True, False, False, True, True])
-    figure = sanm_train.reports.figure.draw_calibration({"a": quality}, right)
-    above, below = figure.axes
-    (x, y), heights = above.lines[1].get_data(), below.patches[0].get_data().values
-    assert x.tolist() == pytest.approx([0.025, 0.32, 0.975]) and y.tolist() == [0.5, 0, 1]
-    assert heights.tolist() == pytest.approx([1 / 3, 0, 0, 1 / 3, *[0] * 5, 1 / 3])
-
-
-def test_accuracies_are_drawn_as_means_with_their_errors():
-    runs = [[0.5, 0.6, 0.9], [0.7, 0.8, 0.7]]
-    figure = sanm_train.reports.figure.draw_accuracies({"noise": {"ce": runs, "none": []}})
-    (axis,) = figure.axes
-    (line,), (band,) = axis.lines, axis.collections
-    assert line.get_ydata().tolist() == pytest.approx([60, 70, 80])
-    low, high = (
-        np.array(band.get_paths()[0].vertices)[:, 1].min(),
-        band.get_datalim(axis.transData).y1,
-    )
-    assert (low, high) == pytest.approx((50, 90))  # deviation 14.1, over the root of 2
-
-
 def test_a_run_with_synchronised_statistics_is_read_without_a_gpu(odd, tmp_path):
     """The setting is for training: one process has nothing to synchronise."""
     shutil.copytree(odd, tmp_path / "run")

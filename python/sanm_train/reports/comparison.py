@@ -97,6 +97,7 @@ def compare(
     Raises:
         ConfigError: a setting cannot be used, or `out` holds runs with other settings.
     """
+    from .figure import draw_accuracies
     from .report import print_rows  # needs the extra, before the first run and not after the last
 
     if variants is None:
@@ -153,30 +154,31 @@ def compare(
             print_rows("last accuracy, seed by seed: difference ± standard error", against)
     if not any(row.get("cleanlab_auc") for row in rows):
         print("no cleanlab_auc: cleanlab is not installed")
-    _draw(folder / "accuracy.png", cells, variants)
+    curves = accuracy_curves(rows, noises, variants)
+    if any(runs for lines in curves.values() for runs in lines.values()):
+        with replacing(folder / "accuracy.png") as temporary:
+            draw_accuracies(curves).savefig(temporary)
     return 0
 
 
-def _draw(path: Path, cells: Mapping[str, list[dict[str, str]]], variants: Iterable[str]) -> None:
-    """Accuracy over the epochs, of recipes and their controls, not of SANM without a part."""
-    from .figure import draw_accuracies
-
-    parts = [f": {part}" for part in PARTS if part != CONTROL]
-    names = [name for name in variants if not name.endswith(tuple(parts))]
-    curves = {
+def accuracy_curves(
+    rows: Sequence[Mapping[str, str]], noises: Sequence[str], variants: Iterable[str]
+) -> dict[str, dict[str, list[list[float]]]]:
+    """By noise and variant the accuracies by epoch of each run of runs.csv that has them; not those
+    of SANM without one of its parts."""
+    parts = tuple(f": {part}" for part in PARTS if part != CONTROL)
+    return {
         noise: {
             name: [
                 [float(x) for x in row["accuracies"].split()]
-                for row in cell
-                if row["variant"] == name and row.get("accuracies")
+                for row in rows
+                if (row["noise"], row["variant"]) == (noise, name) and row.get("accuracies")
             ]
-            for name in names
+            for name in variants
+            if not name.endswith(parts)
         }
-        for noise, cell in cells.items()
+        for noise in noises
     }
-    if any(runs for lines in curves.values() for runs in lines.values()):
-        with replacing(path) as temporary:
-            draw_accuracies(curves).savefig(temporary)
 
 
 def differences(

@@ -247,7 +247,7 @@ def test_report(odd):
         assert f"sample {found['index'][row]}" in text and found["path"][row] in text
     order = [int(i) for i in re.findall(r"sample (\d+)", text)]
     assert order == found["index"][first].tolist()
-    assert page.addresses[5:7] != page.addresses[7:9]  # five panels, then the first image
+    assert page.addresses[6:8] != page.addresses[8:10]  # six panels, then the first image
     for given, count in zip(*np.unique(found["given_label"], return_counts=True), strict=True):
         rows = found["given_label"] == given
         share = f"{(found['clean_prob'][rows] <= 0.5).mean():.1%}"
@@ -268,13 +268,13 @@ def test_pictures_show_the_samples(odd):
 
     page, found = check_page(odd / "inspect" / "report.html"), columns(odd / "inspect")
     row = most_suspicious(found)[0]
-    png = base64.b64decode(page.addresses[5].partition(",")[2])
+    png = base64.b64decode(page.addresses[6].partition(",")[2])
     shown = imread(io.BytesIO(png))[:, :, 0]
     image = load_run(odd).data.images.images[int(row), 0]
     np.testing.assert_allclose(shown, image, atol=1 / 255 + 1e-6)
-    small = base64.b64decode(page.addresses[5 + 48].partition(",")[2])  # the table's first
+    small = base64.b64decode(page.addresses[6 + 48].partition(",")[2])  # the table's first
     np.testing.assert_allclose(imread(io.BytesIO(small))[:, :, 0], image, atol=1 / 255 + 1e-6)
-    assert len(page.addresses) == 5 + 48 + 200
+    assert len(page.addresses) == 6 + 48 + 200
 
 
 def test_same_run_same_report(odd, tmp_path):

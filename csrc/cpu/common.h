@@ -22,7 +22,11 @@ inline int64_t grain(int64_t elements_per_item) {
 // Every index lies in [0, size) or equals `ignore`.
 inline void check_indices(const int64_t* x, int64_t n, int64_t size, const char* name,
                           std::optional<int64_t> ignore = std::nullopt) {
-  for (int64_t i = 0; i < n; ++i) {
+  int outside = 0;
+#pragma omp simd reduction(| : outside)
+  for (int64_t i = 0; i < n; ++i)
+    outside |= static_cast<uint64_t>(x[i]) >= static_cast<uint64_t>(size);
+  for (int64_t i = 0; outside && i < n; ++i) {
     const int64_t index = x[i];
     if ((index < 0 || index >= size) && !(ignore && index == *ignore))
       value_error(name, ": expected indices in [0, ", size, "), got ", index, " at index [", i, "]");

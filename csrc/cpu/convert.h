@@ -21,6 +21,7 @@ class Rows {
         first_(memory_.data() +
                (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / sizeof(A)) {}
   A* operator[](int64_t row) const { return first_ + row * step_; }
+  int64_t step() const { return step_; }  // from one to the next
 
  private:
   const int64_t step_;

@@ -46,56 +46,57 @@ double weighted(double weight, double term) { return weight == 0 ? 0 : weight * 
 // Blocks per task of parallel_for
 int64_t block_grain(int64_t K) { return std::max<int64_t>(1, row_grain(K) / kBlockRows); }
 
-// Σ t (log-sum − (x − top)), where 0·∞ = 0
+// Adds to a sum: t (log-sum − (x − top)) of a row, where 0·∞ = 0.
 template <typename A, typename T>
-inline A cross_entropy(const T* x, const FinalTarget<A>& target, int64_t K, A top, A log_sum) {
-  return row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sum)[1]) {
+inline auto cross_entropy(const T* x, const FinalTarget<A>& target, A top, A log_sum) {
+  return [=](int64_t k, auto n, Pack<A>(&sum)[1]) {
     const Pack<A> t = target.pack(k, n), centred = load_pack<A>(x + k, n, kLowest<A>) - top;
     sum[0] += t == 0 ? Pack<A>{} : t * (log_sum - centred);
-  })[0];
+  };
 }
 
-// Σ (p − t)², p = e·scale
+// And (p − t)², p = e·scale.
 template <typename A>
-inline A squared_error(const A* e, const FinalTarget<A>& target, int64_t K, A scale) {
-  return row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sum)[1]) {
+inline auto squared_error(const A* e, const FinalTarget<A>& target, A scale) {
+  return [=](int64_t k, auto n, Pack<A>(&sum)[1]) {
     const Pack<A> error = load_pack<A>(e + k, Whole{}, A(0)) * scale - target.pack(k, n);
     sum[0] += error * error;
-  })[0];
+  };
 }
 
-// The weights in a row's gradient: of cross-entropy, of squared error (2c/K), of Σ p log p.
+// The weights in a row's gradient: of its own loss (cross-entropy c, squared error 2c/K), and of
+// Σ p log p.
 template <typename A>
 struct Slopes {
-  A cross, square, entropy;
+  A own, entropy;
 };
 
-// With q = p h − c t: p, q (Kp) of a row x (K), and Σ_k dL/dz_k − q_k = p_k · the returned shift.
-// `prior` (Kp) is the prior's part of h; the target is null if the row does not count.
-template <typename A, typename T>
-inline A gradient_parts(const T* x, const A* prior, int64_t K, A top, A log_sum, Slopes<A> c,
-                        const FinalTarget<A>* target, A* p_row, A* q_row) {
-  const auto [inner, mass] = row_sums<A, 2>(K, [&](int64_t k, auto n, Pack<A>(&sum)[2]) {
+// With q = p h − c t: p, q (Kp) of a row x; to two sums, Σ p h and Σ t, with which Σ_k dL/dz_k − q_k is
+// p_k (c Σ t − Σ p h). `prior` (Kp) is the prior's part of h.
+template <bool labeled, typename A, typename T>
+inline auto gradient_parts(const T* x, const A* prior, A top, A log_sum, Slopes<A> c,
+                           const FinalTarget<A>& target, A* p_row, A* q_row) {
+  return [=](int64_t k, auto n, Pack<A>(&sum)[2]) {
     prefetch(x + k);
     const Pack<A> log_p = (load_pack<A>(x + k, n, kLowest<A>) - top) - log_sum,
-                  p = exp_nonpositive(log_p), t = target ? target->pack(k, n) : Pack<A>{},
-                  entropy = p == 0 ? Pack<A>{} : c.entropy * log_p,
-                  h = load_pack<A>(prior + k, Whole{}, A(0)) + c.square * (p - t) + entropy,
-                  weighted = p * h;
+                  p = exp_nonpositive(log_p), t = target.pack(k, n);
+    Pack<A> h = load_pack<A>(prior + k, Whole{}, A(0));
+    if (!labeled) h += c.own * (p - t);
+    if (c.entropy != 0) h += p == 0 ? Pack<A>{} : c.entropy * log_p;
+    const Pack<A> weighted = p * h;
     sum[0] += weighted;
-    sum[1] += t;
+    if (labeled) sum[1] += t;
     store_pack<A>(p, Whole{}, p_row + k);
-    store_pack<A>(weighted - c.cross * t, Whole{}, q_row + k);
-  });
-  return c.cross * mass - inner;
+    store_pack<A>(labeled ? weighted - c.own * t : weighted, Whole{}, q_row + k);
+  };
 }
 
 // d (K) = q + shift·p
 template <typename A, typename T>
-inline void gradient_row(const A* p, const A* q, int64_t K, A shift, T* d) {
+inline void gradient_row(const A* p, const A* q, int64_t K, A shift, T* d, bool stream) {
   each_pack(K, [&](int64_t k, auto n) {
     store_pack<A>(load_pack<A>(q + k, Whole{}, A(0)) + shift * load_pack<A>(p + k, Whole{}, A(0)),
-                  n, d + k);
+                  n, d + k, stream);
   });
 }
 
@@ -160,47 +161,61 @@ Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
     std::vector<A> columns(blocks * Kp);
     std::vector<Sums> sums(blocks);
-    torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
-      const int64_t stop = std::min(n, end * kBlockRows);
-      const int64_t group = std::min(rows_at_once(K), stop - begin * kBlockRows);
-      const Rows<A> e(group, Kp), converted(2, K);
-      alignas(64) A top[kMaxRows], sum[kMaxRows], scale[kMaxRows], log_sum[kMaxRows],
-          moment[kMaxRows];
-      std::fill_n(sum, kMaxRows, A(1));
-      for (int64_t first = begin * kBlockRows; first < stop; first += group) {
-        const int64_t count = std::min(stop - first, group);
-        const T* x = z + first * K;
-        for (int64_t j = 0; j < count; ++j) top[j] = row_max<A>(x + j * K, K);
-        for (int64_t j = 0; j < count; ++j) {
-          const auto sums = exponentials<2>(x + j * K, K, top[j], e[j], group);
-          sum[j] = sums[0], moment[j] = sums[1];
+    side_by_side(K, [&](auto R) {
+      torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
+        const int64_t stop = std::min(n, end * kBlockRows);
+        const int64_t there = (stop - begin * kBlockRows + R - 1) / R * R;
+        const int64_t group = std::min(std::max<int64_t>(rows_at_once(K), R), there);
+        const Rows<A> e(group, Kp), converted(2, K);
+        alignas(64) A top[kMaxRows + kPack], sum[kMaxRows + kPack], moment[kMaxRows + kPack],
+            scale[kMaxRows + kPack], log_sum[kMaxRows + kPack], loss[kMaxRows + kPack];
+        for (int64_t first = begin * kBlockRows; first < stop; first += group) {
+          const int64_t count = std::min(stop - first, group);
+          const T* x = z + first * K;
+          for (int64_t j = 0; j < count; j += R) {
+            const auto some = row_starts<R>(x + j * K, K, count - j);
+            const auto powers = row_starts<R>(e[j], e.step(), R);
+            const Pack<A> tops = rows_max<A, R>(some, K);
+            const auto sums = exponentials<2, A, R>(some, K, tops, powers, group);
+            store_pack<A>(tops, Whole{}, top + j);
+            store_pack<A>(sums[0], Whole{}, sum + j);
+            store_pack<A>(sums[1], Whole{}, moment + j);
+          }
+          for (int64_t j = 0; j < count; j += kPack) {
+            const Pack<A> some = load_pack<A>(sum + j, Whole{}, A(1));
+            store_pack<A>(log_from_one(some), Whole{}, log_sum + j);
+            store_pack<A>(1 / some, Whole{}, scale + j);
+          }
+          add_rows(e, 0, scale, count, K, columns.data() + first / kBlockRows * Kp);
+          for (int64_t j = 0, some = 0; j < count; j += some) {
+            const bool is_labeled = first + j < nx;
+            some = std::min<int64_t>(R, (is_labeled ? std::min(nx - first, count) : count) - j);
+            const auto losses = [&](const auto& row) {
+              const auto sums = rows_sums_in_turn<A, 1, R>(some, K, [&](int64_t i) {
+                return row(j + i, target.row(first + j + i, converted[0], converted[1]));
+              });
+              store_pack<A>(sums[0], Whole{}, loss + j);
+            };
+            if (is_labeled)
+              losses([&](int64_t i, const auto& t) {
+                return cross_entropy(x + i * K, t, top[i], log_sum[i]);
+              });
+            else
+              losses([&](int64_t i, const auto& t) { return squared_error(e[i], t, scale[i]); });
+          }
+          Sums& block = sums[first / kBlockRows];
+          Sums here = block;
+          for (int64_t j = 0; j < count; ++j) {
+            const int64_t i = first + j;
+            rows[i] = !target.counts(i) ? 0 : i < nx ? loss[j] : loss[j] / K;
+            norm[2 * i] = top[j], norm[2 * i + 1] = log_sum[j];
+            here.confidence += moment[j] * scale[j] - log_sum[j];
+            here.labeled += i < nx ? rows[i] : A(0);
+            here.unlabeled += i < nx ? A(0) : rows[i];
+          }
+          block = here;
         }
-        for (int64_t j = 0; j < count; j += kPack) {
-          const Pack<A> some = load_pack<A>(sum + j, Whole{}, A(1));
-          store_pack<A>(log_from_one(some), Whole{}, log_sum + j);
-          store_pack<A>(1 / some, Whole{}, scale + j);
-        }
-        add_rows(e, scale, count, K, columns.data() + first / kBlockRows * Kp);
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t i = first + j;
-          rows[i] = 0;
-          if (!target.counts(i)) continue;
-          FinalTarget<A> t;
-          target.row(i, converted[0], converted[1], t);
-          rows[i] = i < nx ? cross_entropy(x + j * K, t, K, top[j], log_sum[j])
-                           : squared_error(e[j], t, K, scale[j]) / K;
-        }
-        Sums& block = sums[first / kBlockRows];
-        Sums here = block;
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t i = first + j;
-          norm[2 * i] = top[j], norm[2 * i + 1] = log_sum[j];
-          here.confidence += moment[j] * scale[j] - log_sum[j];
-          here.labeled += i < nx ? rows[i] : A(0);
-          here.unlabeled += i < nx ? A(0) : rows[i];
-        }
-        block = here;
-      }
+      });
     });
 
     Sums sum;
@@ -308,37 +323,47 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
     const A* norm = in<A>(normalizer);
     T* d = out<T>(result);
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
-    torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
-      const int64_t stop = std::min(n, end * kBlockRows);
-      const int64_t group = std::min(rows_at_once(K), stop - begin * kBlockRows);
-      const Rows<A> p(group, padded(K)), q(group, padded(K)), converted(2, K);
-      A shift[kMaxRows];
-      for (int64_t first = begin * kBlockRows; first < stop; first += group) {
-        const int64_t count = std::min(stop - first, group);
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t i = first + j;
-          const bool counts = target.counts(i);
-          FinalTarget<A> t;
-          A c = 0;
-          if (counts) {
-            target.row(i, converted[0], converted[1], t);
-            c = static_cast<A>(i < nx ? cx : cu) + (grow ? grow[i] : A(0));
+    const bool stream = n * K * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+    side_by_side(K, [&](auto R) {
+      constexpr int kRows = R == kPack ? R : 1;
+      torch::stable::parallel_for(0, blocks, block_grain(K), [&](int64_t begin, int64_t end) {
+        const int64_t stop = std::min(n, end * kBlockRows);
+        const Rows<A> p(kRows, padded(K)), q(kRows, padded(K)), converted(2, K);
+        for (int64_t first = begin * kBlockRows, count = 0; first < stop; first += count) {
+          const bool is_labeled = first < nx;
+          count = std::min<int64_t>(kRows, (is_labeled ? std::min(nx, stop) : stop) - first);
+          A weight[kRows];
+          const auto parts = [&](auto labeled) {
+            return rows_sums_in_turn<A, 2, kRows>(count, K, [&](int64_t j) {
+              const int64_t i = first + j;
+              weight[j] = 0;
+              if (target.counts(i))
+                weight[j] = static_cast<A>(labeled ? cx : cu) + (grow ? grow[i] : A(0));
+              return gradient_parts<labeled>(
+                  z + i * K, slope.data(), norm[2 * i], norm[2 * i + 1],
+                  Slopes<A>{labeled ? weight[j] : 2 * weight[j] / K, gn},
+                  target.row(i, converted[0], converted[1]), p[j], q[j]);
+            });
+          };
+          const auto sums = is_labeled ? parts(std::true_type{}) : parts(std::false_type{});
+          for (int64_t j = 0; j < count; ++j) {
+            const int64_t i = first + j;
+            A shift = (is_labeled ? weight[j] * sums[1][j] : 0) - sums[0][j];
+            if (!rare.empty()) {
+              double all = shift;
+              for (const auto& [k, share] : rare) {
+                const double part = share * std::exp(log_p(z + i * K, norm + 2 * i, k) -
+                                                     static_cast<double>(pm[k]));
+                q[j][k] += static_cast<A>(part), all -= part;
+              }
+              shift = static_cast<A>(all);
+            }
+            T* const row = d + i * K;
+            gradient_row(p[j], q[j], K, shift, row, stream && aligned(row));
           }
-          const Slopes<A> slopes =
-              i < nx ? Slopes<A>{c, A(0), gn} : Slopes<A>{A(0), 2 * c / K, gn};
-          shift[j] = gradient_parts(z + i * K, slope.data(), K, norm[2 * i], norm[2 * i + 1],
-                                    slopes, counts ? &t : nullptr, p[j], q[j]);
-          double all = shift[j];
-          for (const auto& [k, share] : rare) {
-            const double part =
-                share * std::exp(log_p(z + i * K, norm + 2 * i, k) - static_cast<double>(pm[k]));
-            q[j][k] += static_cast<A>(part), all -= part;
-          }
-          shift[j] = static_cast<A>(all);
         }
-        for (int64_t j = 0; j < count; ++j)
-          gradient_row(p[j], q[j], K, shift[j], d + (first + j) * K);
-      }
+        if (stream) stream_fence();
+      });
     });
   });
   return result;

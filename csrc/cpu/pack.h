@@ -58,10 +58,13 @@ inline Index<A> lanes() {
   return index;
 }
 
-// Which lane of the pack that starts at element k is element `at`, if any
+// Which lane of the pack that starts at element k is element `at`, if any. Of the comparison the left
+// side is the same for every k.
 template <typename A>
 inline Index<A> is_lane(int64_t at, int64_t k) {
-  return lanes<A>() == static_cast<Integer<A>>(at - k);
+  using Unsigned = std::make_unsigned_t<Integer<A>>;
+  using Lanes = typename VectorOf<Unsigned, kPack>::type;
+  return static_cast<Unsigned>(at) - (Lanes)lanes<A>() == static_cast<Unsigned>(k);
 }
 
 // p (kPack) of any floating dtype
@@ -112,6 +115,17 @@ inline void store_pack(Pack<A> v, int64_t n, T* p) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>)
     return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#elif defined(__AVX__)
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>) {  // a masked store is slow
+    __m128 rest = n & 4 ? _mm256_extractf128_ps(v, 1) : _mm256_castps256_ps128(v);
+    if (n & 4) _mm_storeu_ps(p, _mm256_castps256_ps128(v)), p += 4;
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest), p += 2;
+      rest = _mm_movehl_ps(rest, rest);
+    }
+    if (n & 1) _mm_store_ss(p, rest);
+    return;
+  }
 #endif
   A some[kPack];
   std::memcpy(some, &v, sizeof v);
@@ -164,25 +178,133 @@ inline A reduce_max(Pack<A> v) {
   return reduce<A, kPack>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// N sums over a row of K: body(k, n, sums) adds a pack to each. Those of every kRun elements are added in
-// double: a float that holds the sum of a long row loses what is yet to come, and that which holds one
-// large term the small ones of its run.
+// Of each block of h lanes the first (`part` 0) or the second half: those of a, then those of b; where
+// blocks are no longer than 128 bits, within each 128 bits, so that it is one instruction.
+template <int part, int N, int h, size_t... l>
+inline Pack<float> halves(const Pack<float>& a, const Pack<float>& b, std::index_sequence<l...>) {
+#if SANM_HAS_SHUFFLE
+  constexpr int G = h > 4 ? N : 4;
+  const auto from = [](int lane) {
+    const int w = lane % G, v = w % (G / 2);
+    return (w >= G / 2 ? N : 0) + lane / G * G + v / (h / 2) * h + part * (h / 2) + v % (h / 2);
+  };
+  return __builtin_shufflevector(a, b, from(static_cast<int>(l))...);
+#else
+  return a + b;  // never called
+#endif
+}
+
+// The lanes of row j's pack joined by `op`, halves first, in lane j; 0 from R on. Those of kPack rows
+// together take half as many instructions as one after the other, and give the same bits.
+template <typename A, int R, typename Op>
+inline Pack<A> joined(const std::array<Pack<A>, R>& rows, const Op& op) {
+#if SANM_HAS_SHUFFLE
+  if constexpr (std::is_same_v<A, float> && R == kPack) {
+    constexpr std::make_index_sequence<kPack> l;
+    std::array<Pack<float>, R> v = rows;
+    const auto join = [&](auto h, int a, int b) {
+      v[a] = op(halves<0, kPack, h>(v[a], v[b], l), halves<1, kPack, h>(v[a], v[b], l));
+    };
+    const std::integral_constant<int, 16> k16;
+    const std::integral_constant<int, 8> k8;
+    const std::integral_constant<int, 4> k4;
+    const std::integral_constant<int, 2> k2;
+    if constexpr (kPack == 16) {
+      for (int j : {0, 1, 2, 3, 8, 9, 10, 11}) join(k16, j, j + 4);
+      for (int j = 0; j < 4; ++j) join(k8, j, j + 8);
+    } else if constexpr (kPack == 8) {
+      for (int j = 0; j < 4; ++j) join(k8, j, j + 4);
+    }
+    join(k4, 0, 1), join(k4, 2, 3);
+    join(k2, 0, 2);
+    return v[0];
+  }
+#endif
+  Pack<A> result{};
+  for (int j = 0; j < R; ++j) result[j] = reduce<A, kPack>(rows[j], op);
+  return result;
+}
+
+// The sums of so many elements of a row are added in double: a float that holds the sum of a long row
+// loses what is yet to come, and that which holds one large term the small ones of its run.
+constexpr int64_t kRun = 8 * kPack;
+
+// N sums over each of R ≤ kPack rows of K: what is not in `total` yet.
+template <typename A, int N, int R>
+struct RowSums {
+  std::array<Pack<A>, R> sum[N] = {};
+  double total[N][R] = {};
+
+  // Calls add(k, n) for each pack of a row, and end_run() after each run.
+  template <typename Add, typename End>
+  static void packs(int64_t K, const Add& add, const End& end_run) {
+    const int64_t whole = K / kPack * kPack;
+    for (int64_t k = 0; k < whole;) {
+      const int64_t end = std::min(k + kRun, whole);
+      for (; k < end; k += kPack) add(k, Whole{});
+      if (k % kRun == 0) end_run();
+    }
+    if (whole < K) add(whole, K - whole);
+  }
+
+  // Lane j: those of row j.
+  std::array<Pack<A>, N> joined_sums(int64_t K) const {
+    std::array<Pack<A>, N> result;
+    for (int s = 0; s < N; ++s) {
+      result[s] = joined<A, R>(sum[s], [](auto a, auto b) { return a + b; });
+      if (K >= kRun)
+        for (int j = 0; j < R; ++j) result[s][j] = static_cast<A>(total[s][j] + result[s][j]);
+    }
+    return result;
+  }
+};
+
+// Of R rows side by side: body(j, k, n, sums) adds a pack of row j to each of its sums.
+template <typename A, int N, int R, typename Body>
+inline std::array<Pack<A>, N> rows_sums(int64_t K, const Body& body) {
+  RowSums<A, N, R> rows;
+  const auto add = [&](int64_t k, auto n) {
+#pragma GCC unroll 16
+    for (int j = 0; j < R; ++j) {
+      Pack<A> sum[N];
+      for (int s = 0; s < N; ++s) sum[s] = rows.sum[s][j];
+      body(j, k, n, sum);
+      for (int s = 0; s < N; ++s) rows.sum[s][j] = sum[s];
+    }
+  };
+  rows.packs(K, add, [&] {
+    for (int s = 0; s < N; ++s) {
+      const Pack<A> run = joined<A, R>(rows.sum[s], [](auto a, auto b) { return a + b; });
+      for (int j = 0; j < R; ++j) rows.total[s][j] += run[j];
+      rows.sum[s] = {};
+    }
+  });
+  return rows.joined_sums(K);
+}
+
+// Of `count` ≤ R rows in turn, which need much besides their sums: row(j) gives body(k, n, sums).
+template <typename A, int N, int R, typename Row>
+inline std::array<Pack<A>, N> rows_sums_in_turn(int64_t count, int64_t K, const Row& row) {
+  RowSums<A, N, R> rows;
+  for (int64_t j = 0; j < count; ++j) {
+    const auto body = row(j);
+    Pack<A> sum[N] = {};
+    rows.packs(
+        K, [&](int64_t k, auto n) { body(k, n, sum); },
+        [&] {
+          for (int s = 0; s < N; ++s) rows.total[s][j] += reduce_add<A>(sum[s]), sum[s] = Pack<A>{};
+        });
+    for (int s = 0; s < N; ++s) rows.sum[s][j] = sum[s];
+  }
+  return rows.joined_sums(K);
+}
+
+// N sums over a row of K: body(k, n, sums) adds a pack to each.
 template <typename A, int N, typename Body>
 inline std::array<A, N> row_sums(int64_t K, const Body& body) {
-  constexpr int64_t kRun = 8 * kPack;
-  double total[N] = {};
-  Pack<A> sum[N] = {};
-  int64_t k = 0;
-  for (; k + kPack <= K; k += kPack) {
-    body(k, Whole{}, sum);
-    if (__builtin_expect(k % kRun == kRun - kPack, 0))
-      for (int j = 0; j < N; ++j) total[j] += reduce_add<A>(sum[j]), sum[j] = Pack<A>{};
-  }
-  if (k < K) body(k, K - k, sum);
+  const auto sums = rows_sums_in_turn<A, N, 1>(1, K, [&](int64_t) -> const Body& { return body; });
   std::array<A, N> result;
-  for (int j = 0; j < N; ++j) result[j] = reduce_add<A>(sum[j]);
-  if (K >= kRun)
-    for (int j = 0; j < N; ++j) result[j] = static_cast<A>(total[j] + result[j]);
+  for (int s = 0; s < N; ++s) result[s] = sums[s][0];
   return result;
 }
 
@@ -205,17 +327,16 @@ inline Pack<float> multiply_add(Pack<float> a, Pack<float> b, Pack<float> c) {
 }
 
 // e^x for x ≤ 0, within 2 ulp, and 0 where it would be subnormal: x = n·ln2 + r, a degree-6
-// polynomial in r, 2^n by its bits. Adding 1.5·2^23 rounds to an integer and leaves it in the low
-// bits. Coefficients: the minimax fit of e^r on |r| ≤ ln2/2 that Cephes' expf publishes.
+// polynomial in r, 2^n by its bits. Adding 1.5·2^23 + 127 rounds to an integer and leaves n + 127 in the
+// low bits. Coefficients: the minimax fit of e^r on |r| ≤ ln2/2 that Cephes' expf publishes.
 // V is a float or a pack, Bits the unsigned integers of its size.
 template <typename V, typename Bits>
 inline V exp_by_bits(V x) {
   const auto all = [](float c) { return c - V{}; };
-  constexpr float kRound = 12582912.0f, kSmallest = -87.3f;
-  const V clipped = x < kSmallest ? all(kSmallest) : x;
-  const V shifted = multiply_add(clipped, all(1.44269504088896341f), all(kRound));
+  constexpr float kRound = 12582912.0f + 127.0f, kSmallest = -87.3f;
+  const V shifted = multiply_add(x, all(1.44269504088896341f), all(kRound));
   const V n = shifted - kRound;
-  const V r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), clipped));
+  const V r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), x));
   V p = all(1.9875691500e-4f);
   p = multiply_add(p, r, all(1.3981999507e-3f));
   p = multiply_add(p, r, all(8.3334519073e-3f));
@@ -225,7 +346,7 @@ inline V exp_by_bits(V x) {
   p = multiply_add(p, r * r, r) + 1.0f;
   Bits bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127u) << 23;
+  bits <<= 23;
   V scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return x < kSmallest ? V{} : p * scale;

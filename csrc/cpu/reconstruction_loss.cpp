@@ -32,6 +32,10 @@ struct Arguments {
   int64_t sample_size() const { return C * H * W; }
   int64_t views() const { return B > 0 ? N / B : 0; }
 
+  // The n-th sample to be worked on: all views of an image, then the next one's, so that the image is
+  // read from memory once.
+  int64_t sample(int64_t n) const { return n % views() * B + n / views(); }
+
   // How many elements of view v count.
   int64_t count(int64_t v) const {
     if (boxes.empty()) return B * sample_size();
@@ -98,7 +102,8 @@ Tensor reconstruction_loss(const Tensor& reconstruction, const Tensor& images,
     std::vector<double> sums(a.N);
     torch::stable::parallel_for(0, a.N, grain(E), [&](int64_t begin, int64_t end) {
       A left[kPiece], right[kPiece];
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t i = a.sample(n);
         double total = 0;
         a.runs(i, [&](int64_t first, int64_t length) {
           pieces(r + i * E + first, a.images, i % a.B * E + first, length, left, right,
@@ -146,7 +151,8 @@ Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruc
     const bool stream = a.N * E * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
     torch::stable::parallel_for(0, a.N, grain(E), [&](int64_t begin, int64_t end) {
       A left[kPiece], right[kPiece];
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t i = a.sample(n);
         const A s = scale[i / a.B];
         if (!a.boxes.empty()) std::memset(d + i * E, 0, E * sizeof(T));
         a.runs(i, [&](int64_t first, int64_t length) {

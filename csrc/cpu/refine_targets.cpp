@@ -17,21 +17,22 @@ inline Pack<A> power(Pack<A> p, A exponent) {
   return p;
 }
 
-// p (Kp) → p^exponent / Σ p^exponent in out (K); p is overwritten.
-template <typename A>
-void sharpen(A* p, int64_t K, A exponent, A* out) {
-  const A top = row_max<A>(p, K), scale = 1 / top;
-  const auto sum = row_sums<A, 1>(padded(K), [&](int64_t k, auto n, Pack<A>(&sums)[1]) {
-    const Pack<A> x = load_pack<A>(p + k, n, A(0));
+// Of the R rows p (Kp) the first `count` → p^exponent / Σ p^exponent in out (count, K). p is overwritten.
+template <typename A, size_t R>
+void sharpen(const std::array<A*, R>& p, int64_t count, int64_t K, A exponent, A* out) {
+  const Pack<A> top = rows_max<A, R>(p, K), scale = 1 / top;
+  const auto sum = rows_sums<A, 1, R>(padded(K), [&](int j, int64_t k, auto n, Pack<A>(&sums)[1]) {
+    const Pack<A> x = load_pack<A>(p[j] + k, n, A(0));
     // the largest becomes 1 itself: next to it a high power would already be 0
-    const Pack<A> sharp = power<A>(x == top ? splat<A>(1) : x * scale, exponent);
-    store_pack<A>(sharp, n, p + k);
+    const Pack<A> sharp = power<A>(x == top[j] ? splat<A>(1) : x * scale[j], exponent);
+    store_pack<A>(sharp, n, p[j] + k);
     sums[0] += sharp;
   });
-  const A share = 1 / sum[0];
-  each_pack(K, [&](int64_t k, auto n) {
-    store_pack<A>(load_pack<A>(p + k, n, A(0)) * share, n, out + k);
-  });
+  const Pack<A> share = 1 / sum[0];
+  for (int64_t j = 0; j < count; ++j)
+    each_pack(K, [&](int64_t k, auto n) {
+      store_pack<A>(load_pack<A>(p[j] + k, Whole{}, A(0)) * share[j], n, out + j * K + k);
+    });
 }
 
 // logits (B, K) each; labels (B,) int64 or (B, K) floats with clean_prob (B,), or neither;
@@ -69,29 +70,47 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
     const int64_t* label =
         labels && labels->scalar_type() == ScalarType::Long ? in<int64_t>(*labels) : nullptr;
     A* refined = out<A>(result);
-    torch::stable::parallel_for(0, B, row_grain(K) / V + 1, [&](int64_t begin, int64_t end) {
-      const Rows<A> e(V, padded(K)), rows(2, padded(K));
-      A *const p = rows[0], *const given = rows[1];
-      std::vector<A> top(V), scale(V);
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t v = 0; v < V; ++v) top[v] = row_max<A>(z[v] + i * K, K);
-        for (int64_t v = 0; v < V; ++v)
-          scale[v] = 1 / (V * exponentials<1>(z[v] + i * K, K, top[v], e[v], 1)[0]);
-        std::fill_n(p, padded(K), A(0));
-        add_rows(e, scale.data(), V, K, p);
-        if (q) {
-          if (!label)
-            widen(labels->const_data_ptr(), labels->scalar_type(), i * K, 1, K, given);
-          const A share = q[i], rest = 1 - share;
-          each_pack(K, [&](int64_t k, auto n) {
-            const Pack<A> mean = rest * load_pack<A>(p + k, n, A(0)),
-                          t = label ? (is_lane<A>(label[i], k) ? splat(share) : Pack<A>{})
-                                    : share * load_pack<A>(given + k, n, A(0));
-            store_pack<A>(t + mean, n, p + k);
-          });
+    const int64_t Kp = padded(K);
+    side_by_side(K, [&](auto R) {
+      constexpr int kRows = R == kPack ? R : 1;  // of long rows, the predictions are side by side
+      torch::stable::parallel_for(0, B, row_grain(K) / V + 1, [&](int64_t begin, int64_t end) {
+        const Rows<A> e(kRows * V, Kp), p(kRows, Kp), given(1, Kp);
+        std::vector<A> scale(kRows * V + R);
+        for (int64_t first = begin; first < end; first += kRows) {
+          const int64_t count = std::min<int64_t>(end - first, kRows), all = count * V;
+          for (int64_t at = 0, i = 0, v = 0, here = 0; at < all; at += R) {
+            std::array<const T*, R> x;
+            std::array<A*, R> powers;
+            for (int j = 0; j < R; ++j) {
+              x[j] = z[v] + (first + i) * K, powers[j] = e[here];
+              if (here + 1 == all) continue;  // the last once more
+              ++here;
+              if (++v == V) v = 0, ++i;
+            }
+            const Pack<A> top = rows_max<A, R>(x, K);
+            const Pack<A> sum = exponentials<1, A, R>(x, K, top, powers, kRows)[0];
+            for (int j = 0; j < R; ++j) scale[at + j] = 1 / (V * sum[j]);
+          }
+          for (int64_t j = 0; j < count; ++j) {
+            const int64_t i = first + j;
+            A* const mean = p[j];
+            std::fill_n(mean, Kp, A(0));
+            add_rows(e, j * V, scale.data() + j * V, V, K, mean);
+            if (!q) continue;
+            if (!label)
+              widen(labels->const_data_ptr(), labels->scalar_type(), i * K, 1, K, given[0]);
+            const A share = q[i], rest = 1 - share;
+            const int64_t own = label ? label[i] : 0;
+            for (int64_t k = 0; k < Kp; k += kPack) {
+              const Pack<A> t = label ? (is_lane<A>(own, k) ? splat(share) : Pack<A>{})
+                                      : share * load_pack<A>(given[0] + k, Whole{}, A(0));
+              store_pack<A>(t + rest * load_pack<A>(mean + k, Whole{}, A(0)), Whole{}, mean + k);
+            }
+          }
+          sharpen(row_starts<kRows>(p[0], p.step(), kRows), count, K, exponent,
+                  refined + first * K);
         }
-        sharpen(p, K, exponent, refined + i * K);
-      }
+      });
     });
   });
   return result;

@@ -21,21 +21,20 @@ std::tuple<Tensor, Tensor> sample_loss(const Tensor& logits_, const Tensor& labe
     using A = acc_t<T>;
     const T* z = in<T>(logits);
     A *l = out<A>(loss), *norm = out<A>(normalizer);
-    torch::stable::parallel_for(0, B, row_grain(K), [&](int64_t begin, int64_t end) {
-      const int64_t group = std::min<int64_t>(rows_at_once(K), kPack);
-      for (int64_t first = begin; first < end; first += group) {
-        const int64_t count = std::min(end - first, group);
-        const T* x = z + first * K;
-        Pack<A> top{}, sum = splat(A(1));
-        for (int64_t j = 0; j < count; ++j) top[j] = row_max<A>(x + j * K, K);
-        for (int64_t j = 0; j < count; ++j) sum[j] = exp_sum(x + j * K, K, top[j], group);
-        const Pack<A> log_sum = log_from_one(sum);
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t i = first + j;
-          norm[2 * i] = top[j], norm[2 * i + 1] = log_sum[j];
-          l[i] = log_sum[j] - (static_cast<A>(x[j * K + index_below(y + i, K)]) - top[j]);
+    side_by_side(K, [&](auto R) {
+      torch::stable::parallel_for(0, B, row_grain(K), [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin; first < end; first += R) {
+          const int64_t count = std::min<int64_t>(end - first, R);
+          const auto x = row_starts<R>(z + first * K, K, count);
+          const Pack<A> top = rows_max<A, R>(x, K);
+          const Pack<A> log_sum = log_from_one(exp_sums<A, R>(x, K, top));
+          for (int64_t j = 0; j < count; ++j) {
+            const int64_t i = first + j;
+            norm[2 * i] = top[j], norm[2 * i + 1] = log_sum[j];
+            l[i] = log_sum[j] - (static_cast<A>(x[j][index_below(y + i, K)]) - top[j]);
+          }
         }
-      }
+      });
     });
   });
   return {loss, normalizer};

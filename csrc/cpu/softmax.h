@@ -22,16 +22,41 @@ inline int64_t rows_at_once(int64_t K) {
   return rows;
 }
 
-// The largest of x (K); NaN is passed over.
-template <typename A, typename T>
-inline A row_max(const T* x, int64_t K) {
-  Pack<A> top = splat(kLowest<A>);
-  each_pack(K, [&](int64_t k, auto n) {
-    const Pack<A> v = load_pack<A>(x + k, n, kLowest<A>);
-    top = v > top ? v : top;
-  });
-  return reduce_max<A>(top);
+// body(R), R the rows to work on side by side, since one alone waits for its own sums: as many as a
+// pack has lanes, which are then joined together, or a few where rows are long.
+template <typename Body>
+inline void side_by_side(int64_t K, const Body& body) {
+  if (rows_at_once(K) >= kPack)
+    body(std::integral_constant<int, kPack>{});
+  else
+    body(std::integral_constant<int, 4>{});
 }
+
+// Where R rows of K start; of `count` > 0 rows, the last stands for those that are missing.
+template <int R, typename T>
+inline std::array<T*, R> row_starts(T* x, int64_t K, int64_t count) {
+  std::array<T*, R> rows;
+  for (int j = 0; j < R; ++j) rows[j] = x + std::min<int64_t>(j, count - 1) * K;
+  return rows;
+}
+
+// The largest of each of R rows of K, lane j that of row j; NaN is passed over.
+template <typename A, int R, typename T>
+inline Pack<A> rows_max(const std::array<T*, R>& x, int64_t K) {
+  std::array<Pack<A>, R> top;
+  top.fill(splat(kLowest<A>));
+  each_pack(K, [&](int64_t k, auto n) {
+#pragma GCC unroll 16
+    for (int j = 0; j < R; ++j) {
+      const Pack<A> v = load_pack<A>(x[j] + k, n, kLowest<A>);
+      top[j] = v > top[j] ? v : top[j];
+    }
+  });
+  return joined<A, R>(top, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+template <typename A, typename T>
+inline A row_max(const T* x, int64_t K) { return rows_max<A, 1>(std::array<const T*, 1>{x}, K)[0]; }
 
 // The first index of the largest of x (K); 0 if NaN hides it.
 template <typename A>
@@ -48,44 +73,56 @@ inline int64_t row_argmax(const A* x, int64_t K) {
   return index < K ? index : 0;
 }
 
-// Σ_k e^{x_k − m}, m the largest x_k. Asks for the row `ahead` rows on, which is wanted next.
-template <typename A, typename T>
-inline A exp_sum(const T* x, int64_t K, A m, int64_t ahead = 0) {
-  return row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sum)[1]) {
-    prefetch(x + k, ahead * K * static_cast<int64_t>(sizeof(T)));
-    sum[0] += exp_nonpositive(load_pack<A>(x + k, n, kLowest<A>) - m);
+// Σ_k e^{x_k − top} of each of R rows x of K, top their largest. Asks for the rows that come next.
+template <typename A, int R, typename T>
+inline Pack<A> exp_sums(const std::array<T*, R>& x, int64_t K, Pack<A> top) {
+  return rows_sums<A, 1, R>(K, [&](int j, int64_t k, auto n, Pack<A>(&sum)[1]) {
+    prefetch(x[j] + k, R * K * static_cast<int64_t>(sizeof(T)));
+    sum[0] += exp_nonpositive(load_pack<A>(x[j] + k, n, kLowest<A>) - top[j]);
   })[0];
 }
 
-// Σ e and, if N is 2, Σ e·(x − top) of e (Kp) ← e^{x − top} of a row x (K), top its largest. Asks for
-// the row `ahead` rows on.
-template <int N, typename A, typename T>
-inline std::array<A, N> exponentials(const T* x, int64_t K, A top, A* e, int64_t ahead) {
-  return row_sums<A, N>(K, [&](int64_t k, auto n, Pack<A>(&sum)[N]) {
-    prefetch(x + k, ahead * K * static_cast<int64_t>(sizeof(T)));
-    const Pack<A> centred = load_pack<A>(x + k, n, kLowest<A>) - top,
+// Σ e and, if N is 2, Σ e·(x − top), of e (Kp) ← e^{x − top} of each of R rows x of K, top their
+// largest. Asks for the rows `ahead` rows on.
+template <int N, typename A, int R, typename T>
+inline std::array<Pack<A>, N> exponentials(const std::array<T*, R>& x, int64_t K, Pack<A> top,
+                                           const std::array<A*, R>& e, int64_t ahead) {
+  return rows_sums<A, N, R>(K, [&](int j, int64_t k, auto n, Pack<A>(&sum)[N]) {
+    prefetch(x[j] + k, ahead * K * static_cast<int64_t>(sizeof(T)));
+    const Pack<A> centred = load_pack<A>(x[j] + k, n, kLowest<A>) - top[j],
                   power = exp_nonpositive(centred);
-    store_pack<A>(power, Whole{}, e + k);
+    store_pack<A>(power, Whole{}, e[j] + k);
     sum[0] += power;
     if constexpr (N == 2) sum[1] += power == 0 ? Pack<A>{} : power * centred;  // 0·∞ = 0
   });
 }
 
-// total (Kp) += Σ_j scale_j e_j over `count` rows e_j (Kp)
+// total (Kp) += Σ_j scale_j e_j over `count` rows e_j (Kp) of e from `first` on. Four packs at a time:
+// each waits for the row before.
 template <typename A>
-inline void add_rows(const Rows<A>& e, const A* scale, int64_t count, int64_t K, A* total) {
-  each_pack(padded(K), [&](int64_t k, auto n) {
-    Pack<A> sum = load_pack<A>(total + k, n, A(0));
-    for (int64_t j = 0; j < count; ++j) sum += load_pack<A>(e[j] + k, n, A(0)) * scale[j];
-    store_pack<A>(sum, n, total + k);
-  });
+inline void add_rows(const Rows<A>& e, int64_t first, const A* scale, int64_t count, int64_t K,
+                     A* total) {
+  const int64_t Kp = padded(K);
+  const auto add = [&](int64_t k, auto packs) {
+    Pack<A> sum[packs];
+    for (int s = 0; s < packs; ++s) sum[s] = load_pack<A>(total + k + s * kPack, Whole{}, A(0));
+    const A* row = e[first] + k;
+    for (int64_t j = 0; j < count; ++j, row += e.step())
+      for (int s = 0; s < packs; ++s)
+        sum[s] += load_pack<A>(row + s * kPack, Whole{}, A(0)) * scale[j];
+    for (int s = 0; s < packs; ++s) store_pack<A>(sum[s], Whole{}, total + k + s * kPack);
+  };
+  int64_t k = 0;
+  for (; k + 4 * kPack <= Kp; k += 4 * kPack) add(k, std::integral_constant<int, 4>{});
+  for (; k + 2 * kPack <= Kp; k += 2 * kPack) add(k, std::integral_constant<int, 2>{});
+  if (k < Kp) add(k, std::integral_constant<int, 1>{});
 }
 
 // log Σ_k e^{x_k}; the maximum is taken out first, so nothing overflows.
 template <typename A>
 inline A logsumexp(const A* x, int64_t K) {
   const A m = row_max<A>(x, K);
-  return m + std::log(exp_sum(x, K, m));
+  return m + std::log(exp_sums<A, 1>(std::array<const A*, 1>{x}, K, splat(m))[0]);
 }
 
 // p_k = e^{x_k − logsumexp}

@@ -10,8 +10,8 @@
 
 namespace sanm {
 
-// A target row as it enters a final one: its values (K,), where its largest is, and what the label
-// modulation makes of that and adds to the others.
+// A target row as it enters a final one: its values (K,), null if they are still to be converted,
+// where its largest is, and what the label modulation makes of that and adds to the others.
 template <typename A>
 struct Modulated {
   const A* values;
@@ -65,6 +65,7 @@ class Targets {
     if (partner_) check_indices(partner_, n, rows_, "mix permutation");
     if (r_) check_unit_interval(r_, rows_, "ratio");
     if (r_ && !labels_) find_largest();
+    modulate();
   }
 
   // Whether row i counts: neither it nor its partner is to be ignored.
@@ -80,34 +81,51 @@ class Targets {
     return number;
   }
 
-  // The target of row i, which counts → t. Rows that need a conversion are kept in `buffer`, `spare`
-  // (K). Member by member: a struct that is copied is read before it has all been written.
-  void row(int64_t i, A* buffer, A* spare, FinalTarget<A>& t) const {
-    modulate(i, buffer, t.own);
-    t.mixed = partner_ != nullptr;
-    t.lam = lam_, t.rest = rest_;
-    if (t.mixed) modulate(partner(i), spare, t.other);
+  // The target of row i; of a row that does not count, anything. Rows that need a conversion are kept in
+  // `buffer`, `spare` (K). Inline, since what a call returns would go through memory for every row.
+  __attribute__((always_inline)) FinalTarget<A> row(int64_t i, A* buffer, A* spare) const {
+    const bool mixed = partner_;
+    const Modulated<A> own = fetch(i, buffer);
+    return {own, mixed ? fetch(partner(i), spare) : own, mixed, lam_, rest_};
   }
 
  private:
   int64_t partner(int64_t i) const { return index_below(partner_ + i, rows_); }
 
-  const A* values(int64_t m, A* buffer) const {
-    if (labels_) return zeros_.data();
+  __attribute__((always_inline)) Modulated<A> fetch(int64_t m, A* buffer) const {
+    const Modulated<A>& row = modulated_[m];
+    return {row.values ? row.values : values(m, buffer), row.at, row.top, row.add};
+  }
+
+  __attribute__((noinline)) const A* values(int64_t m, A* buffer) const {
     if (direct_) return direct_ + offset_[m];
     widen(values_, type_, offset_[m], stride_, K_, buffer);
     return buffer;
   }
 
-  void modulate(int64_t m, A* buffer, Modulated<A>& t) const {
-    t.values = values(m, buffer);
-    t.at = labels_ ? labels_[m] : r_ ? largest_[m] : 0;
-    t.top = labels_ ? A(1) : t.values[t.at];
-    t.add = 0;
-    if (!r_) return;
-    const Modulation<A> change = modulation(t.top, K_, r_[m], clamp_);
-    t.top = change.top;
-    t.add = change.add;
+  // Makes every target row as it enters final ones, twice where rows are mixed.
+  void modulate() {
+    modulated_.resize(rows_);
+    const auto all = [&](const auto& top, const auto& start) {
+      for (int64_t m = 0; m < rows_; ++m) {
+        const int64_t at = labels_ ? labels_[m] : r_ ? largest_[m] : 0;
+        modulated_[m] = {start(m), at, top(m, at), A(0)};
+        if (!r_) continue;
+        const Modulation<A> change = modulation(modulated_[m].top, K_, r_[m], clamp_);
+        modulated_[m].top = change.top, modulated_[m].add = change.add;
+      }
+    };
+    if (type_ == ScalarType::Long)
+      all([](int64_t, int64_t) { return A(1); }, [&](int64_t) { return zeros_.data(); });
+    else if (direct_)
+      all([&](int64_t m, int64_t at) { return direct_[offset_[m] + at]; },
+          [&](int64_t m) { return direct_ + offset_[m]; });
+    else
+      dispatch(type_, [&](auto zero) {
+        const auto* const x = static_cast<const decltype(zero)*>(values_);
+        all([&](int64_t m, int64_t at) { return static_cast<A>(x[offset_[m] + at * stride_]); },
+            [](int64_t) -> const A* { return nullptr; });
+      });
   }
 
   // Where each row starts, and which is the first with the same values: expanded dimensions stay
@@ -125,15 +143,17 @@ class Targets {
     if (type_ == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float) &&
         (stride_ == 1 || K_ == 1))
       direct_ = static_cast<const A*>(values_);
-    offset_.reserve(rows_);
-    first_.reserve(rows_);
+    offset_.resize(rows_);
+    first_.resize(rows_);
+    int64_t *offset = offset_.data(), *first = first_.data();
     for (int64_t a = 0; a < size[0]; ++a)
-      for (int64_t b = 0; b < size[1]; ++b)
+      for (int64_t b = 0; b < size[1]; ++b, offset += size[2], first += size[2]) {
+        const int64_t start = ((stride[0] ? a : 0) * size[1] + (stride[1] ? b : 0)) * size[2];
         for (int64_t c = 0; c < size[2]; ++c) {
-          offset_.push_back(a * stride[0] + b * stride[1] + c * stride[2]);
-          first_.push_back(((stride[0] ? a : 0) * size[1] + (stride[1] ? b : 0)) * size[2] +
-                           (stride[2] ? c : 0));
+          offset[c] = a * stride[0] + b * stride[1] + c * stride[2];
+          first[c] = start + (stride[2] ? c : 0);
         }
+      }
   }
 
   // The first largest element of each row; once for rows that are the same.
@@ -166,6 +186,7 @@ class Targets {
   const A* direct_ = nullptr;  // the values, if rows can be read as they are
   int64_t stride_ = 1, rows_ = 0;
   std::vector<int64_t> offset_, first_, largest_;  // (M,)
+  std::vector<Modulated<A>> modulated_;            // (M,)
 };
 
 }  // namespace sanm

@@ -18,9 +18,15 @@ inline std::string place_of(int64_t i, int64_t columns) {
 template <typename T>
 inline void check_unit_interval(const T* x, int64_t n, const char* name, int64_t columns = 1,
                                 bool open_end = false) {
-  for (int64_t i = 0; i < n; ++i) {
+  const auto inside = [open_end](acc_t<T> v) {
+    return (v >= 0) & (v <= 1) & !(open_end & (v == 1));
+  };
+  int outside = 0;
+#pragma omp simd reduction(| : outside)
+  for (int64_t i = 0; i < n; ++i) outside |= !inside(static_cast<acc_t<T>>(x[i]));
+  for (int64_t i = 0; outside && i < n; ++i) {
     const auto v = static_cast<acc_t<T>>(x[i]);
-    if (!(v >= 0 && (open_end ? v < 1 : v <= 1)))
+    if (!inside(v))
       value_error(name, ": expected values in ", open_end ? "[0, 1)" : "[0, 1]", ", got ",
                   static_cast<double>(v), " at index ", place_of(i, columns));
   }

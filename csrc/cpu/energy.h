@@ -50,53 +50,77 @@ inline Vec<1> square<1, float>(const float* p) {
   return Vec<1>{*p * *p};
 }
 
-// Columns [0, N) of f, stride n, summed over C channels. P = 1: plain; P = 4: interleaved. Works
-// through the channels in steps that the caller chooses, so that a map is read once from memory.
-template <int N, int P, typename T>
-class Column {
+// Columns [begin, end) of a map of n ≥ N columns, each summed over the channels; P = 1: plain, P = 4:
+// interleaved. In groups of N, of which the last is moved back to end at n if it would end beyond
+// (what it sums of the columns before it is dropped). All groups take each channel before any takes
+// the next, so that the map is read as it lies in memory: the hardware's prefetcher sees to the rest.
+template <int N, int P, int kMost>
+class Columns {
  public:
-  // 16·P channels from f on.
-  void block(const T* f, int64_t n) {
-    Vec<N> sum[P] = {};
-    for (int j = 0; j < kCascade; ++j)
-      for (int k = 0; k < P; ++k) {
-        const T* p = f + (int64_t{j} * P + k) * n;
-        prefetch(p);
-        sum[k] += square<N>(p);
-      }
-    ++blocks_;
-    for (int k = 0; k < P; ++k) levels_[k].add(sum[k], blocks_);
+  Columns(int64_t begin, int64_t end, int64_t n)
+      : n_(n), begin_(begin), groups_((end - begin + N - 1) / N) {
+    for (int64_t g = 0; g < groups_; ++g) {
+      first_[g] = std::min(begin + g * N, n - N);
+      for (int k = 0; k < P; ++k) levels_[g][k] = {};
+    }
   }
-  // The last channels, fewer than 16·P, and the total.
-  Vec<N> finish(const T* f, int64_t n, int64_t channels) {
-    Vec<N> sum[P] = {};
-    int64_t c = 0;
-    for (; c + P <= channels; c += P)
-      for (int k = 0; k < P; ++k) sum[k] += square<N>(f + (c + k) * n);
-    for (int k = 0; k < P; ++k) sum[k] = levels_[k].total(sum[k]);
-    for (; c < channels; ++c) sum[0] += square<N>(f + c * n);
-    for (int k = 1; k < P; ++k) sum[0] += sum[k];
-    return sum[0];
+
+  // 16·P channels from f on. Sums of few groups stay in registers.
+  template <typename T>
+  void block(const T* f) {
+    if (kMost == 1 || groups_ == 1) return add<1>(f);
+    if (groups_ * P == 8) return add<8 / P>(f);
+    if (groups_ * P == 4) return add<4 / P>(f);
+    if (groups_ > 0) add<0>(f);
+  }
+
+  // The channels that are left, and the totals → e (n).
+  template <typename T>
+  void finish(const T* f, int64_t channels, float* e) {
+    for (; channels >= kCascade * P; channels -= kCascade * P, f += kCascade * P * n_) block(f);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const T* p = f + first_[g];
+      Vec<N> sum[P] = {};
+      int64_t c = 0;
+      for (; c + P <= channels; c += P)
+        for (int k = 0; k < P; ++k) sum[k] += square<N>(p + (c + k) * n_);
+      for (int k = 0; k < P; ++k) sum[k] = levels_[g][k].total(sum[k]);
+      for (; c < channels; ++c) sum[0] += square<N>(p + c * n_);
+      for (int k = 1; k < P; ++k) sum[0] += sum[k];
+      const int64_t dropped = begin_ + g * N - first_[g];
+      if (dropped == 0)
+        std::memcpy(e + first_[g], &sum[0], sizeof sum[0]);
+      else
+        for (int64_t l = dropped; l < N; ++l) e[first_[g] + l] = sum[0][l];
+    }
   }
 
  private:
-  Levels<N> levels_[P];
-  int64_t blocks_ = 0;
-};
+  // kGroups: how many there are, or 0 where the compiler does not know.
+  template <int kGroups, typename T>
+  void add(const T* f) {
+    const int64_t groups = kGroups ? kGroups : groups_;
+    Vec<N> sum[kGroups ? kGroups : kMost][P];
+    for (int64_t g = 0; g < groups; ++g)
+      for (int k = 0; k < P; ++k) sum[g][k] = Vec<N>{};
+    for (int64_t j = 0; j < kCascade; ++j)
+      for (int k = 0; k < P; ++k)
+        for (int64_t g = 0; g < groups; ++g)
+          sum[g][k] += square<N>(f + (j * P + k) * n_ + first_[g]);
+    ++blocks_;
+    for (int64_t g = 0; g < groups; ++g)
+      for (int k = 0; k < P; ++k) levels_[g][k].add(sum[g][k], blocks_);
+  }
 
-template <int N, int P, typename T>
-inline void sum_columns(const T* f, int64_t C, int64_t n, int64_t first, int64_t skip, float* e) {
-  Column<N, P, T> column;
-  int64_t c = 0;
-  for (; c + kCascade * P <= C; c += kCascade * P) column.block(f + c * n + first, n);
-  const Vec<N> total = column.finish(f + c * n + first, n, C - c);
-  for (int64_t k = skip; k < N; ++k) e[first + k] = total[k];
-}
+  int64_t n_, begin_, groups_, blocks_ = 0;
+  int64_t first_[kMost];
+  Levels<N> levels_[kMost][P];
+};
 
 // One column, any dtype: what vectors of columns do, where fewer than 8 columns exist.
 template <int P, typename T>
-inline float sum_column(const T* f, int64_t C, int64_t n) {
-  Column<1, P, float> column;
+inline void sum_column(const T* f, int64_t C, int64_t n, float* e) {
+  Columns<1, P, 1> column(0, 1, 1);
   float terms[kCascade * P];
   int64_t c = 0;
   const auto gather = [&](int64_t count) {
@@ -104,52 +128,37 @@ inline float sum_column(const T* f, int64_t C, int64_t n) {
   };
   for (; c + kCascade * P <= C; c += kCascade * P) {
     gather(kCascade * P);
-    column.block(terms, 1);
+    column.block(terms);
   }
   gather(C - c);
-  return column.finish(terms, 1, C - c)[0];
+  column.finish(terms, C - c, e);
 }
 
-// f (C, n) contiguous → e (n).
+// f (C, n) contiguous → e (n), n ≥ N: in strips of columns, the interleaved ones with the last.
+template <int N, typename T>
+inline void energy_strips(const T* f, int64_t C, int64_t n, float* e) {
+  constexpr int64_t kStrip = 256, kStep = 4 * kCascade;
+  const int64_t plain_end = n / 32 * 32;
+  for (int64_t begin = 0; begin == 0 || begin < plain_end; begin += kStrip) {
+    const int64_t end = std::min(begin + kStrip, plain_end);
+    Columns<N, 1, kStrip / N> plain(begin, end, n);
+    Columns<N, 4, 32 / N> interleaved(end == plain_end ? end : n, n, n);
+    int64_t c = 0;
+    for (; c + kStep <= C; c += kStep) {
+      for (int64_t k = 0; k < kStep; k += kCascade) plain.block(f + (c + k) * n);
+      interleaved.block(f + c * n);
+    }
+    plain.finish(f + c * n, C - c, e);
+    interleaved.finish(f + c * n, C - c, e);
+  }
+}
+
 template <typename T>
 inline void energy_contiguous(const T* f, int64_t C, int64_t n, float* e) {
-  if (n < 8) {
-    for (int64_t x = 0; x < n; ++x)
-      e[x] = x < n / 4 * 4 ? sum_column<1>(f + x, C, n) : sum_column<4>(f + x, C, n);
-    return;
-  }
-  // Groups of columns, all advanced together through 64 channels at a time so that these stay in
-  // the first-level cache: plain groups, then interleaved ones, of which the last is moved back
-  // to end at n (its columns that are not its own are dropped).
-  constexpr int N = kLanes;
-  constexpr int64_t kGroups = 16, kStep = 4 * kCascade;
-  const int64_t plain = n / 32 * 32;
-  for (int64_t begin = 0; begin < plain; begin += kGroups * N) {
-    const int64_t groups = std::min(kGroups, (plain - begin) / N);
-    Column<N, 1, T> column[kGroups];
-    int64_t c = 0;
-    for (; c + kStep <= C; c += kStep)
-      for (int64_t g = 0; g < groups; ++g)
-        for (int64_t k = 0; k < kStep; k += kCascade)
-          column[g].block(f + (c + k) * n + begin + g * N, n);
-    for (int64_t g = 0; g < groups; ++g) {
-      int64_t rest = c;
-      for (; rest + kCascade <= C; rest += kCascade)
-        column[g].block(f + rest * n + begin + g * N, n);
-      const Vec<N> total = column[g].finish(f + rest * n + begin + g * N, n, C - rest);
-      std::memcpy(e + begin + g * N, &total, sizeof total);
-    }
-  }
-  for (int64_t x = plain; x < n;) {
-    if (n - x >= N) {
-      sum_columns<N, 4>(f, C, n, x, 0, e);
-      x += N;
-    } else {  // n ≥ 8 columns exist, but not N of them from x on
-      const int64_t first = n - 8 < x ? n - 8 : x;
-      sum_columns<8, 4>(f, C, n, first, x - first, e);
-      x = first + 8;
-    }
-  }
+  if (n >= kLanes) return energy_strips<kLanes>(f, C, n, e);
+  if (n >= 8) return energy_strips<8>(f, C, n, e);
+  for (int64_t x = 0; x < n; ++x)
+    x < n / 4 * 4 ? sum_column<1>(f + x, C, n, e + x) : sum_column<4>(f + x, C, n, e + x);
 }
 
 // f (n, C) → e (n).
@@ -158,20 +167,19 @@ inline void energy_channels_last(const T* f, int64_t C, int64_t n, float* e) {
   for (int64_t x = 0; x < n; ++x) {
     const T* row = f + x * C;
     if (C < 8) {
-      e[x] = sum_column<4>(row, C, 1);
+      sum_column<4>(row, C, 1, e + x);
       continue;
     }
     const int64_t vectors = C / 8;
-    Column<8, 4, T> column;
-    int64_t v = 0;
-    for (; v + 4 * kCascade <= vectors; v += 4 * kCascade) column.block(row + v * 8, 8);
-    const Vec<8> lanes = column.finish(row + v * 8, 8, vectors - v);
+    Columns<8, 4, 1> lanes(0, 8, 8);
+    float totals[8];
+    lanes.finish(row, vectors, totals);
     float sum = 0;
     for (int64_t c = vectors * 8; c < C; ++c) {
       const float value = static_cast<float>(row[c]);
       sum += value * value;
     }
-    for (int l = 0; l < 8; ++l) sum += lanes[l];
+    for (int l = 0; l < 8; ++l) sum += totals[l];
     e[x] = sum;
   }
 }

@@ -1,7 +1,7 @@
 // Section 1 of the method from the energy map on: statistics, peak and trough.
 #pragma once
 
-#include "cpu/vector.h"
+#include "cpu/pack.h"
 #include "math/resize.h"
 
 namespace sanm {
@@ -61,18 +61,26 @@ struct Positions {
 class Locator {
  public:
   Locator(int64_t h, int64_t w, int64_t H, int64_t W, bool quantize)
-      : h_(h), w_(w), H_(H), W_(W), quantize_(quantize), columns_(W), rows_(H), across_(h * W) {
-    for (int64_t x = 0; x < W; ++x) columns_[x] = tap(x, w, W);
+      : h_(h), w_(w), H_(H), W_(W), width_(padded(W)), quantize_(quantize),
+        across_(h * width_ + kPack), t_(width_ + kPack), rows_(H) {
+    for (int64_t x = 0; x < static_cast<int64_t>(t_.size()); ++x) {  // beyond W as at its end
+      const Tap column = tap(std::min(x, W - 1), w, W);
+      t_[x] = column.t;
+      if (x < W && (x == 0 || columns_.back().left != column.left))
+        columns_.push_back({x, column.left, column.right});
+    }
+    columns_.push_back({width_, 0, 0});
     for (int64_t y = 0; y < H; ++y) {
       rows_[y] = tap(y, h, H);
       if (y == 0 || rows_[y].left != rows_[y - 1].left) starts_.push_back(y);
     }
     starts_.push_back(H);
+    ends_.resize(starts_.size() - 1);
   }
 
   // What one keeps; none where their number does not fit into 64 bits.
   static std::optional<int64_t> bytes(int64_t h, int64_t H, int64_t W) {
-    const int64_t across[2] = {h, W}, taps = static_cast<int64_t>(sizeof(Tap)) * (H + W);
+    const int64_t across[2] = {h + 1, padded(W)}, taps = static_cast<int64_t>(sizeof(Tap)) * H;
     std::optional<int64_t> sum = dense_bytes(across, 2, ScalarType::Float);
     if (sum && __builtin_add_overflow(*sum, taps, &*sum)) sum.reset();
     return sum;
@@ -80,20 +88,19 @@ class Locator {
 
   // e (h, w), overwritten.
   Positions find(float* e) {
-    for (int64_t k = 0; k < h_ * w_; ++k)
-      if (!std::isfinite(e[k])) return {};
+    bool finite = true;
+    for (int64_t k = 0; k < h_ * w_; ++k) finite &= std::isfinite(e[k]);
+    if (!finite) return {};
     if (quantize_) normalize(e, h_ * w_);
-    for (int64_t r = 0; r < h_; ++r)
-      for (int64_t x = 0; x < W_; ++x)
-        across_[r * W_ + x] =
-            lerp_fused(e[r * w_ + columns_[x].left], e[r * w_ + columns_[x].right], columns_[x].t);
+    for (int64_t r = 0; r < h_; ++r) interpolate(e + r * w_, &across_[r * width_]);
     low_ = INFINITY;
     high_ = -INFINITY;
-    for (size_t s = 0; s + 1 < starts_.size(); ++s)
-      for (const int64_t y : {starts_[s], starts_[s + 1] - 1}) {
-        const auto [low, high] = extremes(y);
-        low_ = std::min(low_, low);
-        high_ = std::max(high_, high);
+    for (size_t s = 0; s < ends_.size(); ++s)
+      for (const bool last : {false, true}) {
+        Range& range = ends_[s][last];
+        range = extremes(last ? starts_[s + 1] - 1 : starts_[s]);
+        low_ = std::min(low_, range.low);
+        high_ = std::max(high_, range.high);
       }
     range_ = (high_ - low_) + 1e-12f;
     Positions found;
@@ -103,63 +110,104 @@ class Locator {
   }
 
  private:
-  float value(int64_t y, int64_t x) const {
+  struct Range {
+    float low, high;
+  };
+  struct Segment {  // columns between the same two cells, from `begin` on
+    int64_t begin;
+    int left, right;
+  };
+
+  // e (w) → row (width). Whole packs are written: what lies beyond a segment is overwritten by the
+  // next one, and what lies beyond a row by the next row.
+  void interpolate(const float* e, float* row) const {
+    for (size_t s = 0; s + 1 < columns_.size(); ++s) {
+      const Pack<float> a = splat(e[columns_[s].left]), b = splat(e[columns_[s].right]);
+      for (int64_t x = columns_[s].begin; x < columns_[s + 1].begin; x += kPack)
+        store_pack<float>(lerp(a, b, load_pack<float>(&t_[x], Whole{}, 0.0f)), Whole{}, row + x);
+    }
+  }
+
+  static Pack<float> lerp(Pack<float> a, Pack<float> b, Pack<float> t) {
+#if defined(__FMA__)
+    return multiply_add(b - a, t, a);
+#else
+    Pack<float> u;
+    for (int l = 0; l < kPack; ++l) u[l] = lerp_fused(a[l], b[l], t[l]);
+    return u;
+#endif
+  }
+
+  // body(x, U at columns x … of row y), for whole packs, until it returns true.
+  template <typename Body>
+  void each_of_row(int64_t y, const Body& body) const {
     const Tap& tap = rows_[y];
-    return lerp_fused(across_[tap.left * W_ + x], across_[tap.right * W_ + x], tap.t);
+    const float *a = &across_[tap.left * width_], *b = &across_[tap.right * width_];
+    const Pack<float> t = splat(tap.t);
+    for (int64_t x = 0; x < W_; x += kPack)
+      if (body(x, lerp(load_pack<float>(a + x, Whole{}, 0.0f),
+                       load_pack<float>(b + x, Whole{}, 0.0f), t)))
+        return;
   }
 
   // Smallest and largest value of row y.
-  std::pair<float, float> extremes(int64_t y) const {
-    const Tap& tap = rows_[y];
-    const float *a = &across_[tap.left * W_], *b = &across_[tap.right * W_];
-    float low = INFINITY, high = -INFINITY;
-#pragma omp simd reduction(min : low) reduction(max : high)
-    for (int64_t x = 0; x < W_; ++x) {
-      const float u = lerp_fused(a[x], b[x], tap.t);
+  Range extremes(int64_t y) const {
+    Pack<float> low = splat(INFINITY), high = splat(-INFINITY);
+    each_of_row(y, [&](int64_t, Pack<float> u) {
       low = u < low ? u : low;
       high = u > high ? u : high;
-    }
-    return {low, high};
+      return false;
+    });
+    return {-reduce_max<float>(-low), reduce_max<float>(high)};
   }
 
   float level(float u) const {
     return quantize_ ? std::floor((255.0f * (u - low_)) / range_) : u;
   }
 
-  bool qualifies(int64_t y, bool peak) const {
-    const auto [low, high] = extremes(y);
-    return peak ? level(high) == level(high_) : level(low) == level(low_);
+  bool qualifies(const Range& row, bool peak, float wanted) const {
+    return level(peak ? row.high : row.low) == wanted;
   }
 
   // First pixel in row-major order at the level of the maximum (peak) or of the minimum.
   void first(bool peak, int position[2]) const {
+    const float wanted = level(peak ? high_ : low_);
     int64_t y = 0;
-    for (size_t s = 0; s + 1 < starts_.size(); ++s) {
+    for (size_t s = 0; s < ends_.size(); ++s) {
       int64_t begin = starts_[s], end = starts_[s + 1] - 1;
-      if (qualifies(begin, peak)) {
+      if (qualifies(ends_[s][0], peak, wanted)) {
         y = begin;
         break;
       }
-      if (!qualifies(end, peak)) continue;
+      if (!qualifies(ends_[s][1], peak, wanted)) continue;
       while (end - begin > 1) {  // begin does not qualify, end does
         const int64_t middle = (begin + end) / 2;
-        (qualifies(middle, peak) ? end : begin) = middle;
+        (qualifies(extremes(middle), peak, wanted) ? end : begin) = middle;
       }
       y = end;
       break;
     }
-    const float wanted = level(peak ? high_ : low_);
-    int64_t x = 0;
-    while (x + 1 < W_ && level(value(y, x)) != wanted) ++x;
+    int64_t column = W_ - 1;
+    each_of_row(y, [&](int64_t x, Pack<float> u) {
+      // ⌊v⌋ = wanted, which is an integer, if wanted ≤ v < wanted + 1
+      const Pack<float> v = quantize_ ? (255.0f * (u - low_)) / range_ : u;
+      const unsigned there =
+          lane_bits(v >= wanted) & (quantize_ ? lane_bits(v < wanted + 1) : lane_bits(v == wanted));
+      if (there) column = std::min<int64_t>(column, x + __builtin_ctz(there));
+      return there != 0;
+    });
     position[0] = static_cast<int>(y);
-    position[1] = static_cast<int>(x);
+    position[1] = static_cast<int>(column);
   }
 
-  int64_t h_, w_, H_, W_;
+  int64_t h_, w_, H_, W_, width_;  // width: W in whole packs
   bool quantize_;
-  std::vector<Tap> columns_, rows_;
+  std::vector<float> across_;  // (h, width), and a pack that is written beyond it
+  std::vector<float> t_;       // (width), and likewise
+  std::vector<Segment> columns_;  // and their end
+  std::vector<Tap> rows_;
   std::vector<int64_t> starts_;  // rows at which a segment begins, and H
-  std::vector<float> across_;    // (h, W)
+  std::vector<std::array<Range, 2>> ends_;  // of the first and the last row of each segment
   float low_ = 0, high_ = 0, range_ = 1;
 };
 

@@ -67,6 +67,19 @@ inline Index<A> is_lane(int64_t at, int64_t k) {
   return static_cast<Unsigned>(at) - (Lanes)lanes<A>() == static_cast<Unsigned>(k);
 }
 
+// Bit l: lane l of a comparison of floats holds.
+inline unsigned lane_bits(Index<float> there) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)there, (__m512i)there);
+#elif defined(__AVX__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)there));
+#else
+  unsigned bits = 0;
+  for (int l = 0; l < kPack; ++l) bits |= there[l] ? 1u << l : 0;
+  return bits;
+#endif
+}
+
 // p (kPack) of any floating dtype
 template <typename A, typename T>
 inline Pack<A> load_pack(const T* p, Whole, A) {

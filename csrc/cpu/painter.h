@@ -25,16 +25,24 @@ class Painter {
           int64_t channels, bool channels_last, bool stream)
       : s_(settings), fill_value_(fill_value), H_(H), W_(W), C_(channels),
         step_(channels_last ? channels : 1), planes_(channels_last ? 1 : channels),
-        channels_last_(channels_last), stream_(stream), fill_(2 * channels), row_(W_ * step_) {}
+        channels_last_(channels_last), stream_(stream), fill_(2 * channels),
+        row_(2 * W_ * step_), mask_(3 * W_ * step_ * sizeof(T)) {}
 
   // boxes: one (4) per view; view v is written at out + v·stride.
   void paint(const T* x, T* out, int64_t stride, const int32_t* const boxes[2], const Draws& draws) {
     const int V = s_.view_count();
     fills(x, draws);
-    const int64_t length = W_ * step_;
+    const int64_t length = W_ * step_, bytes = length * sizeof(T);
+    const auto mark = [&](int v, int value) {
+      std::memset(&mask_[v * bytes] + boxes[v][1] * step_ * sizeof(T), value,
+                  (boxes[v][3] - boxes[v][1]) * step_ * sizeof(T));
+    };
+    for (int v = 0; v < V; ++v) mark(v, 0xff);
     for (int64_t plane = 0; plane < planes_; ++plane) {
       const T* source = x + plane * H_ * length;
       T* target = out + plane * H_ * length;
+      if (s_.fill != kPixel)
+        for (int v = 0; v < V; ++v) fill_row(v, plane, boxes[v][0], boxes[v], draws);
       for (int64_t y = 0; y < H_;) {
         // Rows up to the next edge of a box are alike.
         int64_t end = H_;
@@ -44,29 +52,29 @@ class Painter {
           for (const int edge : {boxes[v][0], boxes[v][2]})
             if (edge > y) end = std::min<int64_t>(end, edge);
         }
+        if (s_.fill == kPixel && (hit[0] || hit[1])) end = y + 1;
         const char* from = reinterpret_cast<const char*>(source + y * length);
-        const auto to = [&](int v) {
-          return reinterpret_cast<char*>(target + v * stride + y * length);
-        };
-        const int64_t bytes = (end - y) * length * sizeof(T);
-        if (V == 2 && !hit[0] && !hit[1]) {
-          copy_bytes_twice(to(0), to(1), from, bytes, stream_);
-        } else {
-          for (int v = 0; v < V; ++v) {
-            if (!hit[v]) {
-              copy_bytes(to(v), from, bytes, stream_);
-              continue;
-            }
-            for (int64_t row = y; row < end; ++row) {
-              fill_row(source + row * length, v, plane, row, boxes[v], draws);
-              copy_bytes(reinterpret_cast<char*>(target + v * stride + row * length),
-                         reinterpret_cast<const char*>(row_.data()), length * sizeof(T), stream_);
-            }
-          }
+        char* to[2];
+        Overlay with[2];  // the third mask is that of a view whose box is elsewhere
+        for (int v = 0; v < V; ++v) {
+          to[v] = reinterpret_cast<char*>(target + v * stride + y * length);
+          with[v] = {reinterpret_cast<const char*>(&row_[v * length]),
+                     &mask_[(hit[v] ? v : 2) * bytes]};
+          if (s_.fill == kPixel && hit[v]) fill_row(v, plane, y, boxes[v], draws);
         }
+        if (V == 2 && (hit[0] || hit[1]))
+          overlay_rows_twice(to[0], to[1], from, with, bytes, end - y, stream_);
+        else if (V == 2)
+          copy_bytes_twice(to[0], to[1], from, (end - y) * bytes, stream_);
+        else if (!hit[0])
+          copy_bytes(to[0], from, (end - y) * bytes, stream_);
+        else
+          for (int64_t row = 0; row < end - y; ++row)
+            overlay_bytes(to[0] + row * bytes, from + row * bytes, with[0], bytes, stream_);
         y = end;
       }
     }
+    for (int v = 0; v < V; ++v) mark(v, 0);
   }
 
  private:
@@ -95,15 +103,18 @@ class Painter {
     return sum / static_cast<double>(H_ * W_);
   }
 
-  // One row of one view, box filled, in row_.
-  void fill_row(const T* x, int v, int64_t plane, int64_t y, const int32_t* box,
-                const Draws& draws) {
-    std::memcpy(row_.data(), x, row_.size() * sizeof(T));
+  // The columns of the box in row y of view v → row_.
+  void fill_row(int v, int64_t plane, int64_t y, const int32_t* box, const Draws& draws) {
+    T* const row = &row_[v * W_ * step_];
+    if (s_.fill != kPixel && !channels_last_) {
+      std::fill(row + box[1], row + box[3], fill_[v * C_ + plane]);
+      return;
+    }
     const uint32_t kind = s_.views == 3 ? v : static_cast<uint32_t>(s_.views - 1);
     for (int64_t column = box[1]; column < box[3]; ++column)
       for (int64_t k = 0; k < step_; ++k) {
         const int64_t c = channels_last_ ? k : plane;
-        row_[column * step_ + k] =
+        row[column * step_ + k] =
             s_.fill == kPixel
                 ? cast(normal(static_cast<uint32_t>((c * H_ + y) * W_ + column), 1 + kind,
                               draws.index, draws.seed))
@@ -116,7 +127,8 @@ class Painter {
   int64_t H_, W_, C_;
   int64_t step_, planes_;  // elements between pixels of a row; planes of rows
   bool channels_last_, stream_;
-  std::vector<T> fill_, row_;
+  std::vector<T> fill_, row_;  // (V, C); (V, W, step), of which the boxes' columns are set …
+  std::vector<char> mask_;     // … and marked by ones, and a row without any
 };
 
 }  // namespace sanm

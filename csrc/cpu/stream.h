@@ -31,12 +31,14 @@ inline Block load_block(const char* p) {
 }
 inline void stream_block(char* p, Block b) { _mm_stream_si128(reinterpret_cast<Block*>(p), b); }
 #else
-struct Block { char bytes[16]; };
+typedef long long Block __attribute__((vector_size(16)));
 inline Block load_block(const char* p) { Block b; std::memcpy(&b, p, sizeof b); return b; }
 inline void stream_block(char* p, Block b) { std::memcpy(p, &b, sizeof b); }
 #endif
 
 constexpr int64_t kBlock = sizeof(Block);
+
+inline void store_block(char* p, Block b) { std::memcpy(p, &b, sizeof b); }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kBlock == 0; }
 
@@ -70,6 +72,52 @@ inline void copy_bytes_twice(char* a, char* b, const char* src, int64_t n, bool 
   }
   std::memcpy(a + i, src + i, n - i);
   std::memcpy(b + i, src + i, n - i);
+}
+
+// What a copy has instead of its source's bytes: those of fill where mask has ones.
+struct Overlay {
+  const char *fill, *mask;
+
+  Block over(Block source, int64_t i) const {
+    const Block m = load_block(mask + i);
+    return (source & ~m) | (load_block(fill + i) & m);
+  }
+};
+
+// n bytes from src to dst, all apart from each other, under an overlay. A head and a tail that are
+// less than a block are stored as part of one, which writes its neighbours twice.
+inline void overlay_bytes(char* dst, const char* src, const Overlay& with, int64_t n, bool stream) {
+  if (n < kBlock) {
+    for (int64_t i = 0; i < n; ++i)
+      dst[i] = static_cast<char>((src[i] & ~with.mask[i]) | (with.fill[i] & with.mask[i]));
+    return;
+  }
+  const auto at = [&](int64_t i) { return with.over(load_block(src + i), i); };
+  int64_t i = 0;
+  if (stream) {
+    i = (kBlock - reinterpret_cast<uintptr_t>(dst) % kBlock) % kBlock;
+    if (i > 0) store_block(dst, at(0));
+    for (; i + kBlock <= n; i += kBlock) stream_block(dst + i, at(i));
+  } else {
+    for (; i + kBlock <= n; i += kBlock) store_block(dst + i, at(i));
+  }
+  if (i < n) store_block(dst + n - kBlock, at(n - kBlock));
+}
+
+// `rows` rows of n bytes from src to two places, read once, each row under the same overlays.
+inline void overlay_rows_twice(char* a, char* b, const char* src, const Overlay with[2], int64_t n,
+                               int64_t rows, bool stream) {
+  const bool whole = stream && aligned(a) && aligned(b) && n % kBlock == 0;
+  for (; rows > 0; --rows, a += n, b += n, src += n) {
+    for (int64_t i = 0; whole && i < n; i += kBlock) {
+      const Block source = load_block(src + i);
+      stream_block(a + i, with[0].over(source, i));
+      stream_block(b + i, with[1].over(source, i));
+    }
+    if (whole) continue;
+    overlay_bytes(a, src, with[0], n, stream);
+    overlay_bytes(b, src, with[1], n, stream);
+  }
 }
 
 // Orders streamed stores before whatever the thread does next.

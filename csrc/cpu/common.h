@@ -6,17 +6,46 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
 #include "arguments.h"
 #include "cpu/memory.h"
+#include "cpu/stream.h"
 
 namespace sanm {
 
 // Work items per thread below which a loop stays on one thread: about 32k elements each.
 inline int64_t grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_item));
+}
+
+// work(i) for every item i < n, `part` of them at a time; each thread that takes part in it has a `work`
+// of its own from make_work(). A thread begins with the items that torch's split gives it, which lie
+// beside each other, and goes on with what the others have not begun: one that was woken late, or that
+// shares its core, does not keep the rest waiting.
+template <typename MakeWork>
+inline void share_out(int64_t n, int64_t part, const MakeWork& make_work) {
+  constexpr int64_t kMostParts = 1024;
+  struct alignas(64) Begun {  // a cache line each: neighbours may be other threads'
+    std::atomic<bool> by_someone{false};
+  };
+  part = std::max(part, (n + kMostParts - 1) / kMostParts);
+  const int64_t parts = (n + part - 1) / part;
+  std::vector<Begun> begun(parts);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t) {
+    std::optional<decltype(make_work())> work;
+    for (int64_t k = 0; k < parts; ++k) {
+      const int64_t p = (first + k) % parts;
+      std::atomic<bool>& taken = begun[p].by_someone;
+      if (taken.load(std::memory_order_relaxed) || taken.exchange(true, std::memory_order_relaxed))
+        continue;
+      if (!work) work.emplace(make_work());
+      for (int64_t i = p * part; i < std::min(n, (p + 1) * part); ++i) (*work)(i);
+    }
+    stream_fence();
+  });
 }
 
 // Every index lies in [0, size) or equals `ignore`.

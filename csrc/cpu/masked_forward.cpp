@@ -49,11 +49,29 @@ void pool(const T* f, int64_t C, int64_t n, bool channels_last, const A* v, A* z
   }
 }
 
+// The first index of the largest of K finite values, a pack at a time.
+template <typename T>
+int64_t top_class(const T* t, int64_t K) {
+  if constexpr (std::is_same_v<T, double>) return first_argmax(t, K);
+  Pack<float> high = splat(-INFINITY);
+  each_pack(K, [&](int64_t k, auto n) {
+    const Pack<float> v = load_pack<float>(t + k, n, -INFINITY);
+    high = v > high ? v : high;
+  });
+  const float most = reduce_max<float>(high);
+  for (int64_t k = 0; k + kPack <= K; k += kPack)
+    if (const unsigned there = lane_bits(load_pack<float>(t + k, Whole{}, 0.0f) == most))
+      return k + __builtin_ctz(there);
+  for (int64_t k = K / kPack * kPack; k < K; ++k)
+    if (static_cast<float>(t[k]) == most) return k;
+  return 0;  // where another thread has changed them
+}
+
 // Row of new targets: from soft targets t (K), or from the label of a one-hot row.
 template <typename T>
 void new_targets(const T* t, int64_t label, int64_t K, float ratio, bool clamp, T* result) {
   using A = acc_t<T>;
-  if (t) return modulate_row<T, A>(t, K, static_cast<A>(ratio), clamp, result);
+  if (t) return modulate_row<T, A>(t, K, top_class(t, K), static_cast<A>(ratio), clamp, result);
   const A d = drop<A>(ratio, A{1}, clamp), add = d / static_cast<A>(K - 1);
   std::fill_n(result, K, static_cast<T>(add));
   result[label] = static_cast<T>(A{1} - d);
@@ -77,52 +95,33 @@ void cross_entropy(const A* logits, const T* targets, int64_t B, int64_t K, A* l
   *loss = static_cast<A>(sum / std::max<int64_t>(B, 1));
 }
 
-// What is read of every sample besides its features: sample i's bytes from first + i·bytes on.
-struct Further {
-  const char* first = nullptr;
-  int64_t bytes = 0;
-
-  // Asks for as much of sample i as comes from memory while the peak is sought.
-  void prefetch(int64_t i) const {
-    constexpr int64_t kMost = 16384, kLine = 64;
-    for (int64_t k = 0; k < std::min(bytes, kMost); k += kLine)
-      sanm::prefetch(first + i * bytes, k);
-  }
-};
-
 // Energy, statistics, peak and trough of every sample; then body(i, its features, positions) while
 // they are in the cache. Each thread takes a body of its own from make_body(), which is to work on
-// `work` more elements a sample and reads `further`. stats (5, B), positions (2, B, 2).
+// `work` more elements a sample. stats (5, B), positions (2, B, 2).
 template <typename F, typename MakeBody>
 void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const Tensor& stats,
-             const Tensor& positions, int64_t work, const Further& further,
-             const MakeBody& make_body) {
+             const Tensor& positions, int64_t work, const MakeBody& make_body) {
   using A = acc_t<F>;
   const Tensor& x = features.tensor;
   const int64_t B = x.size(0), C = x.size(1), h = x.size(2), w = x.size(3), n = h * w;
   const F* first = in<F>(x);
   A* stat = out<A>(stats);
   int32_t* position = out<int32_t>(positions);
-  const auto samples = [&](int64_t begin, int64_t end) {
-    Locator locator(h, w, H, W, quantize);
-    std::vector<A> e(n);
-    std::vector<float> map(n);
-    const auto body = make_body();
-    for (int64_t i = begin; i < end; ++i) {
+  const auto make_work = [&] {
+    return [&, locator = Locator(h, w, H, W, quantize), e = std::vector<A>(n),
+            map = std::vector<float>(n), body = make_body()](int64_t i) mutable {
       const F* f = first + i * C * n;
       energy(f, C, n, features.channels_last, e.data());
-      further.prefetch(i);
       statistics(e.data(), n, stat + i, B);
       std::copy(e.begin(), e.end(), map.begin());
       const Positions found = locator.find(map.data());
       std::copy_n(found.peak, 2, position + 2 * i);
       std::copy_n(found.trough, 2, position + 2 * (B + i));
       body(i, f, found);
-    }
-    stream_fence();
+    };
   };
   try {
-    torch::stable::parallel_for(0, B, grain(C * n + work), samples);
+    share_out(B, grain(C * n + work), make_work);
   } catch (const std::runtime_error&) {  // all that can fail in there
     memory_error(Locator::bytes(h, H, W), "a map of " + std::to_string(h) + "×" +
                  std::to_string(w) + " upsampled to " + std::to_string(H) + "×" +
@@ -136,19 +135,21 @@ class DrawSource {
   explicit DrawSource(const Inputs& in)
       : draws_(packed(in.draws)),
         index_(packed(in.sample_index)),
+        given_(in_or_null<double>(draws_)),
+        indices_(in_or_null<int64_t>(index_)),
+        columns_(draws_ ? draws_->size(1) : 0),
         seed_(in.seed ? *sanm::in<int64_t>(*in.seed) : 0) {
-    if (!draws_) return;
-    const int64_t columns = draws_->size(1);
-    check_unit_interval(sanm::in<double>(*draws_), draws_->numel(), "draws", columns, true);
+    if (draws_) check_unit_interval(given_, draws_->numel(), "draws", columns_, true);
   }
   Draws operator()(int64_t i) const {
-    return {draws_ ? in<double>(*draws_) + i * draws_->size(1) : nullptr,
-            index_ ? in<int64_t>(*index_)[i] : i, seed_};
+    return {given_ ? given_ + i * columns_ : nullptr, indices_ ? indices_[i] : i, seed_};
   }
 
  private:
-  OptTensor draws_, index_;
-  int64_t seed_;
+  OptTensor draws_, index_;  // which keep the memory
+  const double* given_;
+  const int64_t* indices_;
+  int64_t columns_, seed_;
 };
 
 // The boxes of a sample, one per view, which no other thread changes.
@@ -179,15 +180,21 @@ Boxes place(const Inputs& in, const Positions& found, const Draws& draw, float c
   return placed;
 }
 
-// targets (B, K) or int64 (B,), ratio (S, B) → row i of result (S, B, K).
+// What makes the new targets (S, B, K) of one sample from targets (B, K) or int64 (B,) and ratio (S, B).
+using Modulate = std::function<void(int64_t)>;
+
 template <typename Y>
-void modulate(const Tensor& targets, const float* ratio, bool clamp, int64_t S, int64_t i,
-              int64_t K, Y* result) {
+Modulate modulator(const Tensor& targets, const float* ratio, bool clamp, int64_t S, int64_t K,
+                   Y* result) {
   const int64_t B = targets.size(0);
   const bool soft = targets.scalar_type() != ScalarType::Long;
-  for (int64_t k = i; k < S * B; k += B)
-    new_targets<Y>(soft ? in<Y>(targets) + i * K : nullptr, soft ? 0 : index_below(in<int64_t>(targets) + i, K),
-                   K, ratio[k], clamp, result + k * K);
+  const Y* const rows = soft ? in<Y>(targets) : nullptr;
+  const int64_t* const labels = soft ? nullptr : in<int64_t>(targets);
+  return [=](int64_t i) {
+    for (int64_t k = i; k < S * B; k += B)
+      new_targets<Y>(rows ? rows + i * K : nullptr, labels ? index_below(labels + i, K) : 0, K,
+                     ratio[k], clamp, result + k * K);
+  };
 }
 
 // What paints the views (V·B, Cin, H, W) of one sample of the images (B, Cin, H, W).
@@ -244,6 +251,11 @@ void run(const Inputs& in, const Outputs& out) {
   float* ratio = sanm::out<float>(out.ratio);
   int32_t* boxes = sanm::out<int32_t>(out.boxes);
   const std::optional<Image> images = in.images ? std::optional<Image>(*in.images) : std::nullopt;
+  Modulate modulate;
+  dispatch(out.targets.scalar_type(), [&](auto zero) {
+    modulate = modulator(targets, ratio, s.clamp, s.draw_sets(), K,
+                         sanm::out<decltype(zero)>(out.targets));
+  });
   const auto make_painter = [&] {
     PaintSample paint = [](int64_t, const Boxes&) {};
     if (images)
@@ -258,21 +270,14 @@ void run(const Inputs& in, const Outputs& out) {
     A* visible = sanm::out<A>(out.visible);
     A* pooled = sanm::out<A>(out.pooled);
     const int64_t work = K + (images && B ? out.views.numel() / B : 0);
-    Further further;
-    if (images && B)
-      further = {static_cast<const char*>(images->tensor.const_data_ptr()),
-                 images->tensor.numel() / B * static_cast<int64_t>(images->tensor.element_size())};
-    analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions, work, further, [&] {
+    analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions, work, [&] {
       return [&, paint = make_painter()](int64_t i, const F* f, const Positions& found) {
         const Boxes placed = place(in, found, draws(i), q[i], i, B, ratio, boxes);
         if (one_pass) {
           visibility(placed.corners[0], h, w, in.H, in.W, visible + i * h * w);
           pool(f, C, h * w, features.channels_last, visible + i * h * w, pooled + i * C);
         }
-        dispatch(out.targets.scalar_type(), [&](auto target_zero) {
-          modulate(targets, ratio, s.clamp, s.draw_sets(), i, K,
-                   sanm::out<decltype(target_zero)>(out.targets));
-        });
+        modulate(i);
         paint(i, placed);
       };
     });
@@ -313,7 +318,7 @@ std::tuple<Tensor, Tensor> activation_stats(const Tensor& features_, int64_t H, 
   const Tensor stats = new_tensor({5, B}, acc_type(features_)),
                positions = new_tensor({2, B, 2}, ScalarType::Int);
   dispatch(features_.scalar_type(), [&](auto zero) {
-    analyse<decltype(zero)>(features, H, W, quantize, stats, positions, 0, {},
+    analyse<decltype(zero)>(features, H, W, quantize, stats, positions, 0,
                             [] { return [](int64_t, const auto*, const Positions&) {}; });
   });
   return {stats, positions};

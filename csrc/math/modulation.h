@@ -35,10 +35,9 @@ SANM_HD Modulation<A> modulation(A best, int64_t K, A ratio, bool clamp) {
   return {best - d, d / static_cast<A>(K - 1)};
 }
 
-// t (K) → out (K), computed in A: float, or double for double targets. K ≥ 2.
+// t (K), whose first argmax is `top` → out (K), computed in A: float, or double for double targets. K ≥ 2.
 template <typename T, typename A>
-SANM_HD void modulate_row(const T* t, int64_t K, A ratio, bool clamp, T* out) {
-  const int64_t top = first_argmax(t, K);
+SANM_HD void modulate_row(const T* t, int64_t K, int64_t top, A ratio, bool clamp, T* out) {
   const Modulation<A> m = modulation(static_cast<A>(t[top]), K, ratio, clamp);
   for (int64_t k = 0; k < K; ++k) out[k] = static_cast<T>(static_cast<A>(t[k]) + m.add);
   out[top] = static_cast<T>(m.top);

@@ -155,7 +155,9 @@ inline void energy_strips(const T* f, int64_t C, int64_t n, float* e) {
 
 template <typename T>
 inline void energy_contiguous(const T* f, int64_t C, int64_t n, float* e) {
-  if (n >= kLanes) return energy_strips<kLanes>(f, C, n, e);
+  // 32 bytes at a time: rows begin anywhere, and twice as many would lie on two cache lines.
+  constexpr int N = sizeof(T) == 2 ? kLanes : 8;
+  if (n >= N) return energy_strips<N>(f, C, n, e);
   if (n >= 8) return energy_strips<8>(f, C, n, e);
   for (int64_t x = 0; x < n; ++x)
     x < n / 4 * 4 ? sum_column<1>(f + x, C, n, e + x) : sum_column<4>(f + x, C, n, e + x);

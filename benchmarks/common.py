@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -218,7 +220,7 @@ def peak(function: Callable[[], object], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     before = set_cpu_cache_limit(0)  # torch does not see memory that is kept for the next result
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = function()
     set_cpu_cache_limit(before)
     del result
@@ -228,3 +230,19 @@ def peak(function: Callable[[], object], device: str = "cpu") -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drops what is written to the process's standard error, past Python's.
+
+    The profiler says there when it starts and stops, and that it did not see all memory.
+    """
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

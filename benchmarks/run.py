@@ -1,4 +1,8 @@
-"""``python -m benchmarks.run``: time everything, print a table, write a JSON file."""
+"""``python -m benchmarks.run``: time everything, print a table, write a JSON file.
+
+``--everywhere``: once for every instruction set that is compiled, on one thread and on all, with
+glibc's own thresholds and with memory that it keeps; each a process and a JSON file of its own.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +37,11 @@ from benchmarks.common import (
     serving,
 )
 from sanm_kernels.__main__ import info
+from sanm_kernels.backends.cpu import LIBRARIES
 
 HERE = Path(__file__).resolve().parent
+#: What makes glibc keep the memory that is freed, which by default it returns from 128 KiB on.
+KEPT = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 PACKAGES = ("numpy", "opencv-python-headless", "scikit-learn", "kornia", "timm")
 
 
@@ -80,7 +87,7 @@ def environment() -> dict[str, Any]:
     facts = info()
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     changed = git("status", "--porcelain", "--", "..", ":!results")
-    settings = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_", "OMP_", "GOMP_", "KMP_")
+    settings = ("ATEN_CPU_", "LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_", "OMP_", "GOMP_", "KMP_")
     return {
         "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + "-changed" * bool(changed),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -140,6 +147,46 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def everywhere() -> Iterator[tuple[str, dict[str, str]]]:
+    """The settings that take effect when a process starts: a name, and its environment."""
+    for isa in ("avx512", "avx2"):
+        if not (LIBRARIES / f"cpu_{isa}.so").exists():
+            continue
+        for threads in sorted({1, torch.get_num_threads()}):
+            for memory, thresholds in (("glibc", {}), ("kept", KEPT)):
+                steered = {"ATEN_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": str(threads)}
+                others = {k: v for k, v in os.environ.items() if k not in KEPT}
+                yield f"{isa}-{threads}-{memory}", others | steered | thresholds
+
+
+def comparison(records: dict[str, dict[str, Any]]) -> str:
+    """Markdown: our time and its multiple of the copy limit in each file, a line for each case."""
+    lines = ["| operator, shape | " + " | ".join(records) + " |", "|---" * (len(records) + 1) + "|"]
+    rows: dict[str, dict[str, str]] = {}
+    for setting, record in records.items():
+        for case in record["cases"]:
+            ours = case["results"][OURS]
+            time_taken = f"{1e6 * ours['seconds'][1]:.0f} µs, {ours['over_limit'][1]:.2f}"
+            rows.setdefault(f"`{case['op']}` {case['shape']}", {})[setting] = time_taken
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(row.get(s, "–") for s in records) + " |")
+    return "\n".join(lines)
+
+
+def run_everywhere(arguments: Sequence[str], out: Path) -> int:
+    """Each setting in a process; then their comparison. Returns the largest exit status."""
+    status, records = 0, {}
+    for name, environ in everywhere():
+        path = out.with_name(f"{out.stem}-{name}.json")
+        command = [sys.executable, "-m", "benchmarks.run", *arguments, "--out", str(path)]
+        print(f"\n{name}", flush=True)
+        status = max(status, subprocess.run(command, env=environ).returncode)
+        if path.exists():
+            records[name] = json.loads(path.read_text())
+    print("\nOurs, and over the copy limit of the same run:\n\n" + comparison(records))
+    return status
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
@@ -157,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--minutes", type=float, help="begin no case after so many, and go through the operators "
         "in turns, so that each gets its first")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-COMMIT.json")
+    add("--everywhere", action="store_true", help="both instruction sets, one thread and all, both "
+        "settings of glibc, one after the other; on the CPU")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.headline:
         options.no_compile, options.ops = True, [op for op in options.ops if op in HEADLINE]
@@ -175,6 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or HERE / "results" / f"{slug(device, facts['commit'])}.json"
     print(f"{device}, load {facts['load']:.1f}; torch {facts['versions']['torch']}; "
           f"commit {facts['commit']}")  # fmt: skip
+    if options.everywhere:
+        if options.device != "cpu":
+            parser.error("--everywhere: on the CPU only")
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        return run_everywhere([word for word in given if word != "--everywhere"], out)
     gc.disable()  # no pauses
     effort = (0.5, 3, 2**25) if options.quick else (options.seconds, options.rounds)
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes

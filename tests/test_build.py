@@ -287,3 +287,34 @@ def test_benchmarks_do_not_time_the_reference_as_ours(tmp_path: Path) -> None:
     done = run(*command, *out, cwd=ROOT, SANM_KERNELS_BACKEND="reference")
     assert done.returncode == 2 and not (tmp_path / "figures.json").exists()
     assert "sample_loss on cpu tensors is served by the reference" in done.stderr
+
+
+def test_what_the_profiler_writes_does_not_reach_the_terminal() -> None:
+    code = (
+        "import torch; from benchmarks.common import peak; held = [torch.ones(1000)]; "
+        "print(peak(lambda: [held.clear(), torch.ones(1000)]))"
+    )
+    done = run(sys.executable, "-c", code, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("4000\n", "")
+
+
+def test_benchmarks_run_in_every_setting(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys, torch
+from benchmarks import run
+for isa in ("avx512", "avx2", "baseline"):
+    pathlib.Path(sys.argv[1], f"cpu_{isa}.so").touch()
+run.LIBRARIES = pathlib.Path(sys.argv[1])
+torch.set_num_threads(3)
+for name, environ in run.everywhere():
+    steered = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
+    print(name, *(environ.get(k, "-") for k in steered))
+"""
+    done = run(sys.executable, "-c", code, tmp_path, cwd=ROOT, MALLOC_TRIM_THRESHOLD_="1")
+    expected = [
+        f"{isa}-{threads}-{memory} {isa} {threads} {'2000000000' if memory == 'kept' else '-'}"
+        for isa in ("avx512", "avx2")
+        for threads in (1, 3)
+        for memory in ("glibc", "kept")
+    ]
+    assert done.stdout.splitlines() == expected, done.stderr

@@ -35,7 +35,8 @@ SANM_HD Modulation<A> modulation(A best, int64_t K, A ratio, bool clamp) {
   return {best - d, d / static_cast<A>(K - 1)};
 }
 
-// t (K), whose first argmax is `top` → out (K), computed in A: float, or double for double targets. K ≥ 2.
+// t (K), whose first argmax is `top` → out (K), computed in A: float, or double for double targets.
+// K ≥ 2.
 template <typename T, typename A>
 SANM_HD void modulate_row(const T* t, int64_t K, int64_t top, A ratio, bool clamp, T* out) {
   const Modulation<A> m = modulation(static_cast<A>(t[top]), K, ratio, clamp);

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import io
 import os
 import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -89,45 +91,45 @@ class TensorImages(Images):
         return digest(x.cpu().contiguous().view(torch.uint8).numpy() for x in parts)
 
 
-class ImageFiles(Images):
-    """Image files of the formats in `FORMATS`, as RGB; how is said at `read_image`.
+class ReadImages(Images):
+    """Images that worker processes read, each whenever it is needed.
 
-    The shorter side is resized to `size`, of which the centre is kept. An image that cannot be read
-    is replaced by mid-grey: its path and the reason are given in one warning, its position goes to
-    `corrupt`. Every stream starts its own workers, which end with it.
+    One that cannot be read is replaced by mid-grey: its path and the reason are given in one
+    warning, its position goes to `corrupt`. Every stream starts its own workers, which end with it.
 
-    Args:
-        paths: a list or array of strings (N,), kept as one Arrow array: a million Python strings
-            would be copied into every worker as it touches their reference counts.
-        size: side of the images.
+    Attributes:
+        paths: what the images are called (N,), an Arrow array: a million Python strings would be
+            copied into every worker as it touches their reference counts.
+        rows: (N,) which of the images that there were at first these are.
+        dtype: of what `read` gives.
         device: where batches are sent.
         workers: processes that read; 0: the training process itself.
     """
 
+    paths: Any
+    dtype: Any = np.uint8
+
     def __init__(
-        self, paths: Any, size: int, *, device: str | torch.device = "cpu", workers: int = 0
+        self,
+        paths: Any,
+        shape: tuple[int, int, int],
+        device: str | torch.device,
+        workers: int,
     ) -> None:
         super().__init__()
-        with extra():
-            import PIL.Image  # noqa: F401  (if missing, not the fault of every single image)
-            import pyarrow as pa
-        strings = pa.large_string()
-        if not isinstance(paths, pa.Array):
-            paths = list(paths)
-            try:
-                paths = pa.array(paths, strings)
-            except UnicodeEncodeError:
-                paths = pa.array([shown(path) for path in paths], strings)
-        self.paths: Any = paths.cast(strings)
-        self.shape = (3, size, size)
+        self.paths, self.rows, self.shape = paths, torch.arange(len(paths)), shape
         self.device, self.workers = torch.device(device), workers
 
+    def read(self, position: int) -> np.ndarray[Any, Any]:
+        """One image (H, W, C), uint8 or floating in [0, 1]."""
+        raise NotImplementedError
+
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.rows)
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         loader = torch.utils.data.DataLoader(
-            _Files(self.paths, self.shape[1]),
+            _Batches(self),
             batch_size=None,  # an item is a batch
             sampler=(index.tolist() for index in batches),
             num_workers=self.workers,
@@ -139,15 +141,13 @@ class ImageFiles(Images):
             for position, reason in faults:
                 self._report(position, reason)
             images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            yield images.float().div_(255)
+            yield images.float().div_(255) if images.dtype == torch.uint8 else images
 
-    def select(self, index: Tensor) -> ImageFiles:
-        paths = self.paths.take(index.cpu().numpy())
-        return ImageFiles(paths, self.shape[1], device=self.device, workers=self.workers)
-
-    def digest(self) -> str:
-        chunks = range(0, len(self), 2**16)
-        return digest("\0".join(self.paths[i : i + 2**16].to_pylist()).encode() for i in chunks)
+    def select(self, index: Tensor) -> ReadImages:
+        part, index = copy.copy(self), index.cpu()
+        part.paths, part.rows = self.paths.take(index.numpy()), self.rows[index]
+        part.corrupt = set()
+        return part
 
     def _report(self, position: int, reason: str) -> None:
         if position in self.corrupt:
@@ -159,54 +159,119 @@ class ImageFiles(Images):
             warnings.warn("further images that cannot be read are only counted", stacklevel=3)
 
 
-class _Files(torch.utils.data.Dataset[Any]):
-    """What a worker gives for a list of positions: uint8 (B, size, size, 3), and which images
-    could not be read, why."""
+class ImageFiles(ReadImages):
+    """Image files of the formats in `FORMATS`, as RGB; how is said at `read_image`.
 
-    def __init__(self, paths: Any, size: int) -> None:
-        self.paths, self.size = paths, size
+    The shorter side is resized to `size`, of which the centre is kept.
+
+    Args:
+        paths: a list or Arrow array of strings (N,).
+        size: side of the images.
+        files: the files' bytes (N,), or in their place a path, in any sequence; default: what lies
+            at `paths`.
+        device: where batches are sent.
+        workers: processes that read; 0: the training process itself.
+    """
+
+    def __init__(
+        self,
+        paths: Any,
+        size: int,
+        *,
+        files: Sequence[bytes | str] | None = None,
+        device: str | torch.device = "cpu",
+        workers: int = 0,
+    ) -> None:
+        with extra():
+            import PIL.Image  # noqa: F401  (if missing, not the fault of every single image)
+            import pyarrow as pa
+        strings = pa.large_string()
+        if not isinstance(paths, (pa.Array, pa.ChunkedArray)):
+            paths = list(paths)
+            try:
+                paths = pa.array(paths, strings)
+            except UnicodeEncodeError:
+                paths = pa.array([shown(path) for path in paths], strings)
+        paths = paths.cast(strings)
+        super().__init__(paths, (3, size, size), device, workers)
+        self.files = files
+
+    def read(self, position: int) -> np.ndarray[Any, Any]:
+        return read_image(self._file(position), self.shape[1])
+
+    def digest(self) -> str:
+        if self.files is not None:
+            files = (self._file(position) for position in range(len(self)))
+            return digest(x.encode() if isinstance(x, str) else x for x in files)
+        chunks = range(0, len(self), 2**16)
+        return digest("\0".join(self.paths[i : i + 2**16].to_pylist()).encode() for i in chunks)
+
+    def _file(self, position: int) -> bytes | str:
+        if self.files is None:
+            return str(self.paths[position])
+        return self.files[int(self.rows[position])]
+
+
+class _Batches(torch.utils.data.Dataset[Any]):
+    """What a worker gives for a list of positions: pixels (B, H, W, C), and which images could not
+    be read, why."""
+
+    def __init__(self, images: ReadImages) -> None:
+        self.images = images
 
     def __getitem__(self, positions: list[int]) -> tuple[Tensor, list[tuple[int, str]]]:
-        pixels = np.full((len(positions), self.size, self.size, 3), 128, np.uint8)
+        channels, height, width = self.images.shape
+        grey = 128 if self.images.dtype == np.uint8 else 0.5
+        shape = (len(positions), height, width, channels)
+        pixels = np.full(shape, grey, self.images.dtype)
         faults = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata: what matters raises
             for row, position in enumerate(positions):
                 try:
-                    pixels[row] = read_image(str(self.paths[position]), self.size)
+                    pixels[row] = self.images.read(position)
                 except Exception as error:  # what a broken file raises depends on where it breaks
                     faults.append((position, first_line(error)))
         return torch.from_numpy(pixels), faults
 
 
-def read_image(path: str, size: int) -> np.ndarray[Any, Any]:
-    """The image in a file as uint8 (size, size, 3): upright, its first frame, on white where it is
+def read_image(file: str | bytes, size: int) -> np.ndarray[Any, Any]:
+    """The image in a file, given by its path or its bytes, as uint8 (size, size, 3).
+
+    Raises:
+        OSError: not a regular file, or of a format that is not in `FORMATS`.
+        ValueError, Exception: as `fit_image`, and whatever else Pillow raises where a file is
+            broken.
+    """
+    opened = io.BytesIO(file) if isinstance(file, bytes) else _regular(file)
+    with opened, _identified(opened) as image:
+        return fit_image(image, size)
+
+
+def fit_image(image: Any, size: int) -> np.ndarray[Any, Any]:
+    """An image of Pillow's as uint8 (size, size, 3): upright, its first frame, on white where it is
     transparent.
 
     Grey images of more than 8 bits are scaled by the range that their values fit into, the first
     of [0, 1] (floating point only), [0, 2⁸), [0, 2¹⁶) (always, of 16 bits) and [0, 2³²).
 
     Raises:
-        OSError: not a regular file, or of a format that is not in `FORMATS`.
         ValueError: more than `MOST_PIXELS`, or values that are negative or not finite.
-        Exception: whatever else Pillow raises where a file is broken.
     """
     with extra():
         from PIL import Image, ImageOps
-    with _regular(path) as opened, _identified(opened) as file:
-        image: Image.Image = file
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{image.width}×{image.height} pixels, more than {MOST_PIXELS:,}")
-        image.draft(None, (2 * size, 2 * size))  # JPEG: decoded at a fraction of its resolution
-        if (turn := UPRIGHT.get(_orientation(image))) is not None:
-            image = image.transpose(Image.Transpose[turn])
-        if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut these off at 255
-            image = Image.fromarray(_to_8_bits(np.asarray(image)))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-        return np.asarray(image)
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width}×{image.height} pixels, more than {MOST_PIXELS:,}")
+    image.draft(None, (2 * size, 2 * size))  # JPEG: decoded at a fraction of its resolution
+    if (turn := UPRIGHT.get(_orientation(image))) is not None:
+        image = image.transpose(Image.Transpose[turn])
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut these off at 255
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 def digest(parts: Iterable[Any]) -> str:
@@ -224,12 +289,13 @@ def unreadable(images: Images, most: int) -> tuple[int, list[tuple[str, str]]]:
     if not isinstance(images, ImageFiles):
         return 0, []
     step = -(-len(images) // most)
-    positions = list(range(0, len(images), max(step, 1)))
-    _, faults = _Files(images.paths, 1)[positions]
-    return len(positions), [(str(images.paths[position]), reason) for position, reason in faults]
+    part = images.select(torch.arange(0, len(images), max(step, 1)))
+    part.shape = (3, 1, 1)  # the size matters little to what can be read
+    _, faults = _Batches(part)[list(range(len(part)))]
+    return len(part), [(str(part.paths[position]), reason) for position, reason in faults]
 
 
-def _regular(path: str) -> BinaryIO:
+def _regular(path: str) -> IO[bytes]:
     """An open regular file; a pipe or a device, which might never give anything, is refused."""
     opened = open_shown(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(opened).st_mode):
@@ -238,10 +304,10 @@ def _regular(path: str) -> BinaryIO:
     return os.fdopen(opened, "rb")
 
 
-def _identified(opened: BinaryIO) -> Any:
+def _identified(opened: IO[bytes]) -> Any:
     """An image that is not decoded yet."""
-    from PIL import Image, UnidentifiedImageError
-
+    with extra():
+        from PIL import Image, UnidentifiedImageError
     try:
         return Image.open(opened, formats=FORMATS)
     except UnidentifiedImageError:  # its message names what was opened, not the file

@@ -47,7 +47,7 @@ class RunSettings:
     dataset: str = setting("digits", "data set")
     model: str = setting("", "network")
     imports: tuple[str, ...] = setting((), "modules that register recipes, data sets or networks")
-    data_root: str = setting("", "folder (or manifest) with the data set")
+    data_root: str = setting("", "folder, file or name of the data set")
     image_size: int = setting(0, "side of the images networks see; 0: the data set's own", low=0)
     augmentation: str = setting("crop", "augmentation")
     pretrained: str = setting("", "file with a state dict all networks start from, as in C2D")

@@ -14,6 +14,7 @@ from .config import TrainConfig
 from .data import Dataset, in_memory
 from .errors import ConfigError, DataError, check_choice
 from .extra import extra
+from .hub import choose, library, read_split, read_splits
 from .images import ImageFiles
 from .readers import (
     CIFAR10_FILES,
@@ -159,6 +160,25 @@ class ManifestConfig(PhotosConfig):
                 raise ConfigError(f"{name} must be a file, got {file!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubConfig(PhotosConfig):
+    """hf"""
+
+    test_root: str = setting("", "what holds the test images, if data_root does not")
+    subset: str = setting("", "which of the data sets of one name, where there are several")
+    train_split: str = setting("", "split to train on; empty: train, or the only one")
+    test_split: str = setting("", "split to test on; empty: test, else validation, if there is one")
+    image_column: str = setting("", "column of images; empty: the only one")
+    label_column: str = setting("", "column of given labels; empty: that of classes, or label")
+    true_column: str = setting("", "column of labels known to be right, where there is one")
+
+    def check(self) -> None:
+        super().check()
+        library()
+        if not self.data_root:
+            raise ConfigError("data_root must be a folder, files or a name of the hub, got ''")
+
+
 @DATASETS.register("digits", DigitsConfig)
 def load_digits(config: TrainConfig) -> Dataset:
     """scikit-learn's 1,797 digits, 8×8, split once and for all into 1,347 and 450 by class.
@@ -172,7 +192,7 @@ def load_digits(config: TrainConfig) -> Dataset:
     train_x, test_x, train_y, test_y = train_test_split(
         digits.images / 16.0, digits.target, test_size=0.25, stratify=digits.target, random_state=0
     )
-    return _held(
+    return held(
         config,
         (torch.as_tensor(train_x).float()[:, None], torch.as_tensor(train_y).long()),
         (torch.as_tensor(test_x).float()[:, None], torch.as_tensor(test_y).long()),
@@ -204,7 +224,7 @@ def load_cifar100(config: CIFARConfig) -> Dataset:
 
 def _idx(config: TrainConfig, **more: Any) -> Dataset:
     train, test = (read_idx(config.data_root, split) for split in ("train", "test"))
-    return _held(
+    return held(
         config, (train.items, train.labels), (test.items, test.labels), num_classes=10, **more
     )
 
@@ -236,14 +256,14 @@ def load_fashion_mnist(config: TrainConfig) -> Dataset:
 def load_clothing1m(config: TrainConfig) -> Dataset:
     """Clothing1M: the million noisy labels to train on, the clean test set."""
     train, test = (read_clothing1m(config.data_root, s) for s in ("noisy_train", "clean_test"))
-    return _files(config, train, test, 14)
+    return from_files(config, train, test, 14)
 
 
 @DATASETS.register("animal10n", Animal10NConfig)
 def load_animal10n(config: TrainConfig) -> Dataset:
     """Animal-10N, seen at 64 pixels."""
     train, test = (read_animal10n(config.data_root, s) for s in ("training", "testing"))
-    return _files(config, train, test, 10, size=64)
+    return from_files(config, train, test, 10, size=64)
 
 
 @DATASETS.register("folder", FolderConfig)
@@ -255,12 +275,12 @@ def load_folder(config: TrainConfig) -> Dataset:
     classes = train.metadata["classes"]
     apart = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if not apart:
-        return _files(config, train, None, len(classes))
+        return from_files(config, train, None, len(classes))
     test = read_folder(apart[0])
     if classes != test.metadata["classes"]:
         odd = ", ".join(sorted({*classes} ^ {*test.metadata["classes"]}))
         raise DataError(f"{root}: train and {apart[0].name} must have the same classes: {odd}")
-    return _files(config, train, test, len(classes))
+    return from_files(config, train, test, len(classes))
 
 
 @DATASETS.register("manifest", ManifestConfig)
@@ -270,24 +290,72 @@ def load_manifest(config: ManifestConfig) -> Dataset:
     train = read_manifest(config.data_root)
     classes = train.metadata.get("classes")
     test = read_manifest(config.test_root, classes=classes) if config.test_root else None
-    if classes is None and test is not None and "classes" in test.metadata:
-        raise DataError(f"{config.test_root} names classes, but {config.data_root} counts them")
+    number = count_classes(train, test, config.data_root, config.test_root)
+    return from_files(config, train, test, number)
+
+
+@DATASETS.register("hf", HubConfig)
+def load_hub(config: HubConfig) -> Dataset:
+    """What the library datasets (Hugging Face) reads: a name of its hub, a folder of save_to_disk,
+    WebDataset shards (.tar), Parquet files with images in them."""
+    splits = read_splits(config.data_root, config.subset)
+    usual = ("train",) if len(splits) > 1 else tuple(splits)
+    trained = choose(splits, "train_split", config.train_split, usual)
+    if trained is None:
+        raise ConfigError(f"train_split must name one of {', '.join(splits)}")
+    columns = {"image_column": config.image_column, "label_column": config.label_column}
+    true = config.true_column
+    train = read_split(splits.pop(trained), config.data_root, trained, true_column=true, **columns)
+    classes = train.metadata.get("classes")
+    if config.test_root:
+        splits = read_splits(config.test_root, config.subset)
+    others = ("test", "validation", "val", *(splits if config.test_root else ()))
+    tested = choose(splits, "test_split", config.test_split, others)
+    test, root = None, config.test_root or config.data_root
+    if tested is not None:
+        test = read_split(splits[tested], root, tested, classes=classes, **columns)
+    number = count_classes(train, test, config.data_root, root)
+    return from_files(config, train, test, number)
+
+
+def count_classes(train: Records, test: Records | None, where: str, test_where: str) -> int:
+    """How many classes there are: those that are named, else those of the labels, which must leave
+    none out."""
+    if classes := train.metadata.get("classes"):
+        return len(classes)
+    if test is not None and "classes" in test.metadata:
+        raise DataError(f"{test_where} names classes, but {where} counts them")
     used = train.labels.unique()
     gaps = (used != torch.arange(len(used))).nonzero()
     if len(gaps):
-        raise DataError(f"{config.data_root}: no image is of class {int(gaps[0])}")
-    return _files(config, train, test, len(used))
+        raise DataError(f"{where}: no image is of class {int(gaps[0])}")
+    return len(used)
 
 
-def _held(
-    config: TrainConfig, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], **more: Any
+def check_seen(labels: Tensor, test_labels: Tensor) -> None:
+    """Raise a DataError if a test image is of a class that no training image is of."""
+    unseen = test_labels[~torch.isin(test_labels, labels)]
+    if len(unseen):
+        raise DataError(f"no training image is of class {int(unseen[0])}, but test images are")
+
+
+def held(
+    config: TrainConfig,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor] | None,
+    **more: Any,
 ) -> Dataset:
     """A data set in memory, of which networks see the config's image_size."""
     data = in_memory(config.dataset, train, test, config.device, **more)
-    side, largest = config.image_size, min(data.image_size)
+    return replace(data, image_size=seen(config, data.image_size))
+
+
+def seen(config: TrainConfig, image_size: tuple[int, int]) -> tuple[int, int]:
+    """What networks see (H, W) of images of one size: the config's image_size, or all."""
+    side, largest = config.image_size, min(image_size)
     if side > largest:
-        raise ConfigError(f"image_size must be at most {largest} for {data.name}, got {side}")
-    return replace(data, image_size=(side, side)) if side else data
+        raise ConfigError(f"image_size must be at most {largest} for {config.dataset}, got {side}")
+    return (side, side) if side else image_size
 
 
 def _cifar(
@@ -297,7 +365,7 @@ def _cifar(
     confusions: Callable[[Records], dict[int, int]],
 ) -> Dataset:
     train, test = (read(config.data_root, split) for split in ("train", "test"))
-    data = _held(
+    data = held(
         config,
         (train.items, train.labels),
         (test.items, test.labels),
@@ -318,35 +386,60 @@ def _cifar(
     return replace(data, labels=sets[chosen].to(config.device))
 
 
-def _files(
+def from_files(
     config: TrainConfig, train: Records, test: Records | None, num_classes: int, size: int = 224
 ) -> Dataset:
     """A data set of image files, kept a little larger than what networks see of them."""
-    if test is None:
-        test = Records(train.items[:0], train.labels[:0], {})
-    unseen = test.labels[~torch.isin(test.labels, train.labels)]
-    if len(unseen):
-        raise DataError(f"no training image is of class {int(unseen[0])}, but test images are")
     size = config.image_size or size
-    images, test_images = (
-        ImageFiles(r.items, round(size * 256 / 224), device=config.device, workers=config.workers)
-        for r in (train, test)
-    )
+
+    def images(records: Records) -> ImageFiles:
+        return ImageFiles(
+            records.items,
+            larger(size),
+            files=records.metadata.get("files"),
+            device=config.device,
+            workers=config.workers,
+        )
+
+    train = train._replace(items=images(train))
+    test = test and test._replace(items=images(test))
+    return streamed(config, train, test, num_classes, (size, size), IMAGENET)
+
+
+def larger(size: int) -> int:
+    """The side that images of any size are kept at."""
+    return round(size * 256 / 224)
+
+
+def streamed(
+    config: TrainConfig,
+    train: Records,
+    test: Records | None,
+    num_classes: int,
+    image_size: tuple[int, int],
+    mean_std: Tensor,
+) -> Dataset:
+    """A data set of images that are read when they are needed; items are `Images`, mean_std (2, C)
+    of their pixels."""
+    if test is None:
+        nothing = torch.arange(0)
+        test = Records(train.items.select(nothing), train.labels[nothing], {})
+    check_seen(train.labels, test.labels)
     true = train.metadata.get("true_labels", torch.full_like(train.labels, -1))
     if config.noise not in ("none", "file"):  # injected: the given labels count as true
         true = train.labels
-    mean, std = IMAGENET.to(config.device)
+    mean, std = mean_std.to(config.device)
     return Dataset(
         name=config.dataset,
-        images=images,
+        images=train.items,
         labels=train.labels.to(config.device),
         true_labels=true.to(config.device),
-        test_images=test_images,
+        test_images=test.items,
         test_labels=test.labels.to(config.device),
         num_classes=num_classes,
         mean=mean,
         std=std,
-        image_size=(size, size),
+        image_size=image_size,
         index=torch.arange(len(train.labels), device=config.device),
         classes=train.metadata.get("classes"),
     )

@@ -133,7 +133,7 @@ class ReadImages(Images):
             batch_size=None,  # an item is a batch
             sampler=(index.tolist() for index in batches),
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global state
         )
@@ -334,5 +334,6 @@ def _to_8_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return (values // scale).clip(0, 255).astype(np.uint8)
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """For a loader whose items are whole batches."""
     return batch

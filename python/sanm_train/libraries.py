@@ -63,6 +63,18 @@ def _kinds(transformers: Any) -> list[str]:
     return sorted(config.model_type for config in known)
 
 
+def installed(package: str, what: str, advice: str = "") -> Any:
+    """A package that is in no extra of `train`, or a ConfigError that says how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ConfigError(
+            f"{what} needs {package}, which is not installed: pip install {package}{advice}"
+        ) from None
+
+
 LIBRARIES = {
     "timm": Library("timm", lambda timm: timm.list_models(), _timm),
     "torchvision": Library("torchvision", lambda tv: tv.models.list_models(), _torchvision),
@@ -95,15 +107,9 @@ class Networks(Registry[Callable[..., nn.Module]]):
             _function(name)
             return
         library = LIBRARIES[prefix]
-        try:
-            module = importlib.import_module(library.package)
-        except ModuleNotFoundError as error:
-            if error.name != library.package:
-                raise
-            raise ConfigError(
-                f"model {name} needs {library.package}, which is not installed: pip install "
-                f"{library.package}; or name another --model, as timm:resnet50 of timm"
-            ) from None
+        module = installed(
+            library.package, f"model {name}", "; or name another --model, as timm:resnet50 of timm"
+        )
         known = library.names(module)
         if own not in known and not (prefix == "hf" and _is_folder(own)):
             raise ConfigError(f"model: {library.package} has no {own!r}{nearest(own, known)}")

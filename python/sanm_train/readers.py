@@ -73,7 +73,7 @@ def read_cifar100(root: str | Path, split: str = "train") -> Records:
     path = Path(root) / f"cifar-100-python/{split}"
     part = _cifar_file(path, "fine_labels", 100)
     names = _cifar_names(path.with_name("meta"), "fine_label_names")
-    coarse = _labels(part.get("coarse_labels"), len(part["data"]), 20, f"{path}: coarse_labels")
+    coarse = labels_of(part.get("coarse_labels"), len(part["data"]), 20, f"{path}: coarse_labels")
     return Records(part["data"], part["fine_labels"], {**names, "coarse_labels": coarse})
 
 
@@ -86,7 +86,7 @@ def read_idx(root: str | Path, split: str = "train") -> Records:
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
         raise DataError(f"{root}: {split} must have images (N, H, W) and labels (N,), got {shapes}")
     where = f"{root}: {IDX_FILES[split][1]}"
-    return Records(images[:, None], _labels(labels, len(images), 10, where), {})
+    return Records(images[:, None], labels_of(labels, len(images), 10, where), {})
 
 
 def _idx(path: Path) -> Tensor:
@@ -139,7 +139,7 @@ def read_cifar_n(path: str | Path) -> dict[str, Tensor]:
         raise DataError(f"{path} must hold a dictionary of labels with clean_label")
     size = len(found["clean_label"])
     return {
-        str(name): _labels(value, size, None, f"{path}: {name}") for name, value in found.items()
+        str(name): labels_of(value, size, None, f"{path}: {name}") for name, value in found.items()
     }
 
 
@@ -236,29 +236,51 @@ def read_manifest(
 
     Other columns are ignored. Whether the images exist is not checked. items is an Arrow array.
     """
-    with extra():
-        import pyarrow.compute as pc
     path = Path(path)
     table = _table(path)
     paths, given = _below(path.parent if root is None else root, table["path"]), table["label"]
+    labels, classes = coded(given, classes, path)
+    return Records(paths, labels, {} if classes is None else {"classes": list(classes)})
+
+
+def coded(
+    given: Any, classes: Sequence[str] | None, where: object
+) -> tuple[Tensor, Sequence[str] | None]:
+    """Labels (N,) of an Arrow array of strings, by the rule of `read_manifest`, and the classes'
+    names, if labels are names."""
+    with extra():
+        import pyarrow.compute as pc
     if classes is None:
         numbers = pc.match_substring_regex(given, r"^-?[0-9]+(\.0*)?$")
         absent = pc.match_substring_regex(given, r"(?i)^(nan|na|n/a|<na>|null|none)$")
         if pc.all(numbers).as_py():
             whole = pc.replace_substring_regex(given, r"\.0*$", "")
-            return Records(paths, _integers(whole, None, f"{path}: label"), {})
+            return _integers(whole, None, f"{where}: label"), None
         if pc.all(pc.or_(numbers, absent)).as_py():
             row = pc.index(absent, True).as_py()
-            raise DataError(f"{path}: row {row + 1} has no label, got {given[row].as_py()!r}")
+            raise DataError(f"{where}: row {row + 1} has no label, got {given[row].as_py()!r}")
     encoded = given.dictionary_encode()
     found = encoded.dictionary.to_pylist()
     names = sorted(found) if classes is None else list(classes)
     unknown = sorted(set(found) - set(names))
     if unknown:
-        raise DataError(f"{path}: label {unknown[0]!r} is none of the {len(names)} known classes")
+        raise DataError(f"{where}: label {unknown[0]!r} is none of the {len(names)} known classes")
     index = {name: label for label, name in enumerate(names)}
-    order = torch.tensor([index[name] for name in found])
-    return Records(paths, order[torch.tensor(encoded.indices.to_numpy())], {"classes": names})
+    order = torch.tensor([index[name] for name in found], dtype=torch.int64)
+    return order[torch.tensor(encoded.indices.to_numpy())], names
+
+
+def filled(column: Any, where: object, name: str) -> Any:
+    """A column of a table as an Arrow array of trimmed strings, none of them empty."""
+    with extra():
+        import pyarrow as pa
+        import pyarrow.compute as pc
+    text = column.cast(pa.large_string()).fill_null("").combine_chunks()
+    text = pc.utf8_trim_whitespace(text)
+    empty = pc.index(text, "").as_py()
+    if empty >= 0:
+        raise DataError(f"{where}: row {empty + 1} has no {name}")
+    return text
 
 
 def array_parts() -> dict[tuple[str, str], Any]:
@@ -365,7 +387,7 @@ def _cifar_file(path: Path, key: str, num_classes: int) -> dict[str, Any]:
         got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
         raise DataError(f"{path}: data must be a uint8 array (N, 3072), got {got}")
     images = torch.from_numpy(data.reshape(-1, 3, 32, 32).copy())
-    labels = _labels(found.get(key), len(images), num_classes, f"{path}: {key}")
+    labels = labels_of(found.get(key), len(images), num_classes, f"{path}: {key}")
     return {**found, "data": images, key: labels}
 
 
@@ -375,7 +397,7 @@ def _cifar_names(path: Path, key: str) -> dict[str, Any]:
     return {"classes": list(names)} if names else {}
 
 
-def _labels(values: Any, size: int, num_classes: int | None, what: str) -> Tensor:
+def labels_of(values: Any, size: int, num_classes: int | None, what: str) -> Tensor:
     """`values` as (size,) int64, checked to be whole numbers in [0, num_classes)."""
     try:
         array = np.asarray(values)
@@ -408,12 +430,12 @@ def _hidden(name: str) -> bool:
 
 
 def _integers(column: Any, num_classes: int | None, what: str) -> Tensor:
-    """An Arrow array of strings as labels (N,), checked as `_labels` does."""
+    """An Arrow array of strings as labels (N,), checked as `labels_of` does."""
     try:
         values = column.cast("int64").to_numpy()
     except ValueError as error:
         raise DataError(f"{what} must be whole numbers: {first_line(error)}") from None
-    return _labels(values, len(column), num_classes, what)
+    return labels_of(values, len(column), num_classes, what)
 
 
 def _below(root: str | Path, paths: Any) -> Any:
@@ -435,7 +457,6 @@ def _table(
     """
     with extra():
         import pyarrow as pa
-        import pyarrow.compute as pc
         from pyarrow import csv, dataset
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -457,11 +478,7 @@ def _table(
             raise DataError(f"{path} lists no image")
         result = {}
         for name in wanted:
-            column = table[name].cast(text).fill_null("").combine_chunks()
-            result[name] = pc.utf8_trim_whitespace(column)
-            empty = pc.index(result[name], "").as_py()
-            if empty >= 0:
-                raise DataError(f"{path}: row {empty + 1} has no {name}")
+            result[name] = filled(table[name], path, name)
     except pa.ArrowException as error:  # the last part of its message says what is wrong
         raise DataError(f"{path} cannot be read: {str(error).split('Invalid: ')[-1]}") from None
     return result

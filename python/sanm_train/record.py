@@ -30,7 +30,7 @@ NETWORK = {
     *("model", "settings", "imports", "image_shape", "read_shape"),
     *("num_classes", "classes", "mean", "std"),
 }
-LIBRARIES = ("numpy", "triton", *PACKAGES.values())
+LIBRARIES = ("numpy", "triton", "datasets", *PACKAGES.values())
 
 
 def write_record(

@@ -23,6 +23,7 @@ from .datasets import DATASETS
 from .errors import CheckpointError, ConfigError, DataError
 from .extra import extra
 from .files import locked, prepare_folder, remove_partial, write_csv
+from .given import Handed, handed
 from .images import unreadable
 from .recipes import RECIPES, Recipe
 
@@ -109,14 +110,32 @@ def train(
     config: TrainConfig,
     out: str | Path | None = None,
     *,
+    model: Any = None,
+    train_data: Any = None,
+    test_data: Any = None,
     progress: bool = False,
     resume: bool = False,
 ) -> Result:
     """Train as `config` says, on the processes that `torchrun` has started or on this one.
 
     Args:
+        config: every setting.
         out: folder for the config, a checkpoint after every epoch and `metrics.csv`; None writes
             nothing. A run that is there is replaced unless `resume`; see `check_free`.
+        model: of a config whose model is "python": a module, of which each network of the recipe is
+            a copy, or a function of in_channels and num_classes that makes one.
+        train_data: of a config whose data set is "python", in one of three forms:
+
+            - a pair of images (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or floating in [0, 1],
+              and labels (N,), arrays or tensors, or a `TensorDataset` of both: held in memory;
+            - a DataFrame with the columns label, and path, or image with files' bytes, Pillow's
+              images or arrays;
+            - a torch data set with a length, of pairs (image, label): images are tensors (C, H, W)
+              or arrays (H, W, C), all of one size, or Pillow's, of any. It is read once before the
+              run starts, and must give the same each time.
+
+            Labels are whole numbers or names. Label quality belongs to samples by their position.
+        test_data: the same to test on, if there is any.
         progress: show a progress bar.
         resume: go on from the checkpoint in `out`, if there is one. Of the settings only those of
             `ANYTIME` may have changed.
@@ -132,6 +151,7 @@ def train(
     from .loop import Loop, launched  # which needs Fabric: reading a run back does not
 
     with ExitStack() as stack:
+        stack.enter_context(_handed(config, model, train_data, test_data))
         fabric = stack.enter_context(launched(config))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.threads)
@@ -236,8 +256,16 @@ def _warn(what: str) -> None:
         warnings.warn(what, stacklevel=3)
 
 
-def load_run(folder: str | Path, device: str = "cpu") -> Result:
-    """A run as its last checkpoint in `folder` has it, on one process.
+def load_run(
+    folder: str | Path,
+    device: str = "cpu",
+    *,
+    model: Any = None,
+    train_data: Any = None,
+    test_data: Any = None,
+) -> Result:
+    """A run as its last checkpoint in `folder` has it, on one process. What `train` was handed is
+    handed over again.
 
     Raises:
         CheckpointError: there is no checkpoint, it cannot be read, or its training set has changed.
@@ -249,7 +277,8 @@ def load_run(folder: str | Path, device: str = "cpu") -> Result:
         raise CheckpointError(f"run must be a folder with a checkpoint, got {folder}")
     here = {"device": device, "pretrained": "", "sync_batchnorm": False}
     config = TrainConfig.read(**{**saved["config"], **here})
-    result = build(config)
+    with _handed(config, model, train_data, test_data):
+        result = build(config)
     checkpoint.check_data(saved, result.fingerprint)
     recipe = result.recipe
     recipe.load_weights(saved)
@@ -260,6 +289,11 @@ def load_run(folder: str | Path, device: str = "cpu") -> Result:
     result.history = list(saved["history"])
     _collect(result)
     return result
+
+
+def _handed(config: TrainConfig, model: Any, train_data: Any, test_data: Any) -> Any:
+    settings = {"dataset": config.dataset, "model": config.model}
+    return handed(settings, Handed(model, train_data, test_data))
 
 
 def _run(loop: Loop, result: Result, first: Path | None, bar: Any, saves: bool) -> None:

@@ -18,6 +18,7 @@ from . import checkpoint
 from .config import TrainConfig
 from .errors import CheckpointError, DataError
 from .files import inert, prepare_folder, printable, replacing, shown
+from .given import Handed, handed
 from .images import ImageFiles
 from .models import MODELS
 from .readers import images_below
@@ -74,8 +75,9 @@ class Prediction(NamedTuple):
     probability: float | None = None
 
 
-def load_network(run: str | Path, device: str = "cpu") -> Trained:
-    """The networks of the last checkpoint of `run`, in eval mode; the data set is not needed.
+def load_network(run: str | Path, device: str = "cpu", *, model: Any = None) -> Trained:
+    """The networks of the last checkpoint of `run`, in eval mode; the data set is not needed. A
+    `model` that `train` was handed is handed over again.
 
     Raises:
         OSError: there is no checkpoint, or it or the run's record cannot be read.
@@ -90,14 +92,15 @@ def load_network(run: str | Path, device: str = "cpu") -> Trained:
     channels, height, width = facts["image_shape"]
     networks = []
     for state in saved["averages"] or saved["networks"]:
-        model = MODELS.build(
-            facts["model"], channels, facts["num_classes"], (height, width), **facts["settings"]
-        )
+        with handed({"model": facts["model"]}, Handed(model)):
+            plain = MODELS.build(
+                facts["model"], channels, facts["num_classes"], (height, width), **facts["settings"]
+            )
         # an average's names begin with "module."; the decoder, which only training needs, is left
         named = {name.removeprefix("module."): value for name, value in state.items()}
         own = {k.removeprefix("model."): x for k, x in named.items() if k.startswith("model.")}
-        checkpoint.load_module(model, own)
-        networks.append(SANM(model))
+        checkpoint.load_module(plain, own)
+        networks.append(SANM(plain))
     return Trained(networks, facts).to(device).eval()
 
 
@@ -107,6 +110,8 @@ def predict(
     images: Iterable[str | Path],
     device: str = "cpu",
     workers: int = 0,
+    *,
+    model: Any = None,
 ) -> Iterator[Prediction]:
     """What the trained network makes of image files, and of all below folders, in their order.
 
@@ -116,7 +121,7 @@ def predict(
     Raises:
         OSError: as `load_network`; a path is neither a file nor a folder; a folder has no image.
     """
-    network = load_network(run, device)
+    network = load_network(run, device, model=model)
     paths = [shown(path) for path in _files(images)]
     side = max(network.read_shape[1:])
     files = ImageFiles(paths, side, device=network.mean.device, workers=workers)
@@ -152,7 +157,7 @@ def write_predictions(
             writer.writerow((cell(inert(row.path)), cell(inert(row.name or "")), shown))
 
 
-def export(run: str | Path, out: str | Path | None = None) -> Path:
+def export(run: str | Path, out: str | Path | None = None, *, model: Any = None) -> Path:
     """Write the trained network of `run` for use without this package, into `out` (default: the
     folder export in `run`), and return the folder:
 
@@ -164,7 +169,7 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         OSError: as `load_network`, or `out` cannot be written.
     """
-    network = load_network(run)
+    network = load_network(run, model=model)
     folder = prepare_folder(Path(run) / "export" if out is None else out)
     weights = []
     for number, each in enumerate(network.networks, 1):

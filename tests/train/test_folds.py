@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from inputs import extended
 from pyarrow import parquet
 
 import sanm_kernels as sk
@@ -51,6 +55,47 @@ def test_every_sample_is_judged_by_the_run_that_has_not_seen_it(folds):
     with (folds / "relabel.csv").open() as file:
         listed = {int(row["index"]) for row in csv.DictReader(file)}
     assert wrong[list(listed)].mean() > 0.6
+
+
+RANKS = """
+import os, sys, time
+from sanm_train import cli
+from sanm_train.reports import folds
+
+train, late = folds.train, []
+def slow(config, out, **more):
+    if int(os.environ["RANK"]) == len(late) % 2:  # one rank goes on before the other
+        time.sleep(2)
+    late.append(out)
+    return train(config, out, **more)
+folds.train = slow
+sys.exit(cli.main())
+"""
+
+
+@extended
+def test_two_ranks_train_the_same_parts(tmp_path):
+    """Also where one of them begins a run when the other has long been there."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    words = ["--folds", "3", "--epochs", "2", "--limit", "300", "--quiet", "--recipe", "ce"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["2", str(tmp_path / "ranks.py"), "train", *words, "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,  # ranks that miss each other wait for longer
+    )
+    assert done.returncode == 0, done.stderr
+    found = parquet.read_table(tmp_path / "out/samples.parquet")
+    predictions = np.load(tmp_path / "out/pred_probs.npy")
+    assert found["index"].to_pylist() == list(range(300))
+    for k in (1, 2, 3):
+        result, rows = load_run(tmp_path / f"out/fold-{k}"), found["fold"].to_numpy() == k
+        assert rows.sum() == 100 == len(result.data.test_labels)
+        expected = result.recipe.predict(result.data.test_images).softmax(1)
+        np.testing.assert_allclose(predictions[rows], expected, atol=1e-5)
 
 
 def test_each_given_label_has_its_share_in_every_part():

@@ -17,6 +17,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from ..extra import extra
 from ..files import prepare_folder, replacing
+from ..loop import launched
 from ..recipes.base import mixture_of
 from ..train import Result, load_run, read_data, train
 from .inspection import numbers_of, sample_table, write_tables
@@ -52,10 +53,12 @@ def train_folds(
             f"{FEWEST} each"
         )
     runs = [folder / f"fold-{k}" for k in range(1, config.folds + 1)]
-    for number, run in enumerate(runs, 1):
-        fold = dataclasses.replace(config, fold=number)
-        if train(fold, run, progress=progress, resume=not overwrite).interrupted:
-            return 130
+    # One group of processes for all runs: in a second one they might meet the first one's addresses.
+    with launched(config):
+        for number, run in enumerate(runs, 1):
+            fold = dataclasses.replace(config, fold=number)
+            if train(fold, run, progress=progress, resume=not overwrite).interrupted:
+                return 130
     if int(os.environ.get("RANK", "0")):
         return 0
     parts = whole.folds(config.folds, config.seed)

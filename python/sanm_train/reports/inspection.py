@@ -39,6 +39,7 @@ def inspect(
     device: str = "cpu",
     *,
     per_class: bool = False,
+    **given: Any,
 ) -> Path:
     """Write what the last checkpoint of `run` says of its training samples; one pass over them.
 
@@ -60,7 +61,7 @@ def inspect(
         OSError: there is no checkpoint, it cannot be read, or `out` cannot be written.
         ConfigError: the run's data set is not where it was.
     """
-    result = load_run(run, device)
+    result = load_run(run, device, **given)
     folder = prepare_folder(Path(run) / "inspect" if out is None else out)
     shape = (len(result.data), result.data.num_classes)
     with replacing(folder / "pred_probs.npy") as temporary:
@@ -199,7 +200,7 @@ def _predict(result: Result, predictions: Array) -> dict[str, Tensor]:
     return {name: torch.cat(values) for name, values in columns.items()}
 
 
-def evaluate(run: str | Path, device: str = "cpu") -> dict[str, Any]:
+def evaluate(run: str | Path, device: str = "cpu", **given: Any) -> dict[str, Any]:
     """Test the last checkpoint of `run`: print a table by class, write confusion.csv into `run`.
 
     confusion.csv has a row per true and a column per predicted class. Returned are the accuracy of
@@ -210,7 +211,7 @@ def evaluate(run: str | Path, device: str = "cpu") -> dict[str, Any]:
         OSError: there is no checkpoint, it cannot be read, or `run` cannot be written.
         ConfigError: the run's data set is not where it was, or has no test images.
     """
-    result = load_run(run, device)
+    result = load_run(run, device, **given)
     data, recipe = result.data, result.recipe
     if not len(data.test_labels):
         raise ConfigError(

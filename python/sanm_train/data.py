@@ -14,6 +14,9 @@ from .errors import ConfigError
 from .images import Images, TensorImages, digest
 from .noise import add_noise
 
+#: Of a channel's pixels in [0, 1]: divided by less, what pads the images would be huge.
+LEAST_STD = 0.01
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -173,7 +176,7 @@ def in_memory(
         test_images=TensorImages(test_images.to(device)),
         test_labels=test_labels.to(device),
         mean=pixels.mean((0, 2, 3)).to(device),
-        std=pixels.std((0, 2, 3)).clamp_min(1e-6).to(device),
+        std=pixels.std((0, 2, 3)).clamp_min(LEAST_STD).to(device),
         image_size=(images.shape[2], images.shape[3]),
         index=torch.arange(len(labels), device=device),
         **more,

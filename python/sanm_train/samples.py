@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .config import TrainConfig
+from .data import LEAST_STD
 from .datasets import larger, seen
 from .errors import DataError
 from .extra import extra
@@ -78,7 +79,7 @@ class Samples(ReadImages):
                 )
         self.labels = [look.label for look in looks]
         mean, square = np.mean([look.moments for look in looks], 0)
-        std = np.sqrt(square - mean**2).clip(1e-6)
+        std = np.sqrt((square - mean**2).clip(LEAST_STD**2))
         self.mean_std = torch.tensor(np.stack([mean, std]), dtype=torch.float32)
         self.digests = np.array([look.digest for look in looks])
 

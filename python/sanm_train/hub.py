@@ -203,12 +203,11 @@ def _true_labels(
     if pa.types.is_integer(column.type):
         values = torch.tensor(column.fill_null(-1).to_numpy()).long()
     else:
-        text = pc.utf8_trim_whitespace(
-            column.cast(pa.large_string()).fill_null("")
-        ).combine_chunks()
+        text = column.cast(pa.large_string()).fill_null("").combine_chunks()
+        text = pc.utf8_trim_whitespace(text)
+        known = pc.not_equal(text, "")
         values = torch.full((len(data),), -1)
-        known = torch.tensor(pc.not_equal(text, "").to_numpy())
-        values[known], _ = coded(text.filter(pa.array(known.numpy())), classes, where)
+        values[known.to_numpy(zero_copy_only=False)] = coded(text.filter(known), classes, where)[0]
     if len(values) and not -1 <= int(values.min()) <= int(values.max()) < number:
         raise DataError(f"{where}: {name} must be from 0 to {number - 1}, or −1")
     return values

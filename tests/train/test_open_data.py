@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np

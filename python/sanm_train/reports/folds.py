@@ -53,7 +53,7 @@ def train_folds(
             f"{FEWEST} each"
         )
     runs = [folder / f"fold-{k}" for k in range(1, config.folds + 1)]
-    # One group of processes for all runs: in a second one they might meet the first one's addresses.
+    # One group of processes for all runs: in a second one they might meet the first's addresses.
     with launched(config):
         for number, run in enumerate(runs, 1):
             fold = dataclasses.replace(config, fold=number)

@@ -21,7 +21,7 @@ from sanm_train.errors import ConfigError, DataError
 from sanm_train.images import FORMATS, unreadable
 
 __all__ = ["hub"]  # a fixture
-DOCS = Path(__file__).resolve().parents[2] / "docs/training.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs/data.md"
 NUMBERS = list(range(12))
 
 

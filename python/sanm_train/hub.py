@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,12 +129,16 @@ class Files(Sequence[Any]):
 
     def __init__(self, data: Any, column: str) -> None:
         self.data, self.column = data, column  # which other processes open anew, and do not copy
+        lengths = [len(chunk) for chunk in data.data.column(column).chunks]
+        self.ends = np.cumsum(lengths)  # Arrow would go through thousands of chunks for each row
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, row: Any) -> bytes | str:
-        cell = self.data.data.column(self.column)[row].as_py()
+        number = int(np.searchsorted(self.ends, row, "right"))
+        chunk = self.data.data.column(self.column).chunk(number)
+        cell = chunk[int(row - self.ends[number]) + len(chunk)].as_py()
         if isinstance(cell, dict):
             cell = cell.get("bytes") or cell.get("path")
         return cell or b""

@@ -48,7 +48,7 @@ def inspect(
     - samples.csv, samples.parquet: one row per sample, see `sample_table`.
     - pred_probs.npy: the predictions (N, K), float32, a row per row of the table. With its column
       given_label they are what `cleanlab.filter.find_label_issues` takes. They are in-sample: the
-      networks have been trained on these images, and may have learnt some wrong labels by heart.
+      networks have been trained on these images, and may have memorised some wrong labels.
     - relabel.csv: of the suspected labels alone, what is given and what is proposed.
     - report.html: figures, the most suspicious images and numbers by class, in one file.
 

@@ -96,7 +96,10 @@ def of_a_user(in_channels, num_classes):
         ("nowhere:build", "model: nowhere:build cannot be imported: ModuleNotFoundError"),
         ("test_libraries:nothing", "cannot be imported: AttributeError"),
         ("test_libraries:__name__", "must be a function, got str"),
-        ("resnet", r"model must be one of .*small-cnn, timm:NAME, .*package.module:function; got"),
+        (
+            "resnet",
+            r"must be one of .*small-cnn, python, timm:NAME, .*package.module:function; got",
+        ),
         ("timm:NAME", "has no 'NAME'|needs timm"),
     ],
 )

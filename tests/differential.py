@@ -114,9 +114,11 @@ def scale(call: Call, name: str) -> float:
     """The magnitude of the terms of masked_loss's penalties, and of all where nothing else shows.
 
     They are sums of either sign, or of what is next to 1; so is the gradient where all parts
-    cancel. In float64 the reference is the yardstick itself: its own error is no allowance.
+    cancel, and a small cross-entropy, the logarithm of a sum next to 1. In float64 the reference is
+    the yardstick itself: its own error is no allowance.
     """
-    double = call.function == "masked_loss" and call.inputs["logits"].dtype == torch.float64
+    losses = ("masked_loss", "sample_loss")
+    double = call.function in losses and call.inputs["logits"].dtype == torch.float64
     if call.function == "masked_loss" and name == "d 0" and not double:
         return 1 / max(call.inputs["logits"].numel(), 1)
     return 1.0 if double or name in ("prior", "total", "confidence") else 0.0

@@ -20,7 +20,7 @@ from .errors import DataError, check_choice
 from .extra import extra
 from .files import first_line
 from .libraries import installed
-from .readers import Records, coded, filled, labels_of
+from .readers import Records, coded, filled, labels_of, trimmed
 
 KINDS = {".tar": "webdataset", ".parquet": "parquet", ".pq": "parquet"}
 LABELS = ("label", "labels", "cls")  # what the given labels are usually called
@@ -208,8 +208,7 @@ def _true_labels(
     if pa.types.is_integer(column.type):
         values = torch.tensor(column.fill_null(-1).to_numpy()).long()
     else:
-        text = column.cast(pa.large_string()).fill_null("").combine_chunks()
-        text = pc.utf8_trim_whitespace(text)
+        text = trimmed(column)
         known = pc.not_equal(text, "")
         values = torch.full((len(data),), -1)
         values[known.to_numpy(zero_copy_only=False)] = coded(text.filter(known), classes, where)[0]

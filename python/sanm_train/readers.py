@@ -273,14 +273,20 @@ def coded(
 def filled(column: Any, where: object, name: str) -> Any:
     """A column of a table as an Arrow array of trimmed strings, none of them empty."""
     with extra():
-        import pyarrow as pa
         import pyarrow.compute as pc
-    text = column.cast(pa.large_string()).fill_null("").combine_chunks()
-    text = pc.utf8_trim_whitespace(text)
+    text = trimmed(column)
     empty = pc.index(text, "").as_py()
     if empty >= 0:
         raise DataError(f"{where}: row {empty + 1} has no {name}")
     return text
+
+
+def trimmed(column: Any) -> Any:
+    """A column of a table as an Arrow array of trimmed strings, empty where there is nothing."""
+    with extra():
+        import pyarrow as pa
+        import pyarrow.compute as pc
+    return pc.utf8_trim_whitespace(column.cast(pa.large_string()).fill_null("").combine_chunks())
 
 
 def array_parts() -> dict[tuple[str, str], Any]:

@@ -152,7 +152,8 @@ def compare(
             print_rows(title, [_ranking(name, own) for name, own in runs.items()])
         if against := differences(cell, bases or {}):
             print_rows("last accuracy, seed by seed: difference ± standard error", against)
-    if not any(row.get("cleanlab_auc") for row in rows):
+    known = any(row.get("loss_auc") for row in rows)  # which labels are right
+    if known and not any(row.get("cleanlab_auc") for row in rows):
         print("no cleanlab_auc: cleanlab is not installed")
     curves = accuracy_curves(rows, noises, variants)
     if any(runs for lines in curves.values() for runs in lines.values()):

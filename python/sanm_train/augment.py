@@ -22,10 +22,12 @@ GREY = 0.5  # what moves into view in the published policies
 
 
 class Policy(NamedTuple):
-    """flip: mirror half of the images; auto: the AutoAugment policy of `auto`, if any; affine:
-    `strong` is a small affine map and a change of contrast, else weak, then RandAugment(2, 10);
-    released: `strong` and `warmup` as SANM's released CIFAR scripts have them."""
+    """crop: False leaves every view as `plain` is; flip: mirror half of the images; auto: the
+    AutoAugment policy of `auto`, if any; affine: `strong` is a small affine map and a change of
+    contrast, else weak, then RandAugment(2, 10); released: `strong` and `warmup` as SANM's released
+    CIFAR scripts have them."""
 
+    crop: bool = True
     flip: bool = True
     auto: str = ""
     affine: bool = False
@@ -33,6 +35,7 @@ class Policy(NamedTuple):
 
 
 POLICIES: Registry[Policy] = Registry("augmentation")
+POLICIES["none"] = Policy(crop=False)
 POLICIES["digits"] = Policy(flip=False, affine=True)
 POLICIES["crop"] = Policy()
 POLICIES["shift"] = Policy(flip=False)
@@ -92,7 +95,7 @@ class Augment:
     def __init__(self, policy: str, mean: Tensor, std: Tensor, image_size: tuple[int, int]) -> None:
         self.policy, self.image_size = POLICIES[policy], image_size
         self.mean, self.std = mean[:, None, None], std[:, None, None]
-        if not self.policy.affine:
+        if self.policy.crop and not self.policy.affine:
             _operations()  # if kornia is missing, now and not after a warm-up
 
     def denormalize(self, images: Tensor) -> Tensor:
@@ -118,6 +121,8 @@ class Augment:
     @_view
     def strong(self, images: Tensor) -> Tensor:
         """The weak view, then RandAugment; or a small affine map and a change of contrast."""
+        if not self.policy.crop:
+            return self._centre(images)
         if self.policy.released:
             tenths = torch.randint(1, 10, (len(images), 2))
             return _cutout(_rand(self._crop(images), tenths / 10, chance=0.5))
@@ -147,6 +152,8 @@ class Augment:
         return images[:, :, down : down + height, right : right + width]
 
     def _crop(self, images: Tensor) -> Tensor:
+        if not self.policy.crop:
+            return self._centre(images)
         height, width = self.image_size
         if images.shape[2:] == self.image_size:
             images = F.pad(images, [max(1, width // 8)] * 2 + [max(1, height // 8)] * 2)

@@ -37,7 +37,9 @@ def test_views(policy, view):
         top = 1.3 if (policy, view) == ("digits", "strong") else 1.0
         assert pixels.isfinite().all() and pixels.min() >= -1e-6 and pixels.max() <= top + 1e-6
         assert torch.equal(found[0], found[1]) and torch.equal(images, before)
-        assert torch.equal(found[0], found[2]) == (view == "plain")
+        assert torch.equal(found[0], found[2]) == (view == "plain" or policy == "none")
+        if policy == "none":
+            assert torch.equal(found[0], maker.plain(images))
 
 
 @pytest.mark.parametrize(("policy", "view"), [("digits", "strong"), ("cifar", "auto")])

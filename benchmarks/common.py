@@ -1,13 +1,15 @@
-"""The cases that are timed, and the timer."""
+"""The cases that are timed, the timer, and the look for other load on the machine."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ HEADLINE = [op for op in OPS if SHEETS[op].headline]
 GROWTH = "growth"
 CACHE = 2**28  # all buffer sets together hold this many bytes, several times the largest caches …
 MAX_SETS = 2048  # … unless that takes more sets than this
+TOLERATED = 0.2  # cores that other processes may take while figures are measured
+LOADED = 3  # exit status where they took more, so that figures were not written
 
 
 def serving(ops: Iterable[str], device: str) -> dict[str, str]:
@@ -190,6 +194,7 @@ def measure(
         name: {
             "seconds": quartiles([t for r in times[name] for t in r]),
             "gb_per_s": (case.read + case.written) / statistics.median(medians[name]) / 1e9,
+            "samples_per_s": case.samples / statistics.median(medians[name]),
             "over_ours": over(name, OURS),
             "over_limit": over(name, best),
             "allocated": peak(lambda f=able[name]: f(given[0]), device) if name in able else None,
@@ -199,7 +204,7 @@ def measure(
     if device != "cpu":  # what the host needs to issue a call: the time of small ones in a row
         for name, result in results.items():
             result["host_seconds"] = quartiles(clock.host[name])
-    keys = ("op", "shape", "axis", "read", "written")
+    keys = ("op", "shape", "axis", "read", "written", "samples")
     return {key: getattr(case, key) for key in keys} | {
         "sets": len(given), "rounds": len(times[OURS]), "limit": best, "not_run": unable,
         "less": sorted(case.less), "results": results,
@@ -246,3 +251,65 @@ def quiet() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def descendants(process: int) -> list[int]:
+    """A process and all that came of it, also in other sessions, as far as its parents live."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
+    found = [process]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """CPU time so far: of the whole machine; of this process and its descendants."""
+    user, nice, system, _, _, *others = map(int, Path("/proc/stat").read_text().split()[1:9])
+    own = 0
+    for process in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            values = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            own += sum(map(int, values[11:15]))  # its own, and of children that have ended
+    tick = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + sum(others)) / tick, own / tick
+
+
+class Watch:
+    """The load that other processes put on the CPU, which spoils figures.
+
+    A second process that computes delays every parallel loop until it leaves its core.
+
+    Attributes:
+        found: what was measured under load → the cores that other processes took.
+        refused: whether something was not kept because of it.
+    """
+
+    def __init__(self, despite: bool, seconds: float = 1.0) -> None:
+        """Look for so many seconds; the first `keeps` says what was seen. `despite`: keep all."""
+        self.despite, self.refused = despite, False
+        self.found: dict[str, float] = {}
+        self.last = (time.monotonic(), *cpu_seconds())
+        time.sleep(seconds)
+
+    def keeps(self, what: str) -> bool:
+        """Whether to keep what was measured since the last look; says so if there was load."""
+        now = (time.monotonic(), *cpu_seconds())
+        elapsed, everything, own = (b - a for a, b in zip(self.last, now, strict=True))
+        self.last, load = now, (everything - own) / elapsed
+        if load <= TOLERATED:
+            return True
+        self.found[what] = round(load, 2)
+        self.refused |= not self.despite
+        refusal = "" if self.despite else "; not written (--despite-load writes it, marked)"
+        cores = f"{load:.1f} of {os.cpu_count()} cores"
+        print(f"\n{what}: other processes took {cores}{refusal}", flush=True)
+        return self.despite
+
+
+def add_despite_load(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--despite-load", action="store_true", help="write figures also where "
+                        "other processes computed meanwhile, and mark the file")  # fmt: skip

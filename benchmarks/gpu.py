@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import Watch, descendants
 from benchmarks.run import HERE, environment, slug, write
 
 ROOT = HERE.parent
@@ -64,19 +65,6 @@ class Step:
 def share(left: float, weights: Sequence[float]) -> float:
     """Of the seconds that are left, those of the first of some steps with these weights."""
     return max(left, 0.0) * weights[0] / sum(weights)
-
-
-def descendants(process: int) -> list[int]:
-    """A process and all that came of it, also in other sessions, as far as its parents live."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            parent = stat.read_text().rpartition(")")[2].split()[1]
-            children.setdefault(int(parent), []).append(int(stat.parent.name))
-    found = [process]
-    for one in found:
-        found += children.get(one, [])
-    return found
 
 
 def running(process: int) -> bool:
@@ -271,7 +259,8 @@ def plan(gpu: bool, rehearse: bool, work: Path, capability: str | None = None) -
     def benchmarks(title: str, weight: float, *more: str) -> Step:
         out = work / f"{title}.json"
         words = ["--device", device, "--minutes", "{minutes}", "--out", str(out), *more]
-        words += ["--quick", "--no-compile"] if rehearse else ["--seconds", "1.5", "--rounds", "3"]
+        tiny = ["--quick", "--no-compile", "--despite-load"]
+        words += tiny if rehearse else ["--seconds", "1.5", "--rounds", "3"]
         return Step(title, [python, "-m", "benchmarks.run", *words], weight, {}, out)
 
     return [
@@ -338,15 +327,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "minutes": options.minutes,
     }  # fmt: skip
 
+    watch = Watch(despite=True)  # times on the device hardly depend on the host's load
+    watch.keeps("before the first step")
+
     def keep(records: list[dict[str, Any]]) -> None:
+        content["under_load"] = watch.found
         if target is not None:
             write(target, content | {"seconds": time.monotonic() - began, "steps": records})
+
+    def look_and_keep(records: list[dict[str, Any]]) -> None:
+        watch.keeps(records[-1]["name"])
+        keep(records)
 
     with tempfile.TemporaryDirectory() as work:
         capability = facts["gpu"]["capability"] if gpu else None
         steps = plan(gpu, options.rehearse, Path(work), capability)
         content["planned"] = [step.name for step in steps]
-        records = run_all(steps, began + 60 * options.minutes, logs, keep)
+        records = run_all(steps, began + 60 * options.minutes, logs, look_and_keep)
         content["left_behind"] = for_one(steps[0].environment)
     wrong = bad(records)
     code = FAILED if wrong else OK if gpu or options.rehearse else NO_GPU

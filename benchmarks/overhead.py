@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sanm_kernels as sk
-from benchmarks.common import serving
+from benchmarks.common import Watch, serving
 from sanm_kernels import backends
 from sanm_kernels.ops.base import library
 
@@ -162,9 +162,12 @@ def main() -> None:
         served = sk.use_backend("triton")
     with served:
         print(f"ours is {serving(['masked_forward'], 'cpu')['masked_forward']}")
+        watch = Watch(despite=True)
+        watch.keeps("before the run")
         cases = functions()
         microseconds(cases, 1)  # first what is done once
         times = microseconds(cases, options.rounds)
+        watch.keeps("during the run")
     for name, time_of_one in times.items():
         other = OVER.get(name)
         ratio = f", {time_of_one / times[other]:.2f} × {other}" if other else ""

@@ -29,9 +29,12 @@ from benchmarks.common import (
     COMPILED,
     GROWTH,
     HEADLINE,
+    LOADED,
     OPS,
     OURS,
     Case,
+    Watch,
+    add_despite_load,
     cases,
     measure,
     serving,
@@ -115,6 +118,7 @@ def table(record: dict[str, Any]) -> str:
         low, median, high = map(text, r["seconds"])
         shown = f"{OURS} ({record['backend']})" if name == OURS else name
         row = f"  {shown:18}{median:>11}  {f'[{low}, {high}]':24}{r['gb_per_s']:7.2f} GB/s"
+        row += f"{r['samples_per_s']:15,.0f} samples/s"
         row += f"{r['over_limit'][1]:9.2f} × limit"
         row += f"{r['over_ours'][1]:9.2f} × ours" if name != OURS else " " * 16
         if r["allocated"] is not None:
@@ -175,13 +179,13 @@ def comparison(records: dict[str, dict[str, Any]]) -> str:
 
 def run_everywhere(arguments: Sequence[str], out: Path) -> int:
     """Each setting in a process; then their comparison. Returns the largest exit status."""
-    status, records = 0, {}
+    status, records, began = 0, {}, time.time()
     for name, environ in everywhere():
         path = out.with_name(f"{out.stem}-{name}.json")
         command = [sys.executable, "-m", "benchmarks.run", *arguments, "--out", str(path)]
         print(f"\n{name}", flush=True)
         status = max(status, subprocess.run(command, env=environ).returncode)
-        if path.exists():
+        if path.exists() and path.stat().st_mtime >= began:  # not an earlier run's
             records[name] = json.loads(path.read_text())
     print("\nOurs, and over the copy limit of the same run:\n\n" + comparison(records))
     return status
@@ -206,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-COMMIT.json")
     add("--everywhere", action="store_true", help="both instruction sets, one thread and all, both "
         "settings of glibc, one after the other; on the CPU")  # fmt: skip
+    add_despite_load(parser)
     options = parser.parse_args(arguments)
     if options.headline:
         options.no_compile, options.ops = True, [op for op in options.ops if op in HEADLINE]
@@ -229,10 +234,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--everywhere: on the CPU only")
         given = sys.argv[1:] if arguments is None else list(arguments)
         return run_everywhere([word for word in given if word != "--everywhere"], out)
+    # A GPU's own times hardly depend on the host's load: it is written down, and nothing refused.
+    watch = Watch(options.despite_load or options.device == "cuda")
+    if not watch.keeps("before the run"):
+        return LOADED
     gc.disable()  # no pauses
     effort = (0.5, 3, 2**25) if options.quick else (options.seconds, options.rounds)
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     records, failed, left_out = [], [], []
+
+    def keep(**more: Any) -> None:
+        content = {"quick": options.quick, **facts, "failed": failed, "under_load": watch.found}
+        write(out, content | more | {"cases": records})
+
     for case in schedule(options.ops, options.quick, options.minutes is not None, options.headline):
         name = f"{case.op} {case.shape}"
         if time.monotonic() > end:
@@ -241,21 +255,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.no_compile:
             case.run.pop(COMPILED, None)
         try:
-            record = measure(case, *effort, device=options.device)
-            records.append(record | {"backend": served[case.op]})
+            record = measure(case, *effort, device=options.device) | {"backend": served[case.op]}
         except AssertionError as error:  # a result that is wrong is not timed
             failed.append(str(error))
             print(f"\n{name}: {error}", flush=True)
         else:
-            print(table(records[-1]), flush=True)
-        write(out, {"quick": options.quick, **facts, "failed": failed, "cases": records})
+            print(table(record), flush=True)
+            if watch.keeps(name):
+                records.append(record)
+        keep()
         gc.collect()
     if left_out:
         print(f"\nNo time was left for: {'; '.join(left_out)}")
-        late = {"failed": failed, "left_out": left_out}
-        write(out, {"quick": options.quick, **facts, **late, "cases": records})
+        keep(left_out=left_out)
     print(f"\nwritten to {out}")
-    return 1 if failed else 0
+    return 1 if failed else LOADED if watch.refused else 0
 
 
 if __name__ == "__main__":

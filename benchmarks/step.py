@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import sanm_kernels as sk
+from benchmarks.common import Watch
 from sanm_train import RECIPES, Recipe, TrainConfig
 from sanm_train.config import read_preset
 from sanm_train.data import in_memory
@@ -145,6 +146,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    watch = Watch(despite=True)
+    watch.keeps("before the run")
     clock, steps = Clock(), options.steps
     clock.watch_all()
     for name, recipe, number in (
@@ -158,6 +161,7 @@ def main() -> None:
             shares = [s / sum(step.values()) for s, step in zip(seconds, found, strict=True)]
             milliseconds, share = 1e3 * statistics.median(seconds), statistics.median(shares)
             print(f"  {' + '.join(parts):22}{milliseconds:10.2f} ms{share:9.2%}", flush=True)
+        watch.keeps(name)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import sanm_kernels as sk
+from benchmarks.common import Watch
 from sanm_kernels import compat
 
 SCRIPT = Path(__file__).parent.parent / "examples/dividemix_switch/slow_functions.py"
@@ -248,6 +249,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     clock = time.perf_counter if options.wall else time.process_time
     print(f"torch {torch.__version__}, {options.threads} threads, {HALF} + {HALF} images")
+    watch = Watch(despite=True)
+    watch.keeps("before the run")
     theirs, patched = script("theirs"), script("patched")
     print(compat.patch(patched, verbose=False))
     for K in options.classes:
@@ -260,6 +263,7 @@ def main() -> None:
             if hand is not None:
                 ways["by hand"] = partial(hand, patched, x)
             seconds, ratios = compare(ways, options.seconds, clock)
+            watch.keeps(name)
             row = "".join(
                 f"{ratios[k]:10.2f}" if k in ratios else "" for k in ("patched", "by hand")
             )

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import Watch
 from benchmarks.run import HERE, environment, slug, write
 from benchmarks.step import NETWORKS, OPTIMIZER, PARTS, Clock, measure
 from sanm_train import TrainConfig, train
@@ -102,10 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device != "cpu" and not torch.cuda.is_available():
         print("There is no GPU here: nothing was measured.")
         return 2
+    watch = Watch(despite=True)  # the host only launches: its load is written down
+    watch.keeps("before the run")
     began, facts = time.monotonic(), environment()
     name = facts["gpu"]["name"] if options.device != "cpu" else "rehearsal"
     out = options.out or HERE / "results" / f"training-{slug(name)}.json"
-    shown = {"minutes": options.minutes, "settings": settings(options) | {"data_root": ""}}
+    given = settings(options) | {"data_root": ""}
+    shown: dict[str, Any] = {"minutes": options.minutes, "settings": given}
     rows: list[dict[str, Any]] = []
     for recipe, share in SHARES.items():
         weights = sum(list(SHARES.values())[len(rows) :])
@@ -113,8 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = began + 60 * options.minutes - now
         row = run(recipe, options, now + left * share / weights)
         rows.append(row)
-        seconds = time.monotonic() - began
-        write(out, {**facts, **shown, "seconds": seconds, "recipes": rows})
+        watch.keeps(recipe)
+        shown |= {"seconds": time.monotonic() - began, "under_load": watch.found}
+        write(out, {**facts, **shown, "recipes": rows})
         last, best = row["accuracies"][-1], max(row["accuracies"])
         print(
             f"{recipe}: {row['epochs']} epochs, accuracy {last:.1%} (best {best:.1%}), "

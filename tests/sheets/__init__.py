@@ -57,6 +57,7 @@ class Case:
         make: draws one set of inputs.
         run: name → a function of one set of inputs, which is timed; `OURS` is the first.
         read, written: bytes that have to move however it is computed.
+        samples: rows that a call is done for: images, predictions or losses.
         agree: raises AssertionError where two results differ.
         less: names of baselines that do less than ours, so that their results cannot agree: they
             are run once, and only the shapes of what they return are compared.
@@ -69,6 +70,7 @@ class Case:
     run: dict[str, Implementation]
     read: int
     written: int
+    samples: int
     agree: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = close
     less: frozenset[str] = frozenset()
     axis: tuple[str, int] | None = None

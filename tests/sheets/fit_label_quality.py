@@ -83,7 +83,7 @@ def _case(N: int) -> Case:
         OURS: lambda x: [sk.fit_label_quality(x).clean_prob],
         "scikit-learn": lambda x: [_sklearn(x)],
     }
-    return Case("fit_label_quality", f"N={N}", make, run, 4 * N, 4 * N, agree)
+    return Case("fit_label_quality", f"N={N}", make, run, 4 * N, 4 * N, N, agree)
 
 
 def _operation(run: Any) -> Operation:

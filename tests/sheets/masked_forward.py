@@ -360,7 +360,7 @@ def _case(B: int, C: int, h: int, H: int, K: int) -> Case:
     read, written = 4 * (B * C * h * h + image + B * K), 4 * (2 * image + B * K)
     shape = f"B={B} C={C} h={h} H={H} K={K}"
     less = frozenset({"kornia", "timm"})  # random places, and labels as they were
-    return Case("masked_forward", shape, make, run, read, written, agree, less)
+    return Case("masked_forward", shape, make, run, read, written, B, agree, less)
 
 
 def erased(function: Callable[[Tensor], Tensor], inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:

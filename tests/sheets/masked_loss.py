@@ -154,7 +154,7 @@ def _case(B: int, K: int) -> Case:
 
     run = {OURS: ours, **with_compiled(_torch, call)}
     read = 4 * (n * K + 2 * B * K + n) + 8 * n
-    return Case("masked_loss", f"n={n} K={K}", make, run, read, written=4 * n * K)
+    return Case("masked_loss", f"n={n} K={K}", make, run, read, 4 * n * K, n)
 
 
 def _operation(run: Any) -> Operation:

@@ -78,7 +78,7 @@ def _case(views: int, B: int, C: int, H: int, rows: int) -> Case:
     # Partners come from all rows: a share of those that are not mixed themselves is read too.
     size, needed = 4 * C * H * H, rows + (total - rows) * rows // total
     shape = f"{views} × ({B}, {C}, {H}, {H}) → {rows} rows"
-    return Case("mixup_views", shape, make, run, size * needed + 8 * rows, size * rows)
+    return Case("mixup_views", shape, make, run, size * needed + 8 * rows, size * rows, rows)
 
 
 def _operation(make: Any, run: Any, count: int) -> Operation:

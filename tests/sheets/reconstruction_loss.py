@@ -68,7 +68,7 @@ def _case(B: int, C: int, H: int) -> Case:
     }
     size = 4 * B * C * H * H
     shape = f"2 × ({B}, {C}, {H}, {H})"
-    return Case("reconstruction_loss", shape, make, run, read=3 * size, written=2 * size)
+    return Case("reconstruction_loss", shape, make, run, 3 * size, 2 * size, 2 * B)
 
 
 def _operation(run: Any) -> Operation:

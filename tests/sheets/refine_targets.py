@@ -79,7 +79,7 @@ def _case(B: int, K: int) -> Case:
         **with_compiled(_torch, lambda f, x: [f(*x, 0.5)]),
     }
     read, written = 4 * 4 * B * K + 12 * B, 4 * B * K
-    return Case("refine_targets", f"4 × ({B}, {K})", make, run, read, written)
+    return Case("refine_targets", f"4 × ({B}, {K})", make, run, read, written, B)
 
 
 def _operation(run: Any) -> Operation:

@@ -46,7 +46,7 @@ def _case(B: int, K: int) -> Case:
         OURS: lambda x: [sk.sample_loss(*x)],
         **with_compiled(_torch, lambda f, x: [f(*x)]),
     }
-    return Case("sample_loss", f"B={B} K={K}", make, run, 4 * B * K + 8 * B, written=4 * B)
+    return Case("sample_loss", f"B={B} K={K}", make, run, 4 * B * K + 8 * B, 4 * B, B)
 
 
 SHEET = Sheet(

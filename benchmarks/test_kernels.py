@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks import kernels
+from benchmarks import kernels, roofline
 
 DIVISION = "CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64)"
 END = ["EXIT", ".L_1: NOP"]
@@ -79,3 +81,10 @@ def test_a_table_has_ranges_over_the_variants() -> None:
     head, _, line = kernels.table(rows).split("\n")
     cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
     assert cells["instructions"] == "2–4" and cells["LDG"] == "1 (64)" and cells["STG"] == "0"
+
+
+def test_the_docs_have_the_calls_that_are_counted() -> None:
+    page = (Path(__file__).parent.parent / "docs/backends.md").read_text()
+    table = page.partition("<!-- python -m benchmarks.roofline -->")[2].partition("\n\n|")[2]
+    shown = re.findall(r"^\| ([^|]+) \|", table.partition("\n\n")[0], re.M)
+    assert shown[0] != "call" and shown == list(roofline.calls(small=False))

@@ -274,12 +274,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what each kernel takes for each target, as the range over its variants."""
+    """Markdown: what each kernel takes for each target, as the range over its variants.
+
+    A column for each target, or, where there is but one, for each of the values.
+    """
     targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
-    lines = [
-        f"| kernel | {' | '.join(targets)} |",
-        "| --- |" + " --- |" * len(targets),
-    ]
+    columns, comma = targets, ", "
+    if len(targets) == 1:
+        columns = ["variants", "registers", "shared", "spilled", "widest read", "widest write"]
+        comma = " | "
+    lines = ["| kernel | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for kernel in sorted({row["kernel"] for row in rows}):
         cells = []
         for target in targets:
@@ -293,8 +297,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             widest = [row["widest"] for row in found]
             for kind in ("ld", "st"):
                 ranges.append(str(min((bits[kind] for bits in widest), default=0)))
-            cells.append(", ".join(ranges))
-        lines.append(f"| {kernel} | {' | '.join(cells)} |")
+            cells.append(comma.join(ranges))
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

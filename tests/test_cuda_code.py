@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from cuda_host import libraries
 from inputs import extended
+from test_docs import made_table
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -113,3 +114,15 @@ def test_machine_code() -> None:
     gone = {*EXCEPTIONS, *SINGLE, *(kernel for kernel, _ in NARROW)} - kernels
     faults += [f"{kernel}: no such kernel" for kernel in sorted(gone)]
     assert len(rows) > 50 and not faults, "\n".join(faults)
+    for kernel, variants, *shown in made_table("benchmarks.kernels"):
+        own = [row for row in rows if row["kernel"] == kernel]
+        assert len(own) == int(variants), kernel
+        if "release 13.0" in nvcc_version():
+            found = sorted({row["registers"] for row in own})
+            assert shown[0] == "–".join(str(n) for n in found[:1] + found[1:][-1:]), kernel
+
+
+def nvcc_version() -> str:
+    return subprocess.run(
+        [str(libraries.find_nvcc()), "--version"], capture_output=True, text=True, check=True
+    ).stdout

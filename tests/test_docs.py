@@ -147,6 +147,51 @@ def test_cited_sections_are_headings_of_the_method() -> None:
     assert len(cited) > 5 and cited <= headings, cited - headings
 
 
+def made_table(command: str) -> list[list[str]]:
+    """The cells of the rows that a program with `command` in its name made for backends.md."""
+    page = (DOCS / "backends.md").read_text()
+    found: list[list[str]] = runpy.run_path(str(DOCS / "tables.py"))["rows"](page, command)
+    return found
+
+
+def launches(backend: str) -> dict[str, set[int]]:
+    """Operator → how many launches a call of it takes, as backends.md says."""
+    page = (DOCS / "backends.md").read_text()
+    section = page.partition(f"## The {backend}")[2].partition("\n## ")[0]
+    table = section.partition("| operator | launches | notes |")[2].partition("\n\n")[0]
+    result: dict[str, set[int]] = {}
+    for line in table.splitlines()[2:]:
+        ops, count = line.split("|")[1:3]
+        start = 10 if "`max_iter`" in count else 0  # its default
+        numbers = {start + int(n) for n in re.findall(r"\d+", count)}
+        result |= dict.fromkeys(re.findall(r"`(\w+)`", ops), numbers)
+    return result
+
+
+def test_the_tables_of_cuda_kernels_have_those_of_the_code() -> None:
+    text = "".join(p.read_text() for p in (ROOT / "csrc/cuda").iterdir())
+    kernels = re.findall(r"__global__ void (?:__launch_bounds__\([^()]*\) )?(\w+)\(", text)
+    assert len(kernels) > 20
+    assert {row[0] for row in made_table("benchmarks.kernels")} == set(kernels)
+    served = set(re.findall(r'm\.impl\("(\w+)\.cuda"', text)) - {"op"}  # of a comment
+    assert set(launches("CUDA library")) == served
+    counted = made_table("benchmarks.roofline")
+    assert len(counted) > 10
+    for call, number, *_ in counted:
+        op = call.split()[0] + "_backward" * call.endswith(", backward")
+        assert int(number) in launches("CUDA library")[op], call
+
+
+def test_a_table_is_made_anew_by_the_command_before_it() -> None:
+    tables = runpy.run_path(str(DOCS / "tables.py"))
+    page = "a\n\n<!-- python -m {} -->\n\n| old |\n|---|\n| x |\n\nb\n"
+    command = "platform"  # prints a line, which is no table
+    page = page.format(command)
+    assert tables["rows"](page, command) == [["x"]]
+    assert tables["remake"](page, ["another"]) == page
+    assert tables["remake"](page, []) == "a\n\n<!-- python -m platform -->\n\n\nb\n"
+
+
 @extended
 def test_figures_are_drawn() -> None:
     figures = runpy.run_path(str(DOCS / "figures.py"))

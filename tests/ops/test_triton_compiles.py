@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from inputs import COMPILING, TRITON_DEVICE, extended
+from test_docs import launches, made_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(TRITON_DEVICE is None, reason="triton is not installed")
@@ -85,7 +86,54 @@ def test_every_kernel_compiles_for_every_target_without_spills_and_reads_images_
     }
     assert {key[0] for key in asked} == READ | WRITTEN
     assert not {key: bits for key, bits in asked.items() if bits != 128}
+    if f"triton {version('triton')}" in (ROOT / "docs/backends.md").read_text():
+        for kernel, _, *shown in made_table("triton_kernels"):
+            own = [r for r in rows if (r["kernel"], r["target"]) == (kernel, "sm_90")]
+            for name, cell in zip(("registers", "shared", "spills"), shown, strict=False):
+                found = sorted({row[name] for row in own})
+                assert cell == "–".join(str(n) for n in found[:1] + found[1:][-1:]), kernel
     print(per_target)
+
+
+COUNTED = """
+import collections, json, torch
+from benchmarks import triton_kernels
+from sanm_kernels.backends.triton import launch
+
+launches = collections.defaultdict(set)
+
+def count(op, launcher):
+    def run(*arguments):
+        before = len(recorded)
+        result = launcher(*arguments)
+        launches[op].add(len(recorded) - before)
+        return result
+    return run
+
+kernels = collections.Counter(job[1] for _, job in triton_kernels.jobs(["sm_90"]))
+calls = triton_kernels.calls()
+launch.launchers |= {op: count(op, launcher) for op, launcher in launch.launchers.items()}
+for call in calls.values():
+    with launch.recording() as recorded:
+        call(torch.float32)
+print(json.dumps([kernels, {op: sorted(found) for op, found in launches.items()}]))
+"""
+
+
+def test_the_tables_of_the_docs_are_those_of_the_code():
+    """Kernels, how many variants each has, and launches of a call."""
+    run = subprocess.run(
+        [sys.executable, "-c", COUNTED], env=COMPILING, cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    kernels, counted = json.loads(run.stdout)
+    assert {row[0]: int(row[1]) for row in made_table("triton_kernels")} == kernels
+    shown = launches("Triton kernels")
+    assert shown.pop("masked_forward_out") == shown["masked_forward"]  # the same kernels
+    assert set(shown) == set(counted)
+    wrong = {op: found for op, found in counted.items() if not shown[op].issuperset(found)}
+    assert not wrong, f"the docs have {[shown[op] for op in wrong]}"
 
 
 SCHEDULED = """

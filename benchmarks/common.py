@@ -34,7 +34,7 @@ def serving(ops: Iterable[str], device: str) -> dict[str, str]:
     Raises:
         RuntimeError: it is the reference for one of them, which is plain torch and no kernel.
     """
-    served = {op: str(backends.select(op, torch.device(device), None)._overloadname) for op in ops}
+    served = {op: backends.serving(op, torch.device(device), None) for op in ops}
     for op, backend in served.items():
         if backend == "reference":
             reasons = "; ".join(f"{k}: {v}" for k, v in available_backends().items() if v)

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sanm_kernels import distributed, validate
-from sanm_kernels.backends import call, constant, forced
+from sanm_kernels.backends import call, forced
+from sanm_kernels.ops import internals
 from sanm_kernels.reference import checks
 from sanm_kernels.reference import fit_label_quality as reference
 
@@ -46,7 +47,7 @@ def _draw(seed: int) -> tuple[float, ...]:
     return tuple(float(u) for u in numpy.random.RandomState(seed).random_sample(3))
 
 
-@constant
+@internals.constant
 def _uniforms(seed: int) -> list[float]:
     """The numbers that scikit-learn's k-means++ draws with ``random_state=seed``."""
     return list(_draw(seed))

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import NamedTuple, TypeVar  # torch's own dependency; generic, with defaults
 
 from sanm_kernels import validate
-from sanm_kernels.backends import call, select
+from sanm_kernels.backends import call, serving
 from sanm_kernels.config import VIEWS, MaskConfig
 from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, TENSORS, Spec, specs
 from sanm_kernels.reference.masked_forward import is_channels_last
@@ -225,8 +225,8 @@ def write(
     had = ("max",) * (out.box_max is not None) + ("min",) * (out.box_min is not None)
     if had != config.views:
         raise ValueError(f"out: expected a result with the views {config.views}, got {had}")
-    serving = select("masked_forward_out", device, backend)._overloadname
-    if torch.compiler.is_compiling() or serving not in CHECKING:
+    served = serving("masked_forward_out", device, backend)
+    if torch.compiler.is_compiling() or served not in CHECKING:
         _check(out, config, arguments)
         call("masked_forward_out", device, backend, *arguments, *out.buffers, None)
     else:

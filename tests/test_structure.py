@@ -274,6 +274,19 @@ def own_names() -> dict[str, object]:
     }
 
 
+def test_names_of_torch_that_are_not_public_are_in_one_module() -> None:
+    """Each has there what is used without it. Of torch.utils there is no public pytree."""
+    private = re.compile(r"\btorch(?:\.\w+)*\._\w+|\.(?:_C|_dynamo_\w+|_overloadname)\b")
+    allowed = {"python/sanm_train/features.py": {"torch.utils._pytree"}}
+    found = {
+        relative(path): set(private.findall(path.read_text()))
+        for folder in (PACKAGE, TRAIN)
+        for path in folder.rglob("*.py")
+    }
+    assert "torch._C" in found.pop("sanm_kernels/ops/internals.py")
+    assert {path: names for path, names in found.items() if names} == allowed
+
+
 def test_all_is_complete() -> None:
     names = sanm_kernels.__all__
     assert len(names) == len(set(names))

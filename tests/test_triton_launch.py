@@ -75,6 +75,7 @@ def test_every_kernel_is_launched_with_options_that_the_target_knows(target, reg
 @pytest.mark.parametrize("autocast", [False, True])
 def test_an_operator_runs_on_its_tensors_gpu_and_out_of_autocast(monkeypatch, autocast):
     from sanm_kernels.backends.triton import launch
+    from sanm_kernels.ops import internals
 
     registered, entered = {}, []
 
@@ -94,7 +95,7 @@ def test_an_operator_runs_on_its_tensors_gpu_and_out_of_autocast(monkeypatch, au
 
     monkeypatch.setattr(launch, "library", Library())
     monkeypatch.setattr(launch, "launchers", {})
-    monkeypatch.setattr(torch.cuda, "_DeviceGuard", Guard)
+    monkeypatch.setattr(internals, "device_guard", Guard)
     launch.implements("op")(lambda *_: (torch.is_autocast_enabled("cuda"), list(entered)))
     with FakeTensorMode():
         there = torch.empty(2, device="cuda:1")

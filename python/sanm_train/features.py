@@ -196,15 +196,10 @@ class Reader:
             )
 
     def _not_run(self, model: nn.Module, images: Tensor) -> RuntimeError:
-        late = isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl
         return RuntimeError(
-            f"feature_layer {self.layer!r} was not run by the model's forward"
-            + (
-                ", or the model was compiled and run before it was wrapped: wrap it first, or call "
-                "torch.compiler.reset()"
-                if late
-                else self.advice(model, images)
-            )
+            f"feature_layer {self.layer!r} was not run by the model's forward, or the model was "
+            "compiled and run before it was wrapped (then wrap it first, or call "
+            f"torch.compiler.reset()){self.advice(model, images)}"
         )
 
     def advice(self, model: nn.Module, images: Tensor) -> str:

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
 
+from sanm_kernels.ops import internals
 from sanm_kernels.ops.base import (
     BACKENDS,
     functions,
     operators,
     raise_forward_mode,
+    tensors,
     transformable,
     value_checks,
 )
@@ -116,8 +117,8 @@ def serves(backend: str, op: str, device: torch.device | str) -> str | None:
         device = torch.device("cuda", torch.cuda.current_device())
     reason = runs_on(backend, device)
     if reason is None and backend != "reference":
-        key = device.type.upper()
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sanm_kernels::{op}.{backend}", key):
+        overload = getattr(getattr(torch.ops.sanm_kernels, op), backend)
+        if not overload.has_kernel_for_dispatch_key(device.type.upper()):
             reason = f"it has no kernel for {op}"
     return reason
 
@@ -134,6 +135,7 @@ class Chosen(NamedTuple):
     """An operator on the backend that serves it, and what else a call of it needs to know."""
 
     overload: Any
+    backend: str
     check: Callable[..., None] | None  #: of values, where the kernels cannot report wrong ones
     differentiable: Callable[..., Any] | None
     transformable: Callable[..., Any] | None
@@ -150,6 +152,7 @@ def _choose(op: str, device: torch.device, forced: str | None) -> Chosen:
         _warn(device)
     return Chosen(
         getattr(getattr(torch.ops.sanm_kernels, op), backend),
+        backend,
         value_checks.get(op) if backend in SILENT else None,
         functions.get((op, backend)),
         transformable.get((op, backend)),
@@ -196,19 +199,9 @@ def remedy() -> str:
     return "To compile them: pip install -v --force-reinstall --no-deps FOLDER_OF_THE_SOURCES"
 
 
-def constant(function: F) -> F:
-    """Let torch.compile call `function` when it traces and keep the result.
-
-    What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes
-    seconds.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@constant
+@internals.constant
 def _choose_constant(op: str, device: torch.device, forced: str | None) -> str:
-    return str(_choose(op, device, forced).overload._overloadname)
+    return _choose(op, device, forced).backend
 
 
 def forced(backend: str | None) -> str | None:
@@ -218,8 +211,8 @@ def forced(backend: str | None) -> str | None:
     return _forced[-1] if _forced else None
 
 
-def select(op: str, device: torch.device, backend: str | None) -> Any:
-    """The overload of `op` for tensors on `device`.
+def serving(op: str, device: torch.device, backend: str | None) -> str:
+    """The backend that runs `op` for tensors on `device`.
 
     A backend is forced by, in this order, the `backend` argument, the innermost
     :func:`use_backend`, and the environment variable ``SANM_KERNELS_BACKEND``.
@@ -229,13 +222,12 @@ def select(op: str, device: torch.device, backend: str | None) -> Any:
         RuntimeError: the forced backend cannot run the operator; the message says why.
     """
     if not torch.compiler.is_compiling():
-        return _choose(op, device, forced(backend)).overload
-    chosen = _choose_constant(op, device, forced(backend))
-    return getattr(getattr(torch.ops.sanm_kernels, op), chosen)
+        return _choose(op, device, forced(backend)).backend
+    return _choose_constant(op, device, forced(backend))
 
 
 def call(op: str, device: torch.device, backend: str | None, *arguments: Any) -> Any:
-    """Run operator `op` on the overload that :func:`select` gives.
+    """Run operator `op` on the backend that :func:`serving` names.
 
     torch.library's autograd layer, which is Python and takes longer than a small kernel, is passed
     over: where nothing is to be differentiated, as it would itself do after a longer look, and
@@ -243,21 +235,22 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
     formulas is not asked to be differentiated: its public function detaches or refuses.
     """
     if torch.compiler.is_compiling():
-        return select(op, device, backend)(*arguments)
+        chosen_name = serving(op, device, backend)
+        return getattr(getattr(torch.ops.sanm_kernels, op), chosen_name)(*arguments)
     chosen = _choose(op, device, forced(backend))
     if chosen.check is not None:
         chosen.check(*arguments)
-    if torch._C._are_functorch_transforms_active():
+    if internals.transforms_active():
         return (chosen.transformable or chosen.overload)(*arguments)
-    if forward_ad._current_level >= 0 and chosen.transformable is not None:
-        for x in tree_leaves(arguments):
-            if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+    if internals.forward_mode_active() and chosen.transformable is not None:
+        for x in tensors(arguments):
+            if forward_ad.unpack_dual(x).tangent is not None:
                 raise_forward_mode(op)
     if chosen.differentiable is None:
         return chosen.overload(*arguments)
     if torch.is_grad_enabled():
         return chosen.differentiable(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    with internals.below_autograd():
         return chosen.overload(*arguments)
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from sanm_kernels.ops import internals
 
 NAMESPACE = "sanm_kernels"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -178,7 +180,7 @@ def differentiable(
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, arguments: tuple[Any, ...], *_: Tensor | None) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            with internals.below_autograd():
                 output = overload(*arguments)
             ctx.wrt = wrt
             setup_context(ctx, arguments, output)
@@ -202,7 +204,7 @@ def differentiable(
         for x in leaves:
             if x is not None and x.requires_grad:
                 return apply(arguments, *leaves)
-        with torch._C._AutoDispatchBelowAutograd():
+        with internals.below_autograd():
             return overload(*arguments)
 
     return call
@@ -270,13 +272,20 @@ def raise_forward_mode(name: str) -> NoReturn:
     )
 
 
+def tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    """Those among an operator's arguments, lists of them included."""
+    for argument in arguments:
+        for x in argument if isinstance(argument, list) else (argument,):
+            if isinstance(x, Tensor):
+                yield x
+
+
 def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference picks its own precision: autocast must not lower its matrix products'."""
 
     @functools.wraps(reference)
     def run(*args: Any) -> Any:
-        tensors = (x for a in args for x in (a if isinstance(a, list) else [a]))
-        kind = next(x.device.type for x in tensors if isinstance(x, Tensor))
+        kind = next(x.device.type for x in tensors(args))
         if not torch.is_autocast_enabled(kind):
             return reference(*args)
         with torch.autocast(kind, enabled=False):

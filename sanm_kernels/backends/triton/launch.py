@@ -14,7 +14,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from sanm_kernels.ops.base import check_order, library, operators, without_autocast
+from sanm_kernels.ops import internals
+from sanm_kernels.ops.base import check_order, library, operators, tensors, without_autocast
 
 #: Whether kernels run on the CPU, through Triton's interpreter (TRITON_INTERPRET=1).
 INTERPRETED: bool = knobs.runtime.interpret
@@ -84,7 +85,7 @@ def implements(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         @functools.wraps(launcher)
         def run(*arguments: Any) -> Any:
-            with torch.cuda._DeviceGuard(_gpu(arguments)):  # a tenth of torch.cuda.device's time
+            with internals.device_guard(_gpu(arguments)):
                 return (plain if torch.is_autocast_enabled("cuda") else launcher)(*arguments)
 
         launchers[op] = launcher
@@ -98,12 +99,7 @@ def implements(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _gpu(arguments: tuple[Any, ...]) -> int:
     """The index of the first tensor's that is on a GPU; numbers may come in tensors on the CPU."""
-    return next(
-        t.get_device()
-        for a in arguments
-        for t in (a if isinstance(a, list) else (a,))
-        if isinstance(t, Tensor) and t.is_cuda
-    )
+    return next(x.get_device() for x in tensors(arguments) if x.is_cuda)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:

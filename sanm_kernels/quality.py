@@ -83,8 +83,8 @@ def _arguments(
             )
         if _counted_twice(losses, history):
             raise ValueError(
-                "history: expected the losses of earlier epochs alone, got some whose last entry "
-                "is losses itself, which would count twice; pass history[:-1]"
+                "history: expected the losses of earlier epochs only, got some that end with "
+                "losses itself, which would count twice; pass history[:-1]"
             )
         history = history[max(0, history.shape[0] + 1 - EPOCHS_AVERAGED) :].detach()
     return losses.detach(), history, _uniforms(seed), max_iter, tol, reg_covar, normalize

@@ -220,7 +220,7 @@ def write(
             if x is not None and x.requires_grad:
                 raise RuntimeError(
                     f"out: cannot be given where {name} requires grad; call under "
-                    "torch.no_grad() or leave out away"
+                    "torch.no_grad() or omit out"
                 )
     had = ("max",) * (out.box_max is not None) + ("min",) * (out.box_min is not None)
     if had != config.views:

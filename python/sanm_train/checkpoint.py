@@ -47,7 +47,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     except Exception as error:  # what a broken file raises depends on where it breaks
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= PARTS:
-        raise CheckpointError(f"{path} is no checkpoint of format {FORMAT}")
+        raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT}")
     return state
 
 
@@ -79,5 +79,5 @@ def check_ranks(state: dict[str, Any]) -> None:
     saved, here = len(state["ranks"]), distributed.size()
     if saved != here:
         raise CheckpointError(
-            f"the run was of {saved} processes and can be resumed with as many only, got {here}"
+            f"the run had {saved} processes and can only be resumed with as many, got {here}"
         )

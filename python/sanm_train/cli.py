@@ -177,7 +177,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     _add_import(parser)
     parser.add_argument("--preset", help="published settings to start from (see sanm list)")
     parser.add_argument("--config", type=Path, help="YAML file of settings, over the preset")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in --out was")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
 
 
 def _early(words: Sequence[str]) -> argparse.Namespace:

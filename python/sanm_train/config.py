@@ -117,8 +117,8 @@ class OptimiserSettings:
     weight_decay: float = setting(5e-4, "weight decay, of all weights", low=0)
     schedule: str = setting(
         "step",
-        "course of the rate; step: once divided by ten, between two epochs; cosine: at every step "
-        "lower, to 0 at the end",
+        "how the rate falls; step: divided by ten once, between two epochs; cosine: at every step, "
+        "to 0 at the end",
         SCHEDULES,
     )
     lr_drop: float = setting(
@@ -129,8 +129,8 @@ class OptimiserSettings:
     )
     ema: float = setting(
         0.0,
-        "decay, per step, of running averages of the weights, as 0.999: the averages are tested, "
-        "predict and are exported; training and label quality are without them; 0: none",
+        "decay, per step, of running averages of the weights, as 0.999; tests, predictions and "
+        "exports take the averages, training and label quality do not; 0: none",
         low=0,
         high=0.99999,
     )
@@ -155,7 +155,7 @@ class MaskSettings:
     mask: str = setting("paper", "masking, where not set below", MASKS)
     ratio_low: float | None = setting(None, "lo of the masking ratio")
     ratio_high: float | None = setting(None, "hi of the masking ratio")
-    ratio_gamma: float | None = setting(None, "γ: how much more is masked of doubtful labels")
+    ratio_gamma: float | None = setting(None, "γ: how much more is masked at a doubtful label")
     reconstruction_weight: float | None = setting(None, "weight of the reconstruction loss")
     views: str = setting("both", "masked views", VIEWS)
     box: str = setting(

@@ -264,7 +264,9 @@ def coded(
     names = sorted(found) if classes is None else list(classes)
     unknown = sorted(set(found) - set(names))
     if unknown:
-        raise DataError(f"{where}: label {unknown[0]!r} is none of the {len(names)} known classes")
+        raise DataError(
+            f"{where}: label {unknown[0]!r} is not one of the {len(names)} known classes"
+        )
     index = {name: label for label, name in enumerate(names)}
     order = torch.tensor([index[name] for name in found], dtype=torch.int64)
     return order[torch.tensor(encoded.indices.to_numpy())], names
@@ -346,7 +348,7 @@ def _array(value: Any) -> Any:
         data = data.encode("latin1")
     sizes = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
     if not (sizes and isinstance(data, bytes) and math.prod(shape) * dtype.itemsize == len(data)):
-        raise ValueError(f"an array of shape {shape!r:.40} has not as many bytes as it takes")
+        raise ValueError(f"an array of shape {shape!r:.40} does not have as many bytes as it needs")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if value.fortran else "C")
     return array.astype(dtype.newbyteorder("="))
 

@@ -83,7 +83,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise OSError(f"{path} cannot be read: {error}") from None
     if not known:
-        raise OSError(f"{path} cannot be read: it is no record of a run")
+        raise OSError(f"{path} cannot be read: it is not the record of a run")
     return dict(record)
 
 

@@ -314,8 +314,8 @@ def test_folders_must_have_the_same_classes(tmp_path):
     [
         ([0, 2, 0], [0], r"a\.csv: no image is of class 1$"),
         ([0, 1, 0], [2], "no training image is of class 2, but test images are"),
-        (["x", "y", "x"], ["z"], r"b\.csv: label 'z' is none of the 2 known classes"),
-        (["x", "y", "x"], [0], r"b\.csv: label '0' is none of the 2 known classes"),
+        (["x", "y", "x"], ["z"], r"b\.csv: label 'z' is not one of the 2 known classes"),
+        (["x", "y", "x"], [0], r"b\.csv: label '0' is not one of the 2 known classes"),
         ([0, 1, 0], ["x"], r"b\.csv names classes, but .*a\.csv counts them"),
         ([0, 10**15, 0], [0], "no image is of class 1$"),
     ],

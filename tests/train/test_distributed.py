@@ -109,7 +109,7 @@ def test_training_on_two_ranks_and_resuming(tmp_path):
     assert run.quality.shape[1] == 333
     one = torchrun(1, *command, str(tmp_path / "two"), "--resume")
     assert one.returncode == 1
-    assert "the run was of 2 processes and can be resumed with as many only, got 1" in one.stderr
+    assert "the run had 2 processes and can only be resumed with as many, got 1" in one.stderr
 
     # Cut off in its second epoch, the run goes on as if it had not been.
     script = tmp_path / "cut.py"

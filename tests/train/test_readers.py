@@ -259,7 +259,7 @@ def test_manifest_with_given_classes(tmp_path):
     path.write_text("path,label\na.jpg,fox\nb.jpg,7\n")
     records = readers.read_manifest(path, classes=["7", "cat", "fox"])
     assert records.labels.tolist() == [2, 0] and records.metadata["classes"] == ["7", "cat", "fox"]
-    with pytest.raises(DataError, match=r"list\.csv: label '7' is none of the 2 known classes"):
+    with pytest.raises(DataError, match=r"list\.csv: label '7' is not one of the 2 known classes"):
         readers.read_manifest(path, classes=["cat", "fox"])
 
 

@@ -192,12 +192,12 @@ def test_checkpoints_and_records_without_their_contents(tiny, tmp_path, capsys):
     for facts in ("{}", "[]", '{"model": "small-cnn"}'):
         (run / "run.json").write_text(f'{{"starts": [], "changed": {{}}, "network": {facts}}}')
         assert main(["export", str(run)]) == 2
-        assert "run.json cannot be read: it is no record of a run" in capsys.readouterr().err
+        assert "run.json cannot be read: it is not the record of a run" in capsys.readouterr().err
     (run / "run.json").write_text(record)
     torch.save({"format": checkpoint.FORMAT}, run / checkpoint.NAME)
     for words in (["eval"], ["export"], ["inspect"], ["train", "--resume", "--out"]):
         assert main([*words, str(run)]) == 2
-        assert "checkpoint.pt is no checkpoint of format" in capsys.readouterr().err
+        assert "checkpoint.pt is not a checkpoint of format" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "export", "resume"])

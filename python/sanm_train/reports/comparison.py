@@ -265,7 +265,7 @@ def _check_settings(path: Path, variants: dict[str, dict[str, Any]], started: bo
     except ValueError as error:
         raise ConfigError(f"out: {path} cannot be read: {error}") from None
     if started and not old:
-        raise ConfigError(f"out: {path.parent} has runs, but no {path.name} that says of what")
+        raise ConfigError(f"out: {path.parent} has runs, but no {path.name} that describes them")
     for name in new.keys() & old.keys():
         for key in sorted(new[name].keys() | old[name].keys()):
             before, now = old[name].get(key), new[name].get(key)

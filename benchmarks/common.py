@@ -180,7 +180,7 @@ def measure(
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     while len(times[OURS]) < rounds or time.perf_counter() < end:
-        names.append(names.pop(0))  # so that nobody is always the first
+        names.append(names.pop(0))  # so that none is always the first
         for name in names:
             times[name].append([once(name) for _ in range(repeats[name])])
 

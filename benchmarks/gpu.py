@@ -2,7 +2,7 @@
 
 Builds, looks whether every backend serves, runs the GPU tests, the error and launch tables, the
 headline benchmarks, compute-sanitizer and all benchmarks, each as a process of its own with a share
-of the time that the build leaves, and writes what came of it after each step. It needs nothing but
+of the time that the build leaves, and writes the results after each step. It needs nothing but
 the interpreter's own packages. Exit status: 0; 1 if a step failed or was cut off, or nvcc or triton
 is there and its kernels cannot be used; 2 if there is no GPU: then only what needs none is run.
 """
@@ -44,7 +44,7 @@ class Step:
 
     Attributes:
         name: also of its log file.
-        command: ``{minutes}`` in it stands for when to begin nothing new, a little before its end.
+        command: ``{minutes}`` in it becomes the time after which to begin nothing new.
         weight: its share of the time that is left, against the weights of the steps after it:
             about the seconds that it gets where each step takes all of its time.
         environment: variables to be set.
@@ -233,7 +233,7 @@ def plan(gpu: bool, rehearse: bool, work: Path, capability: str | None = None) -
         if program and not rehearse:
             command = [program, "--tool", tool, "--target-processes", "application-only",
                        "--error-exitcode", str(FOUND_BY_SANITIZER), "--print-limit", "20",
-                       # torch asks the driver for what it may not have, and goes on without
+                       # torch asks the driver for functions that it may lack, and does without
                        "--report-api-errors", "no",
                        *command]  # fmt: skip
         # Without torch's caching allocator an overrun leaves the allocation, and is seen.

@@ -204,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--no-compile", action="store_true", help="leave out torch.compile")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--seconds", type=float, default=8.0, help="for each case (default: 8)")
-    add("--rounds", type=int, default=7, help="at least so many for each case (default: 7)")
-    add("--minutes", type=float, help="begin no case after so many, and go through the operators "
+    add("--rounds", type=int, default=7, help="at least this many for each case (default: 7)")
+    add("--minutes", type=float, help="begin no case after this many, and go through the operators "
         "in turns, so that each gets its first")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-COMMIT.json")
     add("--everywhere", action="store_true", help="both instruction sets, one thread and all, both "

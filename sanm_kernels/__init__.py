@@ -12,7 +12,7 @@ from sanm_kernels.targets import mixup_views, refine_targets
 
 __version__ = "0.1.0"
 
-# What may stand in a checkpoint: torch.load(weights_only=True) then makes them again.
+# What a checkpoint may hold: torch.load(weights_only=True) then makes them again.
 serialization.add_safe_globals(
     [MaskConfig, ActivationStats, MaskedForward, LabelQuality, MaskedLoss]
 )

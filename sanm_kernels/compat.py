@@ -312,9 +312,9 @@ def _put(done: Patch, name: str, original: Any, ours: Any) -> list[str]:
 
 
 def patch(module: ModuleType, *, force: bool = False, verbose: bool = True) -> Patch:
-    """Let a script compute with this package, where that changes none of its results.
+    """Let a script compute with this package where that does not change its results.
 
-    Looked at are `attention_erase_map`, `attention_erase_map_clothing1m`, `SemiLoss`, `NegEntropy`
+    It looks at `attention_erase_map`, `attention_erase_map_clothing1m`, `SemiLoss`, `NegEntropy`
     and `GaussianMixture`, where `module` has them, and its objects that are
     ``CrossEntropyLoss(reduction="none")``. Each is called on small random inputs and compared with
     ours: views, boxes, targets and the random numbers drawn to the last bit, losses and their
@@ -334,7 +334,7 @@ def patch(module: ModuleType, *, force: bool = False, verbose: bool = True) -> P
         A Patch, which holds the findings and undoes the replacement.
 
     Raises:
-        TypeError: `module` is no module.
+        TypeError: `module` is not a module.
         ValueError: it has none of the names.
     """
     if not isinstance(module, ModuleType):

@@ -1,4 +1,4 @@
-"""The public losses: validation, defaults, documentation."""
+"""The public losses: `sample_loss`, `masked_loss`, `reconstruction_loss`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MaskedLoss(NamedTuple):
 
 @validate.public
 def sample_loss(logits: Tensor, labels: Tensor, *, backend: str | None = None) -> Tensor:
-    """Per-sample cross-entropy l_i = −log softmax(z_i)[y_i], the raw material of label quality.
+    """Per-sample cross-entropy l_i = −log softmax(z_i)[y_i], from which label quality is fitted.
 
     Args:
         logits: (B, K), any floating dtype and strides.
@@ -102,8 +102,8 @@ def masked_loss(
     Args:
         logits: (n, K), K ≥ 2, any floating dtype and strides.
         targets: (…, K) floats with one to three leading dimensions of any strides, so an
-            ``expand``-ed tensor is not unfolded; read as M rows in row-major order. Their values
-            are not checked. Or integers (…) in [0, K), M altogether: then a row's target is
+            ``expand``-ed tensor is not copied; read as M rows in row-major order. Their values
+            are not checked. Or integers (…) in [0, K), M in all: each row's target is then
             one-hot. M = n without `mix`, M ≥ n with it. No gradient flows to them.
         ratio: None, or r in [0, 1] for the label modulation, one per target row: (M,) or shaped
             like the targets' leading dimensions.
@@ -118,7 +118,7 @@ def masked_loss(
         prior: π (K,) in [0, 1]; uniform by default.
         drop: ``"clamped"``, a label loses min(r, t[j*]), or ``"unclamped"``, it loses r.
         ignore_index: integer targets of this value mark rows that count in neither L_x nor L_u,
-            nor do rows mixed with them; P and N are still taken over all rows.
+            nor do rows mixed with them; P and N are still over all rows.
         reduction: ``"mean"`` as above; ``"sum"``: L_x and L_u are the sums of their rows' losses
             (`per_sample`) instead of the means, P and N unchanged; ``"none"``: `total` is (n,),
             `per_sample` times each row's weight (1 or `unlabeled_weight`), the other parts are as

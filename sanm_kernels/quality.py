@@ -27,9 +27,9 @@ class LabelQuality(NamedTuple):
             the smaller mean; float32, or float64 for float64 losses.
         means, variances, weights: (2,) float64, the component with the smaller mean first.
         n_iter: () int64, EM iterations done.
-        converged: () bool, whether the mean log-likelihood came to rest within `max_iter`.
-        degenerate: () bool, whether there are no two components to be told apart; then every label
-            is taken for right (`clean_prob` is 1), and the mixture is the one Gaussian of the data
+        converged: () bool, whether EM met `tol` within `max_iter`.
+        degenerate: () bool, whether the losses do not form two components; then every label is
+            taken for right (`clean_prob` is 1), and the mixture is the one Gaussian of the data
             (means and variances alike, weights 1 and 0, n_iter 0).
     """
 
@@ -91,7 +91,7 @@ def _arguments(
 
 
 def _counted_twice(losses: Tensor, history: Tensor) -> bool:
-    """Whether the last row is this epoch's, where values are checked; equal losses tell nothing."""
+    """Whether the last row is this epoch's; False if values are unchecked or losses all equal."""
     if history.numel() == 0 or torch.compiler.is_compiling() or not checks.enabled(losses):
         return False
     return torch.equal(history[-1], losses) and bool((losses != losses[0]).any())
@@ -115,7 +115,7 @@ def fit_label_quality(
     Computes what scikit-learn's ``GaussianMixture(2, max_iter=max_iter, tol=tol,
     reg_covar=reg_covar, random_state=seed)`` does on the normalised losses in float64: posterior
     within 1e-4 (the reference within about 1e-9), the same number of iterations. A loss exactly
-    midway between the centres of the k-means that it starts from may fall to the other side.
+    midway between the centres of the k-means start may fall on the other side.
     Deterministic. Nothing is differentiable; a gradient of `losses` is ignored.
 
     Args:
@@ -133,9 +133,10 @@ def fit_label_quality(
         process_group: None for the samples of this process alone, or the ``torch.distributed``
             group (``torch.distributed.group.WORLD`` for all processes) over whose ranks the samples
             are spread. Each rank then gives, at the same time, the losses and the history of its
-            own samples, each sample on one rank, as many as it has (also 0), and the same for all
-            else. They are fitted as the concatenation in the order of the ranks, by plain torch in
-            float64: a few sums per pass are exchanged, never the losses. Outside of torch.compile.
+            own samples (any number, 0 included; each sample on one rank), and the same other
+            arguments. They are fitted as the concatenation in the order of the ranks, by plain
+            torch in float64: a few sums per pass are exchanged, never the losses. Not under
+            torch.compile.
 
     Returns:
         :class:`LabelQuality`. Degenerate, with a clean probability of 1, are fewer than two

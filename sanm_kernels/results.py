@@ -263,7 +263,7 @@ def _check(out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...]) -
             None if part is None else (starts[part.buffer] + part.offset, part.look)
             for part in expected.slices
         ]
-    else:  # be it in strides of dimensions of length 1 alone
+    else:  # if only in strides of dimensions of length 1
         _compare(out.buffers, expected.outputs, features.device)
         slices = _placed(unpack(config, out.buffers, images is not None, weight is not None))
     for name, found, wanted in zip(PARTS, _placed(out), slices, strict=True):

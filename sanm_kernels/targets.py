@@ -1,4 +1,4 @@
-"""The public functions that make targets and mixed batches: validation, defaults, documentation."""
+"""The public functions that make targets and mixed batches: `refine_targets`, `mixup_views`."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def own(original: Any, self: Any, more: Arguments, named: dict[str, Any]) -> lis
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Random numbers go on afterwards as if nothing had happened."""
+    """Restores the states of all random generators afterwards."""
     states = random.getstate(), np.random.get_state()
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     with torch.random.fork_rng(gpus), warnings.catch_warnings():

@@ -249,7 +249,7 @@ def scalars(on: Tensor, *values: float | Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=MOST_KINDS)
 def _float64(bits: bytes) -> Tensor:
-    """A tensor of so many numbers, for all calls, as nobody writes to it: making one takes long."""
+    """A tensor of these numbers, kept as making it is slow; nothing writes to it."""
     return torch.frombuffer(bytearray(bits), dtype=torch.float64)
 
 

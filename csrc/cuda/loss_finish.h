@@ -60,7 +60,7 @@ inline int take_counter(const Tensor& on) {
 
 // Whether the block is the last of `blocks` to come here; it sees what the others wrote before.
 SANM_DEVICE bool last_of(unsigned blocks, int counter,
-                         int* last) {  // () shared, nobody's before and after
+                         int* last) {  // () shared, unused before and after
   if (threadIdx.x == 0) {
     __threadfence();
     *last = blocks == 1 || atomicAdd(&counters[counter], 1u) == blocks - 1;

@@ -67,7 +67,7 @@ struct RowShape {
   // The rows in turn, all lanes together: body(row, exists), `row` being a row also where not.
   template <typename Body>
   SANM_DEVICE static void each_row(int64_t n, const Body& body) {
-    // Warps go on by themselves where a row is no more than a warp's; else the block does.
+    // Warps work by themselves where a row is no more than a warp's; else the block does.
     constexpr int64_t kApart = kBlock ? 1 : kThreads / kWarp, kTurn = kRows / kApart;
     const int64_t first = kBlock ? blockIdx.x : blockIdx.x * kApart + warp();
     const int64_t step = gridDim.x * kApart;

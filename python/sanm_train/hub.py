@@ -128,7 +128,7 @@ class Files(Sequence[Any]):
     """The image files of a column: the bytes of each, or its path where there are none."""
 
     def __init__(self, data: Any, column: str) -> None:
-        self.data, self.column = data, column  # which other processes open anew, and do not copy
+        self.data, self.column = data, column  # which other processes open again, and do not copy
         lengths = [len(chunk) for chunk in data.data.column(column).chunks]
         self.ends = np.cumsum(lengths)  # Arrow would go through thousands of chunks for each row
 

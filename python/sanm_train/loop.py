@@ -1,4 +1,4 @@
-"""A run on Lightning Fabric: its processes, its steps, and the state that it goes on from."""
+"""A run on Lightning Fabric: its processes, its steps, and the state that it resumes from."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Loop:
     """Trains `recipe`, epoch by epoch.
 
     Attributes: epoch and step, of the optimiser, that come next; sums, the epoch's losses so far,
-    and counts, how many backward passes each stands for; seconds of training in the epoch.
+    and counts, how many backward passes each sums; seconds of training in the epoch.
     """
 
     def __init__(self, fabric: Fabric, config: TrainConfig, recipe: Recipe) -> None:
@@ -198,7 +198,7 @@ class Loop:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on, of tensors, numbers and strings; the same on all ranks."""
+        """What a run needs to resume: tensors, numbers and strings; the same on all ranks."""
         recipe = self.recipe
         own = {name: getattr(recipe, name).cpu() for name in recipe.persistent}
         own["random"] = random_states(self.fabric.device)

@@ -294,8 +294,8 @@ def trimmed(column: Any) -> Any:
 def array_parts() -> dict[tuple[str, str], Any]:
     """What pickled arrays call, by module and name, replaced by what can only make plain arrays.
 
-    NumPy's own functions crash on made-up arguments. These keep shape, dtype and bytes for `_array`
-    to check. They are made anew for each file, which can change what it gets.
+    NumPy's own functions crash on invalid arguments. These keep shape, dtype and bytes for `_array`
+    to check. Each file gets its own, since it can change them.
     """
 
     class DType:

@@ -174,7 +174,7 @@ class SANM(nn.Module):
     ) -> sk.MaskedForward[Tensor]:
         """Statistics, boxes, masked views and modulated targets of `images` (sections 1–4).
 
-        features are computed when not given. clean_prob None stands for 1, "surely right".
+        features are computed when not given. clean_prob None means 1, "surely right".
         generator and options go to `sk.masked_forward`: num_classes, sample_index, draws, ...
         """
         _check_targets(targets)
@@ -246,13 +246,13 @@ class SANM(nn.Module):
         Masked views carry the modulated targets. Two runs of the model: the images, then the
         views together. `batch` is a `Batch` or a tuple in its order. Where nothing is hidden, the
         losses are those of the images and of their own reconstruction: every parameter has a
-        gradient, which DistributedDataParallel wants.
+        gradient, as DistributedDataParallel requires.
 
         Args:
             criterion: called once for each view, the images first, for its loss (B,) per sample or
                 0-d; the classification loss is the mean over all views. None: cross-entropy, fused.
-                A criterion that withstands wrong labels has to train the masked views as well:
-                their targets are as wrong as the images'.
+                A criterion that is robust to wrong labels has to train the masked views as well:
+                their targets are as often wrong as the images'.
         """
         images, targets, clean_prob, sample_index, row, hide = Batch(*batch)
         if not torch.compiler.is_compiling():

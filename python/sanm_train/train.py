@@ -137,8 +137,8 @@ def train(
             Labels are whole numbers or names. Label quality belongs to samples by their position.
         test_data: the same to test on, if there is any.
         progress: show a progress bar.
-        resume: go on from the checkpoint in `out`, if there is one. Of the settings only those of
-            `ANYTIME` may have changed.
+        resume: continue from the checkpoint in `out`, if there is one. Only settings of `ANYTIME`
+            may have changed.
 
     Ctrl-C ends the run early: the result has `interrupted` set and the epochs finished so far.
 

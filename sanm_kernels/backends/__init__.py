@@ -218,7 +218,7 @@ def serving(op: str, device: torch.device, backend: str | None) -> str:
     :func:`use_backend`, and the environment variable ``SANM_KERNELS_BACKEND``.
 
     Raises:
-        ValueError: the forced name is no backend.
+        ValueError: the forced name is not a backend.
         RuntimeError: the forced backend cannot run the operator; the message says why.
     """
     if not torch.compiler.is_compiling():
@@ -229,10 +229,10 @@ def serving(op: str, device: torch.device, backend: str | None) -> str:
 def call(op: str, device: torch.device, backend: str | None, *arguments: Any) -> Any:
     """Run operator `op` on the backend that :func:`serving` names.
 
-    torch.library's autograd layer, which is Python and takes longer than a small kernel, is passed
-    over: where nothing is to be differentiated, as it would itself do after a longer look, and
-    otherwise for a function of the same formulas, but for traced calls. An operator without such
-    formulas is not asked to be differentiated: its public function detaches or refuses.
+    torch.library's autograd layer, which is Python and takes longer than a small kernel, is used by
+    traced calls alone. Others skip it: where nothing is to be differentiated the kernel is called
+    below autograd, else a function of the same formulas (`ops.base.differentiable` says what that
+    saves). Operators without formulas are never differentiated: their public function detaches.
     """
     if torch.compiler.is_compiling():
         chosen_name = serving(op, device, backend)
@@ -265,7 +265,7 @@ def use_backend(name: str) -> Iterator[None]:
         The context manager.
 
     Raises:
-        ValueError: `name` is no backend.
+        ValueError: `name` is not a backend.
         RuntimeError: the backend runs on no device here; the message says why.
     """
     reason = usable(_check_name(name, "name"))
@@ -283,18 +283,18 @@ def available_backends() -> dict[str, str | None]:
     """Which backends can be used here.
 
     Returns:
-        Every backend's name, with None if it can be used, be it on one GPU of several, or else the
-        reason why it can't.
+        Every backend's name, with None if it can be used (on at least one GPU, for those of GPUs),
+        or else the reason why it can't.
     """
     return {name: usable(name) for name in BACKENDS}
 
 
 def set_cpu_cache_limit(mebibytes: int) -> int:
-    """Limit the memory that the CPU kernels keep for results to come; free what exceeds it.
+    """Limit the memory that the CPU kernels keep for later results; free what exceeds it.
 
     Fresh memory costs a page fault per 4 KiB when it is first written to, which can take longer
     than the kernel. So the memory of results of 1 MiB and more is kept when their last tensor is
-    gone, and given to the next result that it fits: no more than a default limit, or as many MiB as
+    gone, and given to the next result that it fits. The limit is at first 512 MiB, or as many as
     the environment variable ``SANM_KERNELS_CPU_CACHE`` says when the kernels are loaded. Tensors on
     such memory cannot be enlarged by ``resize_``. Nothing is kept with torch 2.10, and other
     backends do not use it.
@@ -321,7 +321,7 @@ def set_cpu_cache_limit(mebibytes: int) -> int:
 def table() -> dict[str, dict[str, str]]:
     """For each operator, the backend that serves it by default: on "cpu", and on "cuda".
 
-    Where GPUs differ they stand one by one, "cuda:0", "cuda:1" and so on.
+    GPUs that differ are listed one by one, "cuda:0", "cuda:1" and so on.
     """
     columns = {str(d): {op: preferred(op, d) for op in operators} for d in gpus()}
     first = next(iter(columns.values()), None)

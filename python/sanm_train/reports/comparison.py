@@ -255,7 +255,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _check_settings(path: Path, variants: dict[str, dict[str, Any]], started: bool) -> None:
     """The variants' settings are those of the runs that are there; kept at `path` for later ones.
 
-    Noise, rate and seed stand in each run's row, and may be others.
+    Noise, rate and seed are in each run's row, and may differ.
     """
     own = ("noise", "rate", "seed")
     new = {name: {k: v for k, v in s.items() if k not in own} for name, s in variants.items()}

@@ -36,7 +36,7 @@ def train_folds(
     of each part by the run that has not seen it.
 
     Each label has its share in every part. Runs go to fold-1, fold-2, … in `out`; those that are
-    there go on where they were, unless `overwrite`. samples.csv, samples.parquet, pred_probs.npy
+    there are continued, unless `overwrite`. samples.csv, samples.parquet, pred_probs.npy
     and relabel.csv are those of `inspect`; clean probabilities come from a mixture that is fitted
     to the part's own losses.
 

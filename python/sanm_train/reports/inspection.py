@@ -54,7 +54,7 @@ def inspect(
 
     With per_class, clean probabilities come from a mixture for each class of given labels, fitted
     to the losses of the last epoch: a class that is harder than others is then not suspected as a
-    whole. Prints where the files are, warns of what speaks against trusting them, and returns the
+    whole. Prints where the files are, warns where they should not be trusted, and returns the
     report's path.
 
     Raises:

@@ -277,7 +277,7 @@ def _is_ours(original: Any) -> bool:
 
 
 def _put(done: Patch, name: str, original: Any, ours: Any) -> list[str]:
-    """Put `ours` in the original's place, wherever a module holds it; names of other modules.
+    """Put `ours` in the original's place in every module; returns the names of other modules.
 
     In a class it takes the place of the method: objects of the class that were made before, and
     other names of it, have it too.

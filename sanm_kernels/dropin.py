@@ -256,6 +256,6 @@ class SampleLoss(torch.nn.CrossEntropyLoss):
             try:
                 losses: Tensor = call("sample_loss", input.device, None, input, target)[0]
                 return losses
-            except ValueError:  # a label that counts for nothing, or is none
+            except ValueError:  # an ignored label, or one out of range
                 pass
         return super().forward(input, target)

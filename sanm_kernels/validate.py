@@ -277,7 +277,7 @@ def count(x: Any, name: str, most: int) -> int:
 def known(condition: Any) -> bool:
     """Whether `condition`, of sizes, holds; in a trace, whether it does for all that they may be.
 
-    There a comparison by itself would fix symbolic sizes to what makes it come out as it does now.
+    In a trace a plain comparison would specialise symbolic sizes on its present outcome.
     """
     if not torch.compiler.is_compiling():
         return bool(condition)

@@ -242,7 +242,7 @@ CALLS = {
     "labels without clean_prob": (
         nothing, lambda a: sk.refine_targets(a["logits"], labels=a["labels"]), ValueError,
         "clean_prob"),
-    "soft labels that are no probabilities": (
+    "soft labels that are not probabilities": (
         nothing, lambda a: sk.refine_targets(a["logits"], labels=a["targets"] - 1,
                                              clean_prob=a["q"]), ValueError,
         "labels: expected values in [0, 1], got -"),

@@ -264,7 +264,7 @@ def public_functions() -> set[str]:
 
 
 def own_names() -> dict[str, object]:
-    """The package's names that are no modules, without a leading underscore, and defined in it."""
+    """The package's names that are not modules, without a leading underscore, and defined in it."""
     return {
         name: value
         for name, value in vars(sanm_kernels).items()

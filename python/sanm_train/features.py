@@ -168,7 +168,7 @@ class Reader:
             found, gave = self.to_map(found), f"to_map made of feature_layer {self.layer!r}"
         if not isinstance(found, Tensor):
             what = found if self.to_map is None else what_came(found)
-            raise ValueError(f"{gave} {what}, no tensor; give a to_map= that makes it one")
+            raise ValueError(f"{gave} {what}, not a tensor; give a to_map= that makes it one")
         given = self.to_map is not None and self.layout == "auto"
         try:
             layout = layout_of(
@@ -354,7 +354,7 @@ def layer_name(model: nn.Module, layer: str | nn.Module | None) -> str | None:
     if isinstance(layer, nn.Module):
         found = [name for name, module in names.items() if module is layer]
         if not found:
-            raise ValueError(f"feature_layer: this {type(layer).__name__} is no part of the model")
+            raise ValueError(f"feature_layer: this {type(layer).__name__} is not part of the model")
         return found[0]
     if layer is None or layer in names:
         return layer

@@ -117,7 +117,7 @@ def first_line(error: BaseException) -> str:
     """What is wrong, on one line; not torch's advice on loading files that run code."""
     text = str(error)
     if "weights_only" in text and "Unsupported operand" in text:
-        return "it is no file of torch.save"
+        return "it was not written by torch.save"
     if "weights_only" in text:
         return "it names what is not a tensor, a number or a container of these"
     return text.splitlines()[0] if text else type(error).__name__

@@ -56,7 +56,7 @@ def read_splits(root: str, subset: str = "") -> dict[str, Any]:
         else:
             found = datasets.load_dataset(path, subset or None, **options)
     except Exception as error:  # what the library raises depends on where it ends
-        where = "" if os.path.exists(root) or options else ", which is no file or folder here,"
+        where = "" if os.path.exists(root) or options else ", which is not a file or folder here,"
         while "error occurred while generating" in str(error) and error.__cause__:
             error = error.__cause__  # type: ignore[assignment]
         raise DataError(

@@ -126,8 +126,8 @@ def _tokens(
     found = [x for x in found if x[0] <= MOST_EXTRA and _aspect(x[1:], image) <= FAR]
     if not found:
         raise ValueError(
-            f"whose {number} tokens make no grid of the aspect of {H} × {W} pixels with up to "
-            f"{MOST_EXTRA} for class and registers; say grid=(h, w)"
+            f"whose {number} tokens do not form a grid of the aspect of {H} × {W} pixels with "
+            f"up to {MOST_EXTRA} for class and registers; say grid=(h, w)"
         )
     extra, h, w = min(found, key=lambda x: (x[0], _aspect(x[1:], image)))
     return Layout("BNC", (h, w), extra)

@@ -307,8 +307,8 @@ def set_cpu_cache_limit(mebibytes: int) -> int:
         there is nothing to limit, and it is 0.
 
     Raises:
-        TypeError, ValueError: `mebibytes`, or the environment variable, is no integer, or out of
-            range.
+        TypeError, ValueError: `mebibytes`, or the environment variable, is not an integer, or
+            is out of range.
     """
     cpu = importlib.import_module("sanm_kernels.backends.cpu")
     if isinstance(mebibytes, bool) or not isinstance(mebibytes, numbers.Integral):

@@ -66,7 +66,7 @@ def test_auto_layout(shape, image, width, found):
         ((2, 64, 4, 4), {"layout": "BNC"}, r"which is not \(B, N, C\)"),
         ((2, 16, 64), {"layout": "BHWC"}, "which is not BHWC: four dimensions"),
         ((2, 2, 64), {}, "one cell"),
-        ((2, 60, 64), {}, "whose 60 tokens make no grid .* say grid="),
+        ((2, 60, 64), {}, "whose 60 tokens do not form a grid .* say grid="),
         ((2, 17, 64), {"grid": (5, 5)}, r"not those of grid=\(5, 5\)"),
         ((2, 17, 64), {"grid": (2, 2)}, r"not those of grid=\(2, 2\)"),
         ((2, 64, 4, 4), {"grid": (2, 2)}, r"or grid=\(2, 2\)"),
@@ -315,8 +315,8 @@ class Empty(nn.Module):
 @pytest.mark.parametrize(
     ("to_map", "message"),
     [
-        (None, "feature_layer 'last' gave dict of 'map', no tensor; give a to_map="),
-        (lambda out: [out["map"]], "to_map made of feature_layer 'last' list of NoneType, no ten"),
+        (None, "feature_layer 'last' gave dict of 'map', not a tensor; give a to_map="),
+        (lambda out: [out["map"]], "to_map made of feature_layer 'last' list of NoneType, not a"),
         (lambda out: torch.ones(1, 8), r"to_map made of feature_layer 'last' \(B, 8\), which is"),
     ],
 )
@@ -347,7 +347,7 @@ def test_no_map_at_all():
         ({"to_map": "BCHW"}, "to_map: expected a callable or None, got str"),
         ({"logits": "logits"}, "logits: expected a callable or None, got str"),
         ({"feature_layer": "lost"}, "no module 'lost'; nearest: 'last'"),
-        ({"feature_layer": nn.Linear(1, 1)}, "this Linear is no part of the model"),
+        ({"feature_layer": nn.Linear(1, 1)}, "this Linear is not part of the model"),
     ],
 )
 def test_wrong_arguments(options, message):

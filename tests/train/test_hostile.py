@@ -48,7 +48,7 @@ PICKLES = {
     "objects from bytes": array(1, (1,), np.dtype("O"), False, b"AAAAAAAA"),
     "too few bytes": array(1, (1 << 40, 3072), np.dtype("u1"), False, b"AAAA"),
     "negative sizes": array(1, (-1, -4), np.dtype("u1"), False, b"AAAA"),
-    "sizes that are no numbers": array(1, ("a", 2), np.dtype("u1"), False, b"AAAA"),
+    "sizes that are not numbers": array(1, ("a", 2), np.dtype("u1"), False, b"AAAA"),
     "a state of another length": array(1, (4,)),
     "a dtype of a text": array(1, (1,), np.dtype("U1"), False, b"AAAA"),
     "dates": array(1, (1,), np.dtype("M8[s]"), False, b"AAAAAAAA"),

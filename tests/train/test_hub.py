@@ -135,7 +135,7 @@ def test_what_is_not_there_is_one_line(hub, tmp_path, monkeypatch, capsys):
         ("", "data_root must be a folder, files or a name of the hub, got ''"),
         (str(tmp_path / "no"), f"data_root: {tmp_path}/no: no such file or folder"),
         (str(broken), "must be files of .tar, .parquet, .pq"),
-        ("someone/photos", "someone/photos, which is no file or folder here, cannot be read by"),
+        ("someone/photos", "someone/photos, which is not a file or folder here, cannot be read by"),
     ):
         words = ["--dataset", "hf", "--model", "small-cnn", "--data-root", root]
         assert main(["train", *words, "--out", str(tmp_path / "run")]) == 2

@@ -1,7 +1,8 @@
-// What the operators ask of their arguments before they read them, on every device.
+// Checks of the operators' arguments before they are read, on every device.
 //
-// The public functions have asked the same, in better words. A direct call of torch.ops.sanm_kernels
-// has not, and a kernel would read past the end of a tensor that is too short, or of another dtype.
+// The public functions check the same, with better messages. A direct call of torch.ops.sanm_kernels
+// does not, and a kernel would read past the end of a tensor that is too short, or misread another
+// dtype.
 #pragma once
 
 #include <initializer_list>

@@ -4,7 +4,7 @@
 // host, and a fused multiply-add is written fmaf. They include nothing of CUDA or torch but this.
 #pragma once
 
-#ifndef SANM_CUDA_HOST  // else tests/cuda_host/cuda_host.h is included first and stands for CUDA
+#ifndef SANM_CUDA_HOST  // else tests/cuda_host/cuda_host.h is included first in place of CUDA
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #endif
@@ -185,7 +185,7 @@ struct Grid {
 };
 
 struct Launch {
-  const char* name;  // said when it fails
+  const char* name;  // for the message when it fails
   const Tensor& on;  // decides the device and the stream
   Grid grid;         // an empty one launches nothing
   int64_t threads;   // of a block

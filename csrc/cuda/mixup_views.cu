@@ -60,8 +60,9 @@ SANM_DEVICE void mix_tile(
   }
 }
 
-// Block (row, tile); more rows or tiles than the grid has are gone through in turns. Writes the rows whose own row lies in `own` and whose partner in `others`; a
-// partner outside the stack gives NaN, in the launch with the first `others`.
+// Block (row, tile), which strides over rows and tiles beyond the grid. Writes the rows whose own row
+// is in `own` and whose partner is in `others`; a partner outside the stack gives NaN, in the launch
+// with the first `others`.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) mixup_views_kernel(
     const Views<const T> own, const Views<const T> others,

@@ -14,7 +14,7 @@ from sheets import SHEETS
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-#: Names, each as often as its sheet has shares, in an order of which any stretch has a bit of all.
+#: Names, each as often as its sheet has shares, shuffled so that any stretch has some of each.
 TURNS = [name for name, sheet in SHEETS.items() for _ in range(sheet.share)]
 random.Random(0).shuffle(TURNS)
 

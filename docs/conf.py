@@ -68,6 +68,6 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.connect("autodoc-process-docstring", describe_settings)
     # One signature, the function's own: the overloads of masked_forward are for type checkers.
-    analyzer = ModuleAnalyzer.for_module("sanm_kernels.functional")
+    analyzer = ModuleAnalyzer.for_module("sanm_kernels.masking")
     analyzer.analyze()
     analyzer.overloads.clear()

@@ -4,8 +4,8 @@ from torch import serialization
 
 from sanm_kernels.backends import available_backends, set_cpu_cache_limit, use_backend
 from sanm_kernels.config import MaskConfig
-from sanm_kernels.functional import activation_stats, masked_forward
 from sanm_kernels.losses import MaskedLoss, masked_loss, reconstruction_loss, sample_loss
+from sanm_kernels.masking import activation_stats, masked_forward
 from sanm_kernels.quality import LabelQuality, fit_label_quality
 from sanm_kernels.results import ActivationStats, MaskedForward
 from sanm_kernels.targets import mixup_views, refine_targets

@@ -13,8 +13,8 @@ from torch import Tensor
 from sanm_kernels import validate
 from sanm_kernels.backends import call
 from sanm_kernels.config import MaskConfig
-from sanm_kernels.functional import masked_forward
 from sanm_kernels.losses import masked_loss
+from sanm_kernels.masking import masked_forward
 from sanm_kernels.results import MaskedForward
 
 #: Up to these a row is so short that torch's own functions are slow.

@@ -207,7 +207,7 @@ def test_a_module_that_was_deleted_is_not_shipped(pure: Path) -> None:
         done = run(sys.executable, "setup.py", "-q", "build", cwd=pure, CXX="/nonexistent/g++")
         assert done.returncode == 0, done.stderr
         (built,) = (pure / "build").glob("lib*/sanm_kernels")
-        assert (built / "functional.py").is_file() and (built / "extra.py").is_file() == there
+        assert (built / "masking.py").is_file() and (built / "extra.py").is_file() == there
 
 
 def test_a_library_that_is_no_longer_built_goes(pure: Path) -> None:
@@ -227,7 +227,7 @@ def test_source_distribution_holds_the_kernels(pure: Path) -> None:
     for source in (pure / "csrc").rglob("*.*"):
         if "__pycache__" not in source.parts:
             assert f"/{source.relative_to(pure)}\n" in names
-    assert "/sanm_kernels/functional.py\n" in names and "/sanm_train/cli.py\n" in names
+    assert "/sanm_kernels/masking.py\n" in names and "/sanm_train/cli.py\n" in names
 
 
 @pytest.mark.parametrize("address", ["https://example.org/sanm", ""])

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import sanm_kernels as sk
 from sanm_kernels.backends import load
-from sanm_kernels.functional import _settings
+from sanm_kernels.masking import _settings
 
 
 def saved(x: object) -> object:

@@ -48,7 +48,7 @@ BELOW = {"backends", "ops", "reference", "config", "validate"}
 THIRD_PARTIES = {
     "reference": {"torch"},
     "backends": {"torch", "triton", "numpy"},
-    "functional": {"torch", "numpy", "typing_extensions"},
+    "masking": {"torch", "numpy", "typing_extensions"},
     "results": {"torch", "numpy", "typing_extensions"},
 }
 

@@ -17,7 +17,7 @@ from test_docs import PAGES, code
 
 import sanm_kernels
 import sanm_train
-from sanm_kernels.functional import Options, masked_forward
+from sanm_kernels.masking import Options, masked_forward
 
 #: What a user does with every public function and class, and what checkers know of the results.
 RIGHT = """

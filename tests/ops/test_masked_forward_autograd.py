@@ -8,7 +8,7 @@ from inputs import BACKENDS, DTYPES, EXACT, MASK_CONFIGS, each, example, same, u
 from tolerances import assert_accurate, assert_parallel
 
 import sanm_kernels as sk
-from sanm_kernels.functional import _settings
+from sanm_kernels.masking import _settings
 from sanm_kernels.reference import draws
 from sanm_kernels.reference.masked_forward import visibility
 

@@ -263,10 +263,26 @@ inline void check_masked_views_backward(const Tensor& grad, const Tensor& boxes)
          "grad: expected an image for every box");
 }
 
-inline void check_classifier_backward(const OptTensor& grad_logits, const OptTensor& grad_loss,
-                                      const Tensor& features, const Tensor& weight,
-                                      const Tensor& logits, const Tensor& targets,
-                                      const Tensor& pooled, const Tensor& visible) {
+// ---- masked_classifier
+
+inline void check_masked_classifier(const Tensor& features, const Tensor& box,
+                                    const Tensor& targets, const Tensor& weight,
+                                    const OptTensor& bias, int64_t H, int64_t W) {
+  const Expect all(features);
+  check_features(all, features, H, W);
+  const int64_t B = features.size(0);
+  all(box, "box", {B, 4}, ScalarType::Int);
+  all(weight, "weight", {kAny, features.size(1)}, kFloating);
+  const int64_t K = weight.size(0);
+  all(bias, "bias", {K}, kFloating);
+  all(targets, "targets", {B, K}, kFloating);
+}
+
+inline void check_masked_classifier_backward(const OptTensor& grad_logits,
+                                             const OptTensor& grad_loss, const Tensor& features,
+                                             const Tensor& weight, const Tensor& logits,
+                                             const Tensor& targets, const Tensor& pooled,
+                                             const Tensor& visible) {
   const Expect all(features);
   check_features(all, features, 1, 1);
   const ScalarType type = acc_type(features);

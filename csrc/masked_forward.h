@@ -9,14 +9,14 @@ namespace sanm {
 // B samples, features (B, C, h, w), images (B, Cin, H, W), V views, S draw sets.
 struct Inputs {
   Tensor features, targets, clean_prob;
-  OptTensor draws, seed, sample_index, images, weight, bias;
+  OptTensor draws, seed, sample_index, images;
   int64_t H, W, K;
   Settings settings;
   std::vector<double> fill_value;
 };
 
 struct Outputs {
-  Tensor stats, positions, ratio, boxes, targets, views, logits, loss, pooled, visible;
+  Tensor stats, positions, ratio, boxes, targets, views;
 };
 
 // make(sizes, dtype, channels_last) gives an empty tensor.
@@ -25,8 +25,7 @@ Outputs allocate(const Inputs& in, const Make& make) {
   using Sizes = std::vector<int64_t>;
   const int64_t B = in.features.size(0), V = in.settings.view_count(), S = in.settings.draw_sets();
   const ScalarType acc = acc_type(in.features);
-  const bool soft = in.targets.scalar_type() != ScalarType::Long, one_pass = in.weight.has_value();
-  const Sizes none{0};
+  const bool soft = in.targets.scalar_type() != ScalarType::Long;
   return {make(Sizes{5, B}, acc, false),
           make(Sizes{2, B, 2}, ScalarType::Int, false),
           make(Sizes{S, B}, ScalarType::Float, false),
@@ -34,11 +33,7 @@ Outputs allocate(const Inputs& in, const Make& make) {
           make(Sizes{S, B, in.K}, soft ? in.targets.scalar_type() : ScalarType::Float, false),
           in.images ? make(Sizes{V * B, in.images->size(1), in.H, in.W}, in.images->scalar_type(),
                            is_channels_last(*in.images))
-                    : make(none, in.features.scalar_type(), false),
-          make(one_pass ? Sizes{B, in.K} : none, acc, false),
-          make(one_pass ? Sizes{} : none, acc, false),
-          make(one_pass ? Sizes{B, in.features.size(1)} : none, acc, false),
-          make(one_pass ? Sizes{B, in.features.size(2), in.features.size(3)} : none, acc, false)};
+                    : make(Sizes{0}, in.features.scalar_type(), false)};
 }
 
 // The fields of Settings (sanm_kernels/reference/masked_forward.py) as numbers; the last is one fill
@@ -90,16 +85,13 @@ inline void check_masked_forward(const Inputs& in) {
          "seed: expected where draws are missing, and for the pixel fill");
   all(in.seed, "seed", {}, ScalarType::Long);
   all(in.sample_index, "sample_index", {B}, ScalarType::Long);
-  all(in.weight, "weight", {K, in.features.size(1)}, kFloating);
-  all(in.bias, "bias", {K}, kFloating);
-  expect(!in.weight || s.views != 2, "weight: expected with the max view");
 }
 
 // Tensors that a call writes to are what it would have made.
 inline void check_dense(const Inputs& in, const Outputs& o) {
   const Expect all(in.features);
-  const Tensor* const given[] = {&o.stats, &o.positions, &o.ratio,  &o.boxes,  &o.targets,
-                                 &o.views, &o.logits,    &o.loss, &o.pooled, &o.visible};
+  const Tensor* const given[] = {&o.stats, &o.positions, &o.ratio,
+                                 &o.boxes, &o.targets,   &o.views};
   const Tensor* const* next = given;
   allocate(in, [&](const std::vector<int64_t>& size, ScalarType type, bool channels_last) {
     const Tensor& x = **next++;
@@ -150,17 +142,14 @@ struct Layout {
 inline void check_memory(const Inputs& in, const Outputs& o,
                          const std::optional<std::vector<Tensor>>& parts) {
   const Layout stats(o.stats), positions(o.positions), ratio(o.ratio), boxes(o.boxes),
-      targets(o.targets), views(o.views), logits(o.logits), loss(o.loss), pooled(o.pooled),
-      visible(o.visible);
-  const Layout* const outputs[] = {&stats, &positions, &ratio, &boxes,  &targets,
-                                   &views, &logits,    &loss,  &pooled, &visible};
+      targets(o.targets), views(o.views);
+  const Layout* const outputs[] = {&stats, &positions, &ratio, &boxes, &targets, &views};
   const auto apart = [&](const Layout& x) {
     for (const Layout* y : outputs) expect(&x == y || !x.meets(*y), "out: shares memory");
   };
   for (const Layout* x : outputs) apart(*x);
   for (const Tensor* x : {&in.features, &in.targets, &in.clean_prob}) apart(Layout(*x));
-  for (const OptTensor* x :
-       {&in.draws, &in.seed, &in.sample_index, &in.images, &in.weight, &in.bias})
+  for (const OptTensor* x : {&in.draws, &in.seed, &in.sample_index, &in.images})
     if (*x) apart(Layout(**x));
 
   if (!parts) return;
@@ -170,7 +159,6 @@ inline void check_memory(const Inputs& in, const Outputs& o,
            "out: expected the slices of its buffers");
     ++next;
   };
-  const auto whole = [&](const Layout& x) { slice(x, 0, x.dim > 0 ? x.size[0] : 0); };
   const Settings& s = in.settings;
   const int64_t B = in.features.size(0), V = s.view_count();
   for (int64_t k = 0; k < 5; ++k) slice(stats, k);
@@ -179,8 +167,7 @@ inline void check_memory(const Inputs& in, const Outputs& o,
   for (int64_t v = 0; v < V; ++v) slice(boxes, v);
   for (int64_t v = 0; v < V; ++v) slice(targets, s.shared ? 0 : v);
   for (int64_t v = 0; in.images && v < V; ++v) slice(views, v * B, B);
-  if (in.images) whole(views);
-  if (in.weight) whole(logits), whole(loss);
+  if (in.images) slice(views, 0, V * B);
   expect(next == parts->size(), "out: expected no more slices");
 }
 
@@ -192,30 +179,27 @@ inline void check_out(const Inputs& in, const Outputs& o,
 }
 
 // The operators' arguments, in the schema's order.
-#define SANM_PARAMETERS                                                                           \
-  Tensor features, Tensor targets, Tensor clean_prob, OptTensor draws, OptTensor seed,            \
-      OptTensor sample_index, OptTensor images, OptTensor weight, OptTensor bias, int64_t H,      \
-      int64_t W, int64_t K, std::vector<double> settings
-#define SANM_INPUTS                                                                          \
-  Inputs {                                                                                   \
-    features, targets, clean_prob, draws, seed, sample_index, images, weight, bias, H, W, K, \
-        as_settings(settings), fill_values(settings)                                         \
+#define SANM_PARAMETERS                                                                          \
+  Tensor features, Tensor targets, Tensor clean_prob, OptTensor draws, OptTensor seed,           \
+      OptTensor sample_index, OptTensor images, int64_t H, int64_t W, int64_t K,                 \
+      std::vector<double> settings
+#define SANM_INPUTS                                                                            \
+  Inputs {                                                                                     \
+    features, targets, clean_prob, draws, seed, sample_index, images, H, W, K,                 \
+        as_settings(settings), fill_values(settings)                                           \
   }
 
 // What masked_forward_out writes to, likewise.
-#define SANM_OUT_PARAMETERS                                                                  \
-  Tensor stats, Tensor positions, Tensor ratio, Tensor boxes, Tensor targets_out,            \
-      Tensor views_out, Tensor logits, Tensor loss, Tensor pooled, Tensor visible,           \
-      std::optional<std::vector<Tensor>> parts
-#define SANM_OUTPUTS                                                                         \
-  Outputs { stats, positions, ratio, boxes, targets_out, views_out, logits, loss, pooled, visible }
+#define SANM_OUT_PARAMETERS                                                         \
+  Tensor stats, Tensor positions, Tensor ratio, Tensor boxes, Tensor targets_out,   \
+      Tensor views_out, std::optional<std::vector<Tensor>> parts
+#define SANM_OUTPUTS \
+  Outputs { stats, positions, ratio, boxes, targets_out, views_out }
 
-using MaskedForward =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using MaskedForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 inline MaskedForward as_tuple(const Outputs& o) {
-  return {o.stats, o.positions, o.ratio, o.boxes,  o.targets,
-          o.views, o.logits,    o.loss,  o.pooled, o.visible};
+  return {o.stats, o.positions, o.ratio, o.boxes, o.targets, o.views};
 }
 
 }  // namespace sanm

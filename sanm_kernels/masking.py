@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from sanm_kernels import results, validate
 from sanm_kernels.backends import call
 from sanm_kernels.config import FILLS, MaskConfig
+from sanm_kernels.ops.masked_forward import OUTPUTS
 from sanm_kernels.reference.masked_forward import Settings
 from sanm_kernels.results import ActivationStats, MaskedForward, Options
 
@@ -115,11 +116,12 @@ def masked_forward(
 ) -> MaskedForward:
     """Statistics, label-quality-guided boxes, modulated targets, masked views, one-pass loss.
 
-    Sections 1 to 5 of the method in one pass over the feature map: E = Σ_c F² gives peak and
+    Sections 1 to 4 of the method in one pass over the feature map: E = Σ_c F² gives peak and
     trough; r = a + γ·(1 − q) gives the boxes' area; views are the images with a box filled;
     targets lose min(r, t[j*]) (or r) at their maximum, spread over the other classes. With
     `classifier`, the peak's box hides cells of the feature map instead of pixels: what is left is
-    average-pooled, classified and scored, z = Σ v·F / Σ v, logits = z·Wᵀ + bias.
+    average-pooled, classified and scored, z = Σ v·F / Σ v, logits = z·Wᵀ + bias (section 5); for
+    that the map is read once more.
 
     Args:
         features: (B, C, h, w) last feature map, any floating dtype and strides; contiguous and
@@ -179,33 +181,43 @@ def masked_forward(
         sample_index,
     )
     device = features.device
-    if classifier is None:
-        features = validate.detached(features)  # boxes and statistics are constants
     clean_prob = validate.detached(validate.row(clean_prob))
     seed: Tensor | None = None
     if draws is None or (config.fill == "pixel" and images is not None):
         seed = _seed(generator, device)
 
     arguments = (
-        features,
+        validate.detached(features),  # boxes and statistics are constants
         targets if targets.dim() == 2 else validate.int64(targets),
         clean_prob if clean_prob.dtype is torch.float32 else clean_prob.to(torch.float32),
         None if draws is None else validate.detached(draws),
         seed,
         None if sample_index is None else validate.int64(sample_index),
         images,
-        weight,
-        bias,
         height,
         width,
         num_classes,
         settings,
     )
+
+    def classify(boxes: Tensor, new_targets: Tensor) -> tuple[Tensor, ...]:
+        """Logits and loss of the max view, the first, where they are asked for."""
+        if weight is None:
+            return ()
+        view = boxes[0], validate.detached(new_targets)[0]
+        given = (features, *view, weight, bias, height, width)
+        return tuple(call("masked_classifier", device, backend, *given)[:2])
+
     if out is not None:
-        results.write(out, config, arguments, device, backend)
+        head = {} if weight is None else {"features": features, "weight": weight, "bias": bias}
+        results.write(out, config, arguments, head, device, backend)
+        with torch.no_grad():
+            given = out.buffers[len(OUTPUTS) :]
+            for buffer, x in zip(given, classify(*out.buffers[3:5]), strict=True):
+                buffer.copy_(x)
         return out
     outputs = call("masked_forward", device, backend, *arguments)
-    return results.unpack(config, outputs, images is not None, weight is not None)
+    return results.unpack(config, (*outputs, *classify(*outputs[3:5])), images is not None)
 
 
 @validate.by_kinds(MaskConfig)

@@ -16,6 +16,7 @@ from sanm_kernels.backends import call, serving
 from sanm_kernels.config import VIEWS, MaskConfig
 from sanm_kernels.ops.masked_forward import INPUTS, OUTPUTS, TENSORS, Spec, specs
 from sanm_kernels.reference.masked_forward import is_channels_last
+from sanm_kernels.reference.precision import accumulate_dtype
 
 #: Tensor where `images=` was given, None where not; either for a plain `MaskedForward`.
 Images = TypeVar("Images", covariant=True, default=Tensor | None)
@@ -80,6 +81,8 @@ class MaskedForward(NamedTuple, Generic[Images, Logits]):
     buffers: tuple[Tensor, ...]
 
 
+#: Names of its buffers: the outputs of masked_forward, and the first of masked_classifier.
+BUFFERS = (*OUTPUTS, "logits", "loss")
 #: Names of a result's tensors.
 PARTS = (*ActivationStats._fields, *MaskedForward._fields[1:-1])
 
@@ -97,11 +100,9 @@ class Options(TypedDict, total=False):
     backend: str | None
 
 
-def unpack(
-    config: MaskConfig, outputs: tuple[Tensor, ...], has_images: bool, has_classifier: bool
-) -> MaskedForward:
-    """The operator's stacked outputs as named slices (views: no copy)."""
-    stats, positions, ratio, boxes, targets, masked, logits, loss = outputs[:8]
+def unpack(config: MaskConfig, buffers: tuple[Tensor, ...], has_images: bool) -> MaskedForward:
+    """BUFFERS, of a call with a classifier all of them, as named slices (views: no copy)."""
+    stats, positions, ratio, boxes, targets, masked, *of_classifier = buffers
     count = len(config.views)
     images: Sequence[Tensor | None]
     if not has_images:
@@ -126,9 +127,8 @@ def unpack(
             ActivationStats._make((*stats.unbind(0), *positions.unbind(0))),
             *parts,
             masked if has_images else None,
-            logits if has_classifier else None,
-            loss if has_classifier else None,
-            outputs,
+            *(of_classifier or (None, None)),
+            buffers,
         )
     )
 
@@ -142,7 +142,7 @@ class Slice(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What `out` has to look like: its buffers as OUTPUTS and as `_looks` sees them, its parts."""
+    """What `out` has to look like: its buffers as BUFFERS and as `_looks` sees them, its parts."""
 
     outputs: tuple[Spec, ...]
     looks: list[tuple[Any, ...]]
@@ -155,19 +155,22 @@ def expect(
     features: Tensor,
     targets: Tensor,
     images: Tensor | None,
-    weight: Tensor | None,
     num_classes: int,
     config: MaskConfig,
     channels_last: bool,
+    classifier: bool,
 ) -> Expected:
     """What a call gives of such arguments, `channels_last` the images."""
     views, sets = len(config.views), config.draw_sets
-    outputs = specs(features, targets, images, weight, num_classes, views, sets, channels_last)
+    outputs = specs(features, targets, images, num_classes, views, sets, channels_last)
+    if classifier:
+        acc = accumulate_dtype(features)
+        outputs += (Spec((features.shape[0], num_classes), acc), Spec((), acc))
     if torch.compiler.is_compiling():
         return Expected(outputs, [], [], [])
     with torch.inference_mode(False):  # where views would not know what they are of
         buffers = tuple(spec.empty(torch.device("meta")) for spec in outputs)
-        result = unpack(config, buffers, images is not None, weight is not None)
+        result = unpack(config, buffers, images is not None)
 
     def find(x: Tensor) -> Slice:
         whole = x if x._base is None else x._base
@@ -208,15 +211,17 @@ def write(
     out: MaskedForward,
     config: MaskConfig,
     arguments: tuple[Any, ...],
+    head: dict[str, Tensor | None],
     device: torch.device,
     backend: str | None,
 ) -> None:
-    """The operator's results into `out`, which fits the call.
+    """What masked_forward gives into `out`, which fits the call.
 
-    Writing to it spoils neither a gradient nor an argument.
+    Writing to it spoils neither a gradient nor an argument, among them those of the classifier,
+    in `head`: all of its buffers are checked, and those of the classifier left to the caller.
     """
     if torch.is_grad_enabled():
-        for name, x in zip(TENSORS, arguments, strict=False):
+        for name, x in (dict(zip(TENSORS, arguments, strict=False)) | head).items():
             if x is not None and x.requires_grad:
                 raise RuntimeError(
                     f"out: cannot be given where {name} requires grad; call under "
@@ -226,33 +231,40 @@ def write(
     if had != config.views:
         raise ValueError(f"out: expected a result with the views {config.views}, got {had}")
     served = serving("masked_forward_out", device, backend)
-    if torch.compiler.is_compiling() or served not in CHECKING:
-        _check(out, config, arguments)
-        call("masked_forward_out", device, backend, *arguments, *out.buffers, None)
+    buffers = out.buffers[: len(OUTPUTS)]
+    if torch.compiler.is_compiling() or head or served not in CHECKING:
+        _check(out, config, arguments, head)
+        call("masked_forward_out", device, backend, *arguments, *buffers, None)
     else:
         parts = [x for x in _parts(out) if x is not None]
         try:
-            call("masked_forward_out", device, backend, *arguments, *out.buffers, parts)
+            call("masked_forward_out", device, backend, *arguments, *buffers, parts)
         except Exception:
-            _check(out, config, arguments)  # says it better, if that is what was wrong
+            _check(out, config, arguments, head)  # says it better, if that is what was wrong
             raise
     if not torch.compiler.is_compiling():
         # autograd did not see the writing: a graph that saved what was overwritten must not run
-        torch.autograd.graph.increment_version(out.buffers)
+        torch.autograd.graph.increment_version(buffers)
 
 
-def _check(out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...]) -> None:
+def _check(
+    out: MaskedForward,
+    config: MaskConfig,
+    arguments: tuple[Any, ...],
+    head: dict[str, Tensor | None],
+) -> None:
     """The parts of `out` are slices of its buffers, which are what the call would have made.
 
     And share no memory with each other or with an argument.
     """
-    if len(out.buffers) != len(OUTPUTS) or not all(isinstance(x, Tensor) for x in out.buffers):
-        raise TypeError(f"out: expected buffers of {len(OUTPUTS)} tensors, as a call returns them")
-    given = dict(zip(INPUTS, arguments, strict=False))
-    features, images, weight = given["features"], given["images"], given["weight"]
+    count = len(BUFFERS if head else OUTPUTS)
+    if len(out.buffers) != count or not all(isinstance(x, Tensor) for x in out.buffers):
+        raise TypeError(f"out: expected buffers of {count} tensors, as such a call returns them")
+    given = dict(zip(INPUTS, arguments, strict=True)) | head
+    features, images = given["features"], given["images"]
     channels_last = images is not None and is_channels_last(images)
     expected = expect(
-        features, given["targets"], images, weight, given["num_classes"], config, channels_last
+        features, given["targets"], images, given["num_classes"], config, channels_last, bool(head)
     )
     if torch.compiler.is_compiling():
         _compare(out.buffers, expected.outputs, features.device)
@@ -265,16 +277,16 @@ def _check(out: MaskedForward, config: MaskConfig, arguments: tuple[Any, ...]) -
         ]
     else:  # if only in strides of dimensions of length 1
         _compare(out.buffers, expected.outputs, features.device)
-        slices = _placed(unpack(config, out.buffers, images is not None, weight is not None))
+        slices = _placed(unpack(config, out.buffers, images is not None))
     for name, found, wanted in zip(PARTS, _placed(out), slices, strict=True):
         if found != wanted:
             raise ValueError(f"out: its {name} is no longer a slice of its buffers")
-    tensors = [(name, given[name]) for name in TENSORS if given[name] is not None]
+    tensors = [(name, x) for name, x in given.items() if isinstance(x, Tensor)]
     _check_memory(starts, expected.bytes, tensors)
 
 
 def _compare(buffers: Sequence[Tensor], outputs: Sequence[Spec], device: torch.device) -> None:
-    for name, spec, buffer in zip(OUTPUTS, outputs, buffers, strict=True):
+    for name, spec, buffer in zip(BUFFERS, outputs, buffers, strict=False):
         if (
             buffer.shape != spec.shape
             or buffer.dtype != spec.dtype
@@ -291,14 +303,14 @@ def _compare(buffers: Sequence[Tensor], outputs: Sequence[Spec], device: torch.d
 def _check_memory(
     starts: Sequence[int], sizes: Sequence[int], arguments: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """OUTPUTS, of so many bytes from `starts` on, share no memory with each other or an argument.
+    """BUFFERS, of so many bytes from `starts` on, share no memory with each other or an argument.
 
     Raises:
         ValueError: two do.
     """
     taken = sorted(
         (start, start + size, name)
-        for start, size, name in zip(starts, sizes, OUTPUTS, strict=True)
+        for start, size, name in zip(starts, sizes, BUFFERS, strict=False)
         if size
     )
     for (_, end, name), (first, _, other) in itertools.pairwise(taken):

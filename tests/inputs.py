@@ -181,3 +181,25 @@ def assert_refused(
         function(*arguments, **options)
     for x, y in zip(tensors, before, strict=True):
         assert x.is_meta or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
+
+
+def on_device(x: object, device: str) -> object:
+    """Tensors on the device, with their strides and their offset from an aligned address."""
+    if not isinstance(x, Tensor) or x.device.type == device:
+        return x
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True) if n > 0)
+    storage = torch.zeros(extent + x.storage_offset(), dtype=x.dtype, device=device)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+
+
+def call_operator(backend: str, op: str, *arguments: object) -> object:
+    """The operator on a GPU backend, its results on the CPU."""
+    assert backends.load(backend) is None
+    overload = getattr(getattr(torch.ops.sanm_kernels, op), backend)
+    results = overload(*(on_device(x, GPU_DEVICES[backend]) for x in arguments))
+    return [r.cpu() for r in results] if isinstance(results, tuple) else results.cpu()
+
+
+def double(x: object) -> object:
+    """In float64, where it is floating."""
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -190,7 +190,7 @@ CALLS = {
         "out: its images_min is no longer a slice of its buffers"),
     "out with few buffers": (
         nothing, lambda a: replaced(a, buffers=lambda r: r.buffers[:3]), TypeError,
-        "out: expected buffers of 10 tensors"),
+        "out: expected buffers of 6 tensors"),
     "out in memory of its own": (nothing, lambda a: overlapping(a), ValueError,
                                  "out: its boxes shares memory with its ratio"),
     "out in an argument's memory, of another storage": (

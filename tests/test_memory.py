@@ -249,7 +249,7 @@ f, q, y, seed = torch.rand(2, 4, 2, 2), torch.rand(2), torch.tensor([0, 1]), tor
 settings = [3, 1, 0, 0, 1, 0, 1.0, 0.1, 0.3, 0.1, 0.7, 1.3, 0.0]
 try:
     torch.ops.sanm_kernels.masked_forward.cpu(
-        f, y, q, None, seed, None, None, None, None, 8, 8, {classes}, settings)
+        f, y, q, None, seed, None, None, 8, 8, {classes}, settings)
 except ValueError as error:
     print("num_classes: expected from 2 to 2³¹ − 1" in str(error))
 """

@@ -81,6 +81,36 @@ def test_out_with_a_part_that_is_no_slice_is_refused(backend, change, part):
     assert all(torch.equal(a, b) for a, b in zip(before, out.buffers, strict=True))
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("images", [True, False])
+def test_out_of_a_call_with_a_classifier(backend, images):
+    f, t, q, x = example()
+    plain = {"config": CONFIGS[0], "backend": backend}
+    plain |= {"images": x} if images else {"size": x.shape[2:]}
+    options = plain | {"classifier": (torch.randn(5, 24), torch.randn(5))}
+    first, wanted = (sk.masked_forward(f, t, q, generator=i, **options) for i in (0, 1))
+    assert not torch.equal(first.logits, wanted.logits)
+    again = sk.masked_forward(f, t, q, generator=1, **options, out=first)
+    assert again is first and len(again.buffers) == 8
+    for a, b in zip(again.buffers, wanted.buffers, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(again.logits, wanted.logits) and torch.equal(again.loss, wanted.loss)
+    without = sk.masked_forward(f, t, q, generator=1, **plain)
+    before = [b.clone() for b in (*first.buffers, *without.buffers)]
+    with pytest.raises(TypeError, match="out: expected buffers of 6 tensors"):
+        sk.masked_forward(f, t, q, generator=0, **plain, out=first)
+    with pytest.raises(TypeError, match="out: expected buffers of 8 tensors"):
+        sk.masked_forward(f, t, q, generator=0, **options, out=without)
+    with pytest.raises(RuntimeError, match="out: cannot be given where features requires grad"):
+        sk.masked_forward(f.clone().requires_grad_(), t, q, generator=0, **options, out=first)
+    shared = first._replace(logits=f.view(-1)[:20].view(4, 5))
+    shared = shared._replace(buffers=(*first.buffers[:6], shared.logits, first.loss))
+    with pytest.raises(ValueError, match="out: shares its logits with the argument features"):
+        sk.masked_forward(f, t, q, generator=0, **options, out=shared)
+    after = (*first.buffers, *without.buffers)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 @pytest.mark.skipif(load("cpu") is not None, reason="the CPU kernels are not compiled")
 def test_the_operator_itself_refuses_to_write_where_it_reads():
     f, t, q, x = example()
@@ -90,7 +120,7 @@ def test_the_operator_itself_refuses_to_write_where_it_reads():
     op = torch.ops.sanm_kernels.masked_forward_out.cpu
 
     def write(images, buffers):
-        op(f, t, q, None, seed, None, images, None, None, *x.shape[2:], 5, settings, *buffers, None)
+        op(f, t, q, None, seed, None, images, *x.shape[2:], 5, settings, *buffers, None)
 
     write(x, out.buffers)
     with pytest.raises(ValueError, match="out: shares memory"):

@@ -1,6 +1,6 @@
-// masked_forward, sample by sample: energy → statistics → peak and trough → ratio and box → (one-pass
-// mode) pooling of what the box leaves visible → modulated targets → masked views, so that a thread
-// computes while its last views are still being written. Then, in the one-pass mode, logits and loss.
+// masked_forward, sample by sample: energy → statistics → peak and trough → ratio and box → modulated
+// targets → masked views, so that a thread computes while its last views are still being written; and
+// its gradients, of the targets and of the images.
 #include <functional>
 #include <memory>
 
@@ -12,42 +12,9 @@
 #include "cpu/values.h"
 #include "masked_forward.h"
 #include "math/modulation.h"
-#include "matrix.h"
 
 namespace sanm {
 namespace {
-
-// v / Σv (h, w): v is the share of a cell that the box leaves visible; zeros where none is.
-template <typename A>
-void visibility(const int32_t* box, int64_t h, int64_t w, int64_t H, int64_t W, A* v) {
-  A total = 0;
-  for (int64_t y = 0; y < h; ++y) {
-    const A rows = overlap<A>(box[0], box[2], y, h, H);
-    for (int64_t x = 0; x < w; ++x) {
-      const A share = A{1} - rows * overlap<A>(box[1], box[3], x, w, W);
-      v[y * w + x] = share > 0 ? share : A{0};
-      total += v[y * w + x];
-    }
-  }
-  for (int64_t k = 0; k < h * w; ++k) v[k] = total > 0 ? v[k] / total : A{0};
-}
-
-// z_c = Σ v·F: f (C, n) or (n, C) → z (C).
-template <typename T, typename A>
-void pool(const T* f, int64_t C, int64_t n, bool channels_last, const A* v, A* z) {
-  if (channels_last) {
-    std::fill_n(z, C, A{0});
-    for (int64_t x = 0; x < n; ++x)
-      for (int64_t c = 0; c < C; ++c) z[c] += v[x] * static_cast<A>(f[x * C + c]);
-    return;
-  }
-  for (int64_t c = 0; c < C; ++c) {
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t x = 0; x < n; ++x) sum += v[x] * static_cast<A>(f[c * n + x]);
-    z[c] = sum;
-  }
-}
 
 // The first index of the largest of K finite values, a pack at a time.
 template <typename T>
@@ -77,27 +44,9 @@ void new_targets(const T* t, int64_t label, int64_t K, float ratio, bool clamp, 
   result[label] = static_cast<T>(A{1} - d);
 }
 
-// Mean cross-entropy of logits (B, K) against targets (B, K) → loss ().
-template <typename A, typename T>
-void cross_entropy(const A* logits, const T* targets, int64_t B, int64_t K, A* loss) {
-  std::vector<A> rows(B);
-  torch::stable::parallel_for(0, B, grain(K), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const A lse = logsumexp(logits + i * K, K);
-      const T* t = targets + i * K;
-      rows[i] = row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sum)[1]) {
-        sum[0] += load_pack<A>(t + k, n, A(0)) * (lse - load_pack<A>(logits + i * K + k, n, A(0)));
-      })[0];
-    }
-  });
-  double sum = 0;
-  for (const A row : rows) sum += row;
-  *loss = static_cast<A>(sum / std::max<int64_t>(B, 1));
-}
-
-// Energy, statistics, peak and trough of every sample; then body(i, its features, positions) while
-// they are in the cache. Each thread takes a body of its own from make_body(), which is to work on
-// `work` more elements a sample. stats (5, B), positions (2, B, 2).
+// Energy, statistics, peak and trough of every sample; then body(i, positions). Each thread takes a
+// body of its own from make_body(), which is to work on `work` more elements a sample.
+// stats (5, B), positions (2, B, 2).
 template <typename F, typename MakeBody>
 void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const Tensor& stats,
              const Tensor& positions, int64_t work, const MakeBody& make_body) {
@@ -117,7 +66,7 @@ void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const T
       const Positions found = locator.find(map.data());
       std::copy_n(found.peak, 2, position + 2 * i);
       std::copy_n(found.trough, 2, position + 2 * (B + i));
-      body(i, f, found);
+      body(i, found);
     };
   };
   try {
@@ -214,28 +163,11 @@ PaintSample painter(const Inputs& in, const Image& images, const DrawSource& dra
   };
 }
 
-// logits (B, K) = pooled (B, C)·Wᵀ + bias.
-template <typename A>
-void classify(const Tensor& pooled, const Tensor& weight_, const OptTensor& bias_,
-              const Tensor& logits) {
-  const ScalarType type = pooled.scalar_type();
-  const Tensor weight = torch::stable::to(weight_, type);
-  multiply(pooled, torch::stable::transpose(weight, 0, 1), logits);
-  if (!bias_) return;
-  const Tensor bias = packed(torch::stable::to(*bias_, type));
-  const int64_t B = logits.size(0), K = logits.size(1);
-  A* z = out<A>(logits);
-  for (int64_t i = 0; i < B; ++i)
-    for (int64_t k = 0; k < K; ++k) z[i * K + k] += in<A>(bias)[k];
-}
-
 void run(const Inputs& in, const Outputs& out) {
   const Settings& s = in.settings;
   const Image features(in.features);
   const Tensor targets = packed(in.targets), clean_prob = packed(in.clean_prob);
-  const int64_t B = in.features.size(0), C = in.features.size(1), h = in.features.size(2),
-                w = in.features.size(3), K = in.K;
-  const bool one_pass = in.weight.has_value();
+  const int64_t B = in.features.size(0), K = in.K;
 
   // Values first: nothing is written before they are known to be right.
   const float* q = sanm::in<float>(clean_prob);
@@ -266,29 +198,13 @@ void run(const Inputs& in, const Outputs& out) {
   };
   dispatch(in.features.scalar_type(), [&](auto zero) {
     using F = decltype(zero);
-    using A = acc_t<F>;
-    A* visible = sanm::out<A>(out.visible);
-    A* pooled = sanm::out<A>(out.pooled);
     const int64_t work = K + (images && B ? out.views.numel() / B : 0);
     analyse<F>(features, in.H, in.W, s.quantize, out.stats, out.positions, work, [&] {
-      return [&, paint = make_painter()](int64_t i, const F* f, const Positions& found) {
+      return [&, paint = make_painter()](int64_t i, const Positions& found) {
         const Boxes placed = place(in, found, draws(i), q[i], i, B, ratio, boxes);
-        if (one_pass) {
-          visibility(placed.corners[0], h, w, in.H, in.W, visible + i * h * w);
-          pool(f, C, h * w, features.channels_last, visible + i * h * w, pooled + i * C);
-        }
         modulate(i);
         paint(i, placed);
       };
-    });
-  });
-  if (!one_pass) return;
-  dispatch(acc_type(in.features), [&](auto acc_zero) {
-    using A = acc_t<decltype(acc_zero)>;
-    classify<A>(out.pooled, *in.weight, in.bias, out.logits);
-    dispatch(out.targets.scalar_type(), [&](auto zero) {
-      using Y = decltype(zero);
-      cross_entropy(sanm::in<A>(out.logits), sanm::in<Y>(out.targets), B, K, sanm::out<A>(out.loss));
     });
   });
 }
@@ -319,9 +235,100 @@ std::tuple<Tensor, Tensor> activation_stats(const Tensor& features_, int64_t H, 
                positions = new_tensor({2, B, 2}, ScalarType::Int);
   dispatch(features_.scalar_type(), [&](auto zero) {
     analyse<decltype(zero)>(features, H, W, quantize, stats, positions, 0,
-                            [] { return [](int64_t, const auto*, const Positions&) {}; });
+                            [] { return [](int64_t, const Positions&) {}; });
   });
   return {stats, positions};
+}
+
+// t' = t + constants, except where the whole t[j*] was dropped: there t'[j*] = 0 and every other
+// target holds t[j*]/(K − 1), so that dt[j*] = Σ_{k≠j*} dt'[k]/(K − 1).
+// grad (S, B, K), targets (B, K), ratio (S, B) → (B, K)
+Tensor modulate_backward(const Tensor& grad_, const Tensor& targets_, const Tensor& ratio_,
+                         bool clamp) {
+  check_modulate_backward(grad_, targets_, ratio_);
+  const Tensor grad = packed(grad_), targets = packed(targets_), ratio = packed(ratio_);
+  const int64_t S = grad.size(0), B = grad.size(1), K = grad.size(2);
+  const Tensor result = new_tensor({B, K}, targets.scalar_type());
+  dispatch(targets.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const T *g = in<T>(grad), *t = in<T>(targets);
+    const float* r = in<float>(ratio);
+    torch::stable::parallel_for(0, B, grain(S * K), [&](int64_t begin, int64_t end) {
+      std::vector<A> sum(K);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t top = first_argmax(t + i * K, K);
+        std::fill(sum.begin(), sum.end(), A{0});
+        for (int64_t s = 0; s < S; ++s) {
+          const T* row = g + (s * B + i) * K;
+          const auto total = row_sums<A, 1>(K, [&](int64_t k, auto n, Pack<A>(&sums)[1]) {
+            const Pack<A> some = load_pack<A>(row + k, n, A(0));
+            store_pack<A>(load_pack<A>(&sum[k], n, A(0)) + some, n, &sum[k]);
+            sums[0] += some;
+          });
+          const A own = static_cast<A>(row[top]);
+          if (clamp && static_cast<A>(t[i * K + top]) < static_cast<A>(r[s * B + i]))
+            sum[top] += (total[0] - own) / static_cast<A>(K - 1) - own;
+        }
+        for (int64_t k = 0; k < K; ++k) out<T>(result)[i * K + k] = static_cast<T>(sum[k]);
+      }
+    });
+  });
+  return result;
+}
+
+// A pixel outside a view's box passes the view's gradient on; with the mean fill every pixel of a
+// channel also gets 1/(H·W) of what arrives inside the box.
+// grad (V·B, C, H, W), boxes (V, B, 4) → (B, C, H, W) in the memory format of grad
+Tensor masked_views_backward(const Tensor& grad_, const Tensor& boxes_, bool mean_fill) {
+  check_masked_views_backward(grad_, boxes_);
+  const Image grad(grad_);
+  const int64_t V = boxes_.size(0), B = boxes_.size(1), C = grad_.size(1), H = grad_.size(2),
+                W = grad_.size(3), pixels = C * H * W;
+  const Tensor corners = packed(boxes_);
+  const std::vector<Box> boxes = checked_boxes(in<int32_t>(corners), V * B, B, H, W);
+  const Tensor result = new_image({B, C, H, W}, grad_.scalar_type(), grad.channels_last);
+  const int64_t step = grad.channels_last ? C : 1, planes = grad.channels_last ? 1 : C;
+  dispatch(grad_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const T* g = in<T>(grad.tensor);
+    torch::stable::parallel_for(0, B, grain(V * pixels), [&](int64_t begin, int64_t end) {
+      std::vector<A> sum(W * step);
+      std::vector<A> share(C);  // of the mean fill, per channel
+      for (int64_t i = begin; i < end; ++i) {
+        const auto row = [&](int64_t v, int64_t plane, int64_t y) {
+          return g + (v * B + i) * pixels + (plane * H + y) * W * step;
+        };
+        const auto box = [&](int64_t v) -> const Box& { return boxes[v * B + i]; };
+        std::fill(share.begin(), share.end(), A{0});
+        if (mean_fill) {
+          for (int64_t v = 0; v < V; ++v)
+            for (int64_t plane = 0; plane < planes; ++plane)
+              for (int64_t y = box(v).y0; y < box(v).y1; ++y)
+                for (int64_t x = box(v).x0; x < box(v).x1; ++x)
+                  for (int64_t c = 0; c < step; ++c)
+                    share[plane + c] += static_cast<A>(row(v, plane, y)[x * step + c]);
+          for (A& value : share) value /= static_cast<A>(H * W);
+        }
+        for (int64_t plane = 0; plane < planes; ++plane)
+          for (int64_t y = 0; y < H; ++y) {
+            for (int64_t k = 0; k < W * step; ++k) sum[k] = share[plane + k % step];
+            for (int64_t v = 0; v < V; ++v) {
+              const T* from = row(v, plane, y);
+              const bool hit = box(v).y0 <= y && y < box(v).y1;
+              const int64_t left = hit ? box(v).x0 * step : W * step,
+                            right = hit ? box(v).x1 * step : left;
+              for (int64_t k = 0; k < left; ++k) sum[k] += static_cast<A>(from[k]);
+              for (int64_t k = right; k < W * step; ++k) sum[k] += static_cast<A>(from[k]);
+            }
+            T* to = out<T>(result) + i * pixels + (plane * H + y) * W * step;
+            for (int64_t k = 0; k < W * step; ++k) to[k] = static_cast<T>(sum[k]);
+          }
+      }
+    });
+  });
+  return result;
 }
 
 }  // namespace
@@ -330,6 +337,8 @@ STABLE_TORCH_LIBRARY_IMPL(sanm_kernels, CPU, m) {
   m.impl("masked_forward.cpu", TORCH_BOX(&masked_forward));
   m.impl("masked_forward_out.cpu", TORCH_BOX(&masked_forward_out));
   m.impl("activation_stats.cpu", TORCH_BOX(&activation_stats));
+  m.impl("modulate_backward.cpu", TORCH_BOX(&modulate_backward));
+  m.impl("masked_views_backward.cpu", TORCH_BOX(&masked_views_backward));
 }
 
 }  // namespace sanm

@@ -242,12 +242,6 @@ SANM_DEVICE void store_global(T* p, const Vector<T, N>& x) {
     __stwb(reinterpret_cast<W*>(p), raw);
 }
 
-template <typename T, int N>
-SANM_DEVICE void store_shared(T* p, const Vector<T, N>& x) {
-  SANM_DEVICE_CHECK(reinterpret_cast<uintptr_t>(p) % sizeof(x) == 0, "a misaligned vector store");
-  *reinterpret_cast<Vector<T, N>*>(p) = x;
-}
-
 // Arrays in global memory that no thread of the launch writes: of elements T, read N at a time, …
 template <typename T>
 struct Typed {

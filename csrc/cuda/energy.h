@@ -37,7 +37,6 @@ template <int V, typename Source, typename F = typename Source::Element, typenam
 SANM_DEVICE Rows energy_contiguous(
     const Source& f,       // (count, n), the slice
     int64_t count, int n,  // count·n is a multiple of V, and so is n where the map is large
-    F* held,               // (count, n), where the slice is kept in shared memory, or null
     A* partial,            // blockDim.x·V of scratch
     A* sums) {             // (warps or 1, n) of scratch
   int period = n;  // the least multiple of n that vectors divide
@@ -49,7 +48,6 @@ SANM_DEVICE Rows energy_contiguous(
 #pragma unroll 4
       for (int64_t c = 0; c < count; ++c) {
         const Vector<F, V> x = f.template load<V>(c * n + p);
-        if (held) store_shared(held + c * n + p, x);
 #pragma unroll
         for (int k = 0; k < V; ++k) sum[k] += widen(x[k]) * widen(x[k]);
       }
@@ -61,8 +59,7 @@ SANM_DEVICE Rows energy_contiguous(
   const int active = threads * V / period * period / V;
   const int64_t step = int64_t{active} * V, total = count * n;
   A sum[V] = {};
-  const auto add = [&](const Vector<F, V>& x, int64_t at) {
-    if (held) store_shared(held + at, x);
+  const auto add = [&](const Vector<F, V>& x) {
 #pragma unroll
     for (int k = 0; k < V; ++k) sum[k] += widen(x[k]) * widen(x[k]);
   };
@@ -73,9 +70,9 @@ SANM_DEVICE Rows energy_contiguous(
 #pragma unroll
       for (int u = 0; u < kFlight; ++u) x[u] = f.template load<V>(at + u * step);
 #pragma unroll
-      for (int u = 0; u < kFlight; ++u) add(x[u], at + u * step);
+      for (int u = 0; u < kFlight; ++u) add(x[u]);
     }
-    for (; at < total; at += step) add(f.template load<V>(at), at);
+    for (; at < total; at += step) add(f.template load<V>(at));
 #pragma unroll
     for (int k = 0; k < V; ++k) partial[thread * V + k] = sum[k];
   }
@@ -96,14 +93,12 @@ template <int V, typename Source, typename F = typename Source::Element, typenam
 SANM_DEVICE Rows energy_channels_last(
     const Source& f,  // (n, C) from the slice's first channel on
     int64_t C, int count, int n,
-    F* held,    // (n, count) in shared memory, or null
     A* sums) {  // (1, n) of scratch
   for (int p = warp(); p < n; p += warps()) {
     A sum = 0;
 #pragma unroll 4
     for (int c = lane() * V; c < count; c += kWarp * V) {
       const Vector<F, V> x = f.template load<V>(p * C + c);
-      if (held) store_shared(held + p * count + c, x);
 #pragma unroll
       for (int k = 0; k < V; ++k) sum += widen(x[k]) * widen(x[k]);
     }

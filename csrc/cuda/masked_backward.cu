@@ -1,49 +1,12 @@
-// Gradients of masked_forward: of the targets, of the images, and of the one-pass classifier.
+// Gradients of masked_forward: of the targets and of the images.
 //
 // Sums over rows, boxes and batches are taken in float (double for double) by one warp or block
 // each, in an order that depends on the sizes alone.
 #include "cuda/common.h"
-#include "matrix.h"
+#include "cuda/gradients.h"
 
 namespace sanm {
 namespace {
-
-constexpr int kThreads = 256;
-// Accesses in flight per source; fewer where each brings many elements, which cost registers.
-template <int N>
-constexpr int kUnroll = N > 4 ? 2 : 4;
-constexpr int64_t kSamples = 65535;  // along y of a grid; more of them take turns
-constexpr int64_t kLongRow = 1024;  // elements from which on a row is a block's work, not a warp's
-
-// Threads that share a row.
-template <bool kBlock>
-struct Team {
-  SANM_DEVICE static int size() { return kBlock ? blockDim.x : kWarp; }
-  SANM_DEVICE static int rank() { return kBlock ? threadIdx.x : lane(); }
-  SANM_DEVICE static int64_t first() {
-    return kBlock ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * warps() + warp();
-  }
-  SANM_DEVICE static int64_t step() {
-    return kBlock ? gridDim.x : static_cast<int64_t>(gridDim.x) * warps();
-  }
-  template <typename X, typename Op>
-  SANM_DEVICE static X reduce(X x, Op op, X identity) {
-    if constexpr (kBlock)
-      return block_reduce(x, op, identity, shared_memory<X>());
-    else
-      return warp_reduce(x, op);
-  }
-};
-
-// Calls body(kBlock, grid, shared bytes) for rows of K elements, of which there are B.
-template <typename Body>
-void with_team(int64_t B, int64_t K, const Body& body) {
-  constexpr int64_t kShared = kWarp * sizeof(Peak<double>);
-  if (K >= kLongRow)
-    body(std::true_type(), blocks_for(B, 1), kShared);
-  else
-    body(std::false_type(), blocks_for(B, kThreads / kWarp), int64_t{0});
-}
 
 // ---- Targets.
 
@@ -61,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 4) modulate_backward_kernel(
     int64_t S, int64_t B, int64_t K, int64_t g_s, int64_t g_b, int64_t g_k, int64_t t_b,
     int64_t t_k, bool clamp) {
   using A = acc_t<T>;
-  using Row = Team<kBlock>;
+  using Row = RowTeam<kBlock>;
   const int64_t begin = Row::rank() * N, step = Row::size() * N;
   if (N > 1) g_k = t_k = 1;
   for (int64_t b = Row::first(); b < B; b += Row::step()) {
@@ -116,7 +79,7 @@ Tensor modulate_backward(const Tensor& grad, const Tensor& targets, const Tensor
     const bool vectors = K * sizeof(T) % 16 == 0 && vector_rows(grad) && vector_rows(targets) &&
                          vector_rows(result);
     with_access<T>(vectors, [&](auto access) {
-      with_team(B, K, [&](auto block, int64_t blocks, int64_t shared) {
+      with_rows(B, K, [&](auto block, int64_t blocks, int64_t shared) {
         launch({"modulate_backward", grad, {blocks}, kThreads, shared},
                modulate_backward_kernel<T, decltype(access)::value, decltype(block)::value>,
                in<T>(grad), in<T>(targets), in<float>(ratio), out<T>(result), S, B, K,
@@ -126,17 +89,6 @@ Tensor modulate_backward(const Tensor& grad, const Tensor& targets, const Tensor
     });
   });
   return result;
-}
-
-// ---- Where an element is. Indices I into a sample are 32 bits wide where these are enough.
-
-// Calls body(N, I()) for samples of E elements.
-template <typename T, typename Body>
-void with_places(int64_t E, bool vectors, const Body& body) {
-  if (E > INT32_MAX)
-    body(std::integral_constant<int, 1>(), uint64_t{});
-  else
-    with_access<T>(vectors, [&](auto access) { body(access, uint32_t{}); });
 }
 
 // ---- Images.
@@ -334,152 +286,11 @@ Tensor masked_views_backward(const Tensor& grad_, const Tensor& boxes_, bool mea
   return result;
 }
 
-// ---- The one-pass classifier: logits = z·Wᵀ + bias, z = Σ F·v/Σv, loss = −Σ t'·log_softmax / B.
-//   d = dlogits = (softmax·Σt' − t')·grad_loss/B + grad_logits,
-//   dbias = Σ_b d,  dW = dᵀ·z,  dz = d·W,  dF = dz ⊗ v/Σv.
-
-template <typename A, typename T, bool kBlock>
-__global__ void __launch_bounds__(kThreads, 2) logits_backward_kernel(
-    const A* grad_logits,  // (B, K), strides (g_b, g_k), or null
-    const A* grad_loss,    // () or null
-    const A* logits,       // (B, K)
-    const T* targets,      // (B, K), strides (t_b, t_k)
-    A* d,                  // (B, K), written
-    int64_t B, int64_t K, int64_t g_b, int64_t g_k, int64_t t_b, int64_t t_k) {
-  using Row = Team<kBlock>;
-  const int64_t begin = Row::rank(), step = Row::size();
-  const A scale = grad_loss ? *grad_loss / static_cast<A>(B) : A{0};
-  for (int64_t b = Row::first(); b < B; b += Row::step()) {
-    const A* z = logits + b * K;
-    const T* t = targets + b * t_b;
-    A top = static_cast<A>(-INFINITY), mass = 0, total = 0;
-    if (grad_loss) {
-      LongSum<A> masses, totals;
-      for (int64_t k = begin; k < K; k += step) {
-        top = Max()(top, z[k]);
-        masses.add(static_cast<A>(widen(t[k * t_k])));
-      }
-      top = Row::reduce(top, Max(), static_cast<A>(-INFINITY));
-      mass = Row::reduce(masses.value(), Sum(), A{0});
-      for (int64_t k = begin; k < K; k += step) totals.add(std::exp(z[k] - top));
-      total = Row::reduce(totals.value(), Sum(), A{0});
-    }
-    for (int64_t k = begin; k < K; k += step) {
-      A value = 0;
-      if (grad_loss)
-        value = (std::exp(z[k] - top) / total * mass - static_cast<A>(widen(t[k * t_k]))) * scale;
-      if (grad_logits) value += grad_logits[b * g_b + k * g_k];
-      d[b * K + k] = value;
-    }
-  }
-}
-
-// dbias[k] = Σ_b d[b, k]. A block takes a warp's width of columns; each warp every warps()-th row.
-template <typename A>
-__global__ void __launch_bounds__(kThreads) bias_backward_kernel(
-    const A* d,  // (B, K)
-    A* bias,     // (K,), written
-    int64_t B, int64_t K) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kWarp + lane();
-  A sum = 0;
-  for (int64_t b = warp(); k < K && b < B; b += warps()) sum += d[b * K + k];
-  A* sums = shared_memory<A>();  // (warps(), kWarp)
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp() != 0 || k >= K) return;
-  for (int w = 1; w < warps(); ++w) sum += sums[w * kWarp + lane()];
-  bias[k] = sum;
-}
-
-// result[b] = left[b] ⊗ right[b]: dz ⊗ v/Σv in NCHW order, v/Σv ⊗ dz in NHWC. Block (tile, b).
-template <typename T, int N, typename I>
-__global__ void __launch_bounds__(kThreads) features_backward_kernel(
-    const acc_t<T>* left,   // (B, height)
-    const acc_t<T>* right,  // (B, width)
-    T* result,              // (B, E), written
-    int64_t B, I E, int64_t height, I width, Divisor<I> by_width) {
-  const I start = static_cast<I>(blockIdx.x) * (kThreads * kUnroll<N> * N) + threadIdx.x * N;
-  for (int64_t b = blockIdx.y; b < B; b += gridDim.y) {
-    const acc_t<T>*rows = left + b * height, *columns = right + b * width;
-#pragma unroll
-    for (int u = 0; u < kUnroll<N>; ++u) {
-      const I at = start + u * (kThreads * N);
-      if (at >= E) break;
-      I column = at, row = by_width.split(column);
-      Vector<T, N> product;
-#pragma unroll
-      for (int e = 0; e < N; ++e) {
-        product[e] = narrow<T>(rows[row] * columns[column]);
-        if (++column == width) column = 0, ++row;
-      }
-      store_global<kStream>(result + b * E + at, product);
-    }
-  }
-}
-
-// grad_logits (B, K), grad_loss (), features (B, C, h, w), weight (K, C), logits (B, K),
-// targets (B, K), pooled (B, C), visible (B, h, w) → gradients of features, weight, bias
-std::tuple<Tensor, Tensor, Tensor> classifier_backward(
-    OptTensor grad_logits, OptTensor grad_loss, const Tensor& features, const Tensor& weight,
-    const Tensor& logits_, const Tensor& targets, const Tensor& pooled, const Tensor& visible_) {
-  check_classifier_backward(grad_logits, grad_loss, features, weight, logits_, targets, pooled,
-                            visible_);
-  const Tensor logits = packed(logits_), visible = packed(visible_);
-  const int64_t B = logits.size(0), K = logits.size(1), C = features.size(1),
-                n = features.size(2) * features.size(3), E = C * n;
-  const ScalarType type = logits.scalar_type();
-  const Tensor d = new_tensor(logits, {B, K}, type), dbias = new_tensor(logits, {K}, type),
-               dz = new_tensor(logits, {B, C}, type), dweight = new_tensor(logits, {K, C}, type);
-  dispatch(targets.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const auto go = [&](auto acc_zero) {
-      using A = decltype(acc_zero);
-      with_team(B, K, [&](auto block, int64_t blocks, int64_t shared) {
-        launch({"classifier_backward", logits, {blocks}, kThreads, shared},
-               logits_backward_kernel<A, T, decltype(block)::value>,
-               grad_logits ? in<A>(*grad_logits) : nullptr, grad_loss ? in<A>(*grad_loss) : nullptr,
-               in<A>(logits), in<T>(targets), out<A>(d), B, K,
-               grad_logits ? grad_logits->stride(0) : 0, grad_logits ? grad_logits->stride(1) : 0,
-               targets.stride(0), targets.stride(1));
-      });
-      launch({"classifier_backward", logits, {ceil_div(K, kWarp)}, kThreads, kThreads * sizeof(A)},
-             bias_backward_kernel<A>, in<A>(d), out<A>(dbias), B, K);
-    };
-    type == ScalarType::Double ? go(double{}) : go(float{});
-  });
-  multiply(d, torch::stable::to(weight, type), dz);
-  multiply(torch::stable::transpose(d, 0, 1), pooled, dweight);
-  const bool channels_last = is_channels_last(features);
-  const Tensor result =
-      new_tensor(features, {B, C, features.size(2), features.size(3)}, features.scalar_type(),
-                 channels_last);
-  const Tensor &left = channels_last ? visible : dz, &right = channels_last ? dz : visible;
-  if (E > 0)
-    dispatch(features.scalar_type(), [&](auto zero) {
-      using T = decltype(zero);
-      const bool vectors = aligned16(result.const_data_ptr(), E * sizeof(T));
-      const int64_t width = channels_last ? C : n;
-      with_places<T>(E, vectors, [&](auto access, auto index) {
-        constexpr int N = decltype(access)::value;
-        using I = decltype(index);
-        launch({"classifier_backward",
-                features,
-                {ceil_div(E, kThreads * kUnroll<N> * N), std::min<int64_t>(B, kSamples)},
-                kThreads},
-               features_backward_kernel<T, N, I>, in<acc_t<T>>(left), in<acc_t<T>>(right),
-               out<T>(result), B, static_cast<I>(E), E / width, static_cast<I>(width),
-               Divisor<I>(width));
-      });
-    });
-  return {result, torch::stable::to(dweight, weight.scalar_type()), dbias};
-}
-
 }  // namespace
 
 SANM_CUDA_KERNELS(m) {
   m.impl("modulate_backward.cuda", TORCH_BOX(&modulate_backward));
   m.impl("masked_views_backward.cuda", TORCH_BOX(&masked_views_backward));
-  m.impl("classifier_backward.cuda", TORCH_BOX(&classifier_backward));
 }
 
 }  // namespace sanm

@@ -1,19 +1,15 @@
 // masked_forward in one launch: energy → statistics → peak and trough → ratio and box → modulated
-// targets and masked views, and in the one-pass mode the pooling of what the box leaves visible.
+// targets and masked views.
 //
 // A sample belongs to `parts` blocks, one where a batch fills the device by itself. On sm_90 and
 // later they are a cluster: each sums the energy of its own channels, all read each other's sums
 // from shared memory and add them in order of rank, so that the map is read once. Everything up to
 // the box is then computed by every part alike, which is cheaper than to wait for one. Earlier
 // devices have no clusters; there each part sums the whole map, which it finds in the L2 cache.
-// Each part paints its share of the image and, in the one-pass mode, pools its own channels, from
-// shared memory where they fit.
-//
-// Logits and loss follow: a matrix product, a block for each row's cross-entropy, one for the mean.
+// Each part paints its share of the image.
 #include <numeric>
 
 #include "cuda/activation.h"
-#include "cuda/classifier.h"
 #include "cuda/common.h"
 #include "cuda/energy.h"
 #include "cuda/painter.h"
@@ -26,7 +22,6 @@ constexpr int kThreads = 256;
 constexpr int kMostParts = 8;               // blocks of a cluster that every device can have
 constexpr int64_t kLeast = 8192;            // elements of a sample that are worth a block: so many
                                             // move while it computes what is not shared out
-constexpr int64_t kHeldBytes = 100 * 1024;  // shared memory of a block that leaves room for two
 constexpr int64_t kReduceBytes = kWarp * sizeof(Range<double>);  // of the largest type reduced
 constexpr int64_t kAhead = 48 * 1024;  // of what a block will read, asked for before it is needed
 constexpr int kLongRow = 1024;  // targets from which on a row is a block's work, not a warp's
@@ -61,16 +56,14 @@ struct Problem {
   int32_t* boxes;             // (V, B, 4)
   void* new_targets;          // (S, B, K)
   void* views;                // (V·B, Cin, H, W)
-  void *pooled, *visible;     // (B, C), (B, h, w)
 };
 
 // Where things lie in a block's scratch memory, in bytes.
 struct Layout {
   int64_t partial, sums, slice, e, map, norm, left, across, down, begin, rows, hit, size, fill,
-      held, total;
+      total;
 
-  // acc: bytes of a number that sums are taken in; held_bytes: of the features kept, or 0.
-  Layout(const Problem& p, int64_t acc, int64_t held_bytes) {
+  Layout(const Problem& p, int64_t acc) {  // acc: bytes of a number that sums are taken in
     constexpr int64_t kWarps = kThreads / kWarp;
     const int64_t copies = p.n <= kWarpCells ? kWarps : 1;  // of a map: each warp's, or the block's
     int64_t end = kReduceBytes;
@@ -93,19 +86,18 @@ struct Layout {
     hit = take(kWarps * sizeof(Pixel));
     size = take(2 * sizeof(Size));
     fill = take(2 * p.canvas.channels * sizeof(double));
-    held = take(held_bytes);
     total = end;
   }
 };
 
 // E of the sample's channels `own`, f (C, h, w).
 template <int V, typename Source, typename F = typename Source::Element, typename A = acc_t<F>>
-SANM_DEVICE Rows energy(const Problem& p, const Source& f, const Slice& own, F* held,
-                        A* partial, A* sums) {
+SANM_DEVICE Rows energy(const Problem& p, const Source& f, const Slice& own, A* partial,
+                        A* sums) {
   if (p.channels_last)
-    return energy_channels_last<V>(f + own.first, p.C, own.count, p.n, held, sums);
-  return energy_contiguous<V>(f + static_cast<int64_t>(own.first) * p.n, own.count, p.n, held,
-                              partial, sums);
+    return energy_channels_last<V>(f + own.first, p.C, own.count, p.n, sums);
+  return energy_contiguous<V>(f + static_cast<int64_t>(own.first) * p.n, own.count, p.n, partial,
+                              sums);
 }
 
 // A box of this size at its peak, or trough.
@@ -176,8 +168,7 @@ SANM_DEVICE void need_no_map(const Problem& p, const Layout& layout, const FillV
     }
 }
 
-// Block b·parts + part. Only the energy and the pooling depend on the type of the features: each
-// asks for it once. What lies in memory is asked for at entry, and what needs no map is computed
+// Block b·parts + part. Only the energy depends on the type of the features. What lies in memory is asked for at entry, and what needs no map is computed
 // while other warps search the map.
 template <typename A, bool kShared>
 __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kernel(
@@ -191,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
   const Slice own{channel, p.each < p.C - channel ? p.each : p.C - channel};
   const unsigned size = p.canvas.size(), start = part * p.image_each;
   const unsigned end = start + p.image_each < size ? start + p.image_each : size;
-  const bool spread = kShared && cluster_size() > 1, holds = kShared && layout.total > layout.held;
+  const bool spread = kShared && cluster_size() > 1;
   const bool masks = p.targets != nullptr;  // else activation_stats
   const Settings& s = p.settings;
 
@@ -221,11 +212,10 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
     dispatch_features<A>(p.feature_type, [&](auto zero) {
       using F = decltype(zero);
       energies = energy<kVector<F>>(
-          p, Typed<F>{static_cast<const F*>(p.features) + features.start}, summed,
-          holds ? shared_memory<F>(layout.held) : nullptr, partial, sums);
+          p, Typed<F>{static_cast<const F*>(p.features) + features.start}, summed, partial, sums);
     });
   else
-    energies = energy<1>(p, features, summed, static_cast<A*>(nullptr), partial, sums);
+    energies = energy<1>(p, features, summed, partial, sums);
   if (p.images && start < end) ahead(p.images, p.image_type, b * size + start, end - start);
   __syncthreads();
 
@@ -293,22 +283,6 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
 #pragma unroll
         for (int k = 0; k < 4; ++k) p.boxes[4 * (v * p.B + b) + k] = corners[k];
       }
-    if (p.pooled) {
-      visibility(team, taps, box[0], e);
-      if (part == 0)
-        for (int k = threadIdx.x; k < p.n; k += blockDim.x)
-          static_cast<A*>(p.visible)[b * p.n + k] = e[k];
-      A* pooled = static_cast<A*>(p.pooled) + b * p.C;
-      const int64_t c_step = p.channels_last ? 1 : p.n;
-      if (holds)
-        dispatch_features<A>(p.feature_type, [&](auto zero) {
-          pool(shared_memory<decltype(zero)>(layout.held), c_step,
-               p.channels_last ? own.count : 1, own, p.n, e, pooled);
-        });
-      else
-        pool(features + own.first * c_step, c_step, p.channels_last ? p.C : 1, own, p.n, e,
-             pooled);
-    }
     if (p.images) {
       const Filling<kShared> filling{p.image_type, s.fill == kPixel, memory,
                                      layout.fill,  draws.index,      draws.seed};
@@ -380,7 +354,7 @@ Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_chann
 void launch_samples(const Tensor& features, const Problem& p, const FillValues& values) {
   const auto go = [&](auto zero) {
     using A = decltype(zero);
-    const Layout layout(p, sizeof(A), 0);
+    const Layout layout(p, sizeof(A));
     const int64_t blocks = p.B * p.parts;
     if (layout.total > shared_limit(features)) {
       const Tensor workspace = new_tensor(features, {blocks * layout.total}, ScalarType::Byte);
@@ -389,12 +363,8 @@ void launch_samples(const Tensor& features, const Problem& p, const FillValues& 
       return;
     }
     const int64_t cluster = std::min(p.parts, cluster_limit_of(features));
-    const Layout more(p, sizeof(A), int64_t{p.each} * p.n * features.element_size());
-    const bool holds = p.pooled && p.vectors && cluster == p.parts &&
-                       more.total <= std::min(shared_limit(features), kHeldBytes);
-    const Layout& chosen = holds ? more : layout;
-    launch({"masked_forward", features, {blocks}, kThreads, chosen.total, cluster},
-           masked_forward_kernel<A, true>, p, chosen, values, nullptr);
+    launch({"masked_forward", features, {blocks}, kThreads, layout.total, cluster},
+           masked_forward_kernel<A, true>, p, layout, values, nullptr);
   };
   acc_type(features) == ScalarType::Double ? go(double{}) : go(float{});
 }
@@ -436,12 +406,7 @@ void run(const Inputs& in, const Outputs& o) {
     p.views = o.views.mutable_data_ptr();
     p.image_vectors = aligned16(p.images, bytes) && aligned16(p.views, bytes);
   }
-  if (in.weight) {
-    p.pooled = o.pooled.mutable_data_ptr();
-    p.visible = o.visible.mutable_data_ptr();
-  }
   launch_samples(features.tensor, p, values);
-  if (in.weight) classify(in, o);
 }
 
 MaskedForward masked_forward(SANM_PARAMETERS) {

@@ -1,11 +1,10 @@
-"""masked_forward and activation_stats: statistics, boxes, views, targets and one-pass classifier.
+"""masked_forward and activation_stats: statistics, boxes, views and targets.
 
 Shapes, with V views of which S have an own draw of area and aspect (S = 1 where they share it):
 features (B, C, h, w), targets (B, K) or int64 (B,), clean_prob (B,) float32, draws (B, D) float64,
-seed () int64, sample_index (B,) int64, images (B, Cin, H, W), weight (K, C), bias (K,) →
-statistics (5, B), positions (2, B, 2) int32, ratio (S, B) float32, boxes (V, B, 4) int32,
-new targets (S, B, K), views (V·B, Cin, H, W), logits (B, K), loss (), pooled (B, C) and
-visible (B, h, w). What was not asked for has shape (0,).
+seed () int64, sample_index (B,) int64, images (B, Cin, H, W) → statistics (5, B),
+positions (2, B, 2) int32, ratio (S, B) float32, boxes (V, B, 4) int32, new targets (S, B, K) and
+views (V·B, Cin, H, W), of shape (0,) where no images are given.
 """
 
 from __future__ import annotations
@@ -20,25 +19,14 @@ from sanm_kernels.reference import masked_forward as reference
 from sanm_kernels.reference.masked_forward import MEAN, Settings, is_channels_last
 from sanm_kernels.reference.precision import accumulate_dtype
 
-OUTPUTS = (
-    "stats",
-    "positions",
-    "ratio",
-    "boxes",
-    "new_targets",
-    "views",
-    "logits",
-    "loss",
-    "pooled",
-    "visible",
-)
+OUTPUTS = ("stats", "positions", "ratio", "boxes", "new_targets", "views")
 _SCHEMA_INPUTS = (
     "(Tensor features, Tensor targets, Tensor clean_prob, Tensor? draws, Tensor? seed, "
-    "Tensor? sample_index, Tensor? images, Tensor? weight, Tensor? bias, SymInt height, "
-    "SymInt width, SymInt num_classes, float[] settings"
+    "Tensor? sample_index, Tensor? images, SymInt height, SymInt width, SymInt num_classes, "
+    "float[] settings"
 )
 INPUTS = tuple(arguments_of(_SCHEMA_INPUTS + ")"))
-TENSORS = INPUTS[:9]
+TENSORS = INPUTS[:7]
 
 
 class Spec(NamedTuple):
@@ -62,20 +50,18 @@ def specs(
     features: Tensor,
     targets: Tensor,
     images: Tensor | None,
-    weight: Tensor | None,
     num_classes: int,
     views: int,
     sets: int,
     channels_last: bool,
 ) -> tuple[Spec, ...]:
     """What each of OUTPUTS looks like, of V views and S draw sets; `channels_last`: the images."""
-    batch, channels, h, w = features.shape
+    batch = features.shape[0]
     acc = accumulate_dtype(features)
     soft = targets.dtype if targets.is_floating_point() else torch.float32
     masked = Spec((0,), features.dtype)
     if images is not None:
         masked = Spec((views * batch, *images.shape[1:]), images.dtype, channels_last)
-    one_pass = weight is not None
     return (
         Spec((5, batch), acc),
         Spec((2, batch, 2), torch.int32),
@@ -83,10 +69,6 @@ def specs(
         Spec((views, batch, 4), torch.int32),
         Spec((sets, batch, num_classes), soft),
         masked,
-        Spec((batch, num_classes) if one_pass else (0,), acc),
-        Spec(() if one_pass else (0,), acc),
-        Spec((batch, channels) if one_pass else (0,), acc),
-        Spec((batch, h, w) if one_pass else (0,), acc),
     )
 
 
@@ -101,7 +83,6 @@ def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
             features,
             given["targets"],
             images,
-            given["weight"],
             given["num_classes"],
             settings.view_count,
             settings.draw_sets,
@@ -130,39 +111,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     given = dict(zip(INPUTS, inputs, strict=True))
     ctx.settings = s = Settings.of(given["settings"])
-    stats, positions, ratio, boxes, new_targets, views, logits, loss, pooled, visible = output
-    constants = [stats, positions, ratio, boxes, pooled, visible]
+    stats, positions, ratio, boxes, new_targets, views = output
+    constants = [stats, positions, ratio, boxes]
     needs = [INPUTS[place] for place in needed(ctx)]
     if "targets" not in needs:
         constants.append(new_targets)
     if "images" not in needs:
         constants.append(views)
-    if given["weight"] is None:
-        constants += [logits, loss]
     ctx.mark_non_differentiable(*constants)
     ctx.total = len(inputs)
-    features, targets = given["features"], given["targets"]
+    targets = given["targets"]
     ctx.soft = targets.is_floating_point()
-    ctx.has_bias = given["bias"] is not None
-    ctx.save_for_backward(
-        features,
-        targets if ctx.soft and s.clamp else None,
-        given["weight"],
-        ratio,
-        boxes,
-        new_targets,
-        logits,
-        pooled,
-        visible,
-    )
-    ctx.bias_dtype = given["bias"].dtype if ctx.has_bias else None
+    ctx.save_for_backward(targets if ctx.soft and s.clamp else None, ratio, boxes)
 
 
 def _backward(ops: Overloads, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    g_targets, g_views, g_logits, g_loss = grads[4:8]
-    features, targets, weight, ratio, boxes, new_targets, logits, pooled, visible = (
-        ctx.saved_tensors
-    )
+    g_targets, g_views = grads[4:]
+    targets, ratio, boxes = ctx.saved_tensors
     s = ctx.settings
     result: list[Tensor | None] = [None] * ctx.total
     if g_targets is not None and ctx.soft:
@@ -173,14 +138,6 @@ def _backward(ops: Overloads, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...
         )
     if g_views is not None:
         result[INPUTS.index("images")] = ops.masked_views_backward(g_views, boxes, s.fill == MEAN)
-    if g_logits is not None or g_loss is not None:
-        g_features, g_weight, g_bias = ops.classifier_backward(
-            g_logits, g_loss, features, weight, logits, new_targets[0], pooled, visible
-        )
-        result[INPUTS.index("features")] = g_features
-        result[INPUTS.index("weight")] = g_weight
-        if ctx.has_bias:
-            result[INPUTS.index("bias")] = g_bias.to(ctx.bias_dtype)
     return tuple(result)
 
 
@@ -201,16 +158,16 @@ define(
     fake=empty_outputs,
     setup_context=_setup_context,
     backward=_backward,
-    wrt=tuple(map(INPUTS.index, ("features", "targets", "images", "weight", "bias"))),
+    wrt=tuple(map(INPUTS.index, ("targets", "images"))),
     check=_check,
 )
 define(
     "masked_forward_out",
     _SCHEMA_INPUTS
     + "".join(
-        f", Tensor({letter}!) {name}_" for letter, name in zip("abcdefghij", OUTPUTS, strict=True)
+        f", Tensor({letter}!) {name}_" for letter, name in zip("abcdef", OUTPUTS, strict=True)
     )
-    + ", Tensor(k!)[]? parts) -> ()",
+    + ", Tensor(g!)[]? parts) -> ()",
     _reference_out,
     fake=lambda *arguments: None,
     check=_check,
@@ -226,17 +183,4 @@ define(
     "(Tensor grad, Tensor boxes, bool mean_fill) -> Tensor",
     reference.masked_views_backward,
     fake=lambda grad, boxes, mean_fill: torch.empty_like(grad[: boxes.shape[1]]),
-)
-define(
-    "classifier_backward",
-    "(Tensor? grad_logits, Tensor? grad_loss, Tensor features, Tensor weight, Tensor logits, "
-    "Tensor targets, Tensor pooled, Tensor visible) -> (Tensor, Tensor, Tensor)",
-    reference.classifier_backward,
-    fake=lambda grad_logits, grad_loss, features, weight, logits, targets, pooled, visible: (
-        Spec(tuple(features.shape), features.dtype, is_channels_last(features)).empty(
-            features.device
-        ),
-        weight.new_empty(weight.shape),
-        logits.new_empty(logits.shape[1:]),
-    ),
 )

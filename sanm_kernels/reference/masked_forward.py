@@ -1,4 +1,4 @@
-"""Sections 2 to 5 of the method: ratio, box, masked views, targets, and the one-pass classifier."""
+"""Sections 2 to 5 of the method: ratio, box, masked views and targets."""
 
 from __future__ import annotations
 
@@ -67,8 +67,6 @@ def forward(
     seed: Tensor | None,
     sample_index: Tensor | None,
     images: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     height: int,
     width: int,
     num_classes: int,
@@ -99,16 +97,7 @@ def forward(
     if images is not None:
         views = mask(images, boxes, draws_, seed, index, s)
 
-    logits, loss, pooled, visible = (e.new_empty(0) for _ in range(4))
-    if weight is not None:
-        visible = visibility(boxes[0], e.shape[1], e.shape[2], height, width, e.dtype)
-        pooled = torch.einsum("bchw,bhw->bc", features.to(e.dtype), visible)
-        logits = pooled @ weight.to(e.dtype).T
-        if bias is not None:
-            logits = logits + bias.to(e.dtype)
-        rows = -(new_targets[0].to(e.dtype) * torch.log_softmax(logits, 1)).sum(1)
-        loss = rows.sum() / max(batch, 1)
-    return stats, positions, ratio, boxes, new_targets, views, logits, loss, pooled, visible
+    return stats, positions, ratio, boxes, new_targets, views
 
 
 def check(targets: Tensor, clean_prob: Tensor, draws_: Tensor | None, num_classes: int) -> None:
@@ -204,25 +193,6 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def visibility(box: Tensor, h: int, w: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """v / Σv (B, h, w): v is the share of a cell's area, in image coordinates, outside the box.
-
-    All zeros where nothing is visible.
-    """
-    box = box.to(dtype)
-
-    def overlap(low: Tensor, high: Tensor, cells: int, size: int) -> Tensor:  # (B,) → (B, cells)
-        edges = torch.arange(cells + 1, dtype=dtype, device=box.device) * (size / cells)
-        hidden = torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])
-        return hidden.clamp(min=0) / (size / cells)
-
-    rows = overlap(box[:, 0], box[:, 2], h, height)
-    columns = overlap(box[:, 1], box[:, 3], w, width)
-    v = (1 - rows[:, :, None] * columns[:, None, :]).clamp(min=0)
-    total = v.sum((1, 2), keepdim=True)
-    return torch.where(total > 0, v / total, torch.zeros_like(v))
-
-
 def modulate_backward(grad: Tensor, targets: Tensor, ratio: Tensor, clamp: bool) -> Tensor:
     """Gradient of the targets (B, K) from that of the modulated ones (draw sets, B, K).
 
@@ -263,31 +233,3 @@ def masked_views_backward(grad: Tensor, boxes: Tensor, mean_fill: bool) -> Tenso
                 height * width
             )
     return total.to(grad.dtype)
-
-
-def classifier_backward(
-    grad_logits: Tensor | None,
-    grad_loss: Tensor | None,
-    features: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    pooled: Tensor,
-    visible: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of features (B, C, h, w), weight (K, C) and bias (K,) in the one-pass mode.
-
-    dlogits = (softmax·Σt' − t')·grad_loss/B + grad_logits; dz = dlogits·W; dF = dz ⊗ v/Σv.
-    """
-    d = torch.zeros_like(logits)
-    if grad_loss is not None:
-        t = targets.to(logits.dtype)
-        residual = torch.softmax(logits, 1) * t.sum(1, keepdim=True) - t
-        d = residual * (grad_loss / max(logits.shape[0], 1))
-    if grad_logits is not None:
-        d = d + grad_logits
-    dz = d @ weight.to(d.dtype)
-    df = dz[:, :, None, None] * visible[:, None]
-    if is_channels_last(features):
-        df = df.contiguous(memory_format=torch.channels_last)
-    return df.to(features.dtype), (d.T @ pooled).to(weight.dtype), d.sum(0)

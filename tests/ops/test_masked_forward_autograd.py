@@ -10,7 +10,7 @@ from tolerances import assert_accurate, assert_parallel
 import sanm_kernels as sk
 from sanm_kernels.masking import _settings
 from sanm_kernels.reference import draws
-from sanm_kernels.reference.masked_forward import visibility
+from sanm_kernels.reference.masked_classifier import visibility
 
 PAPER = sk.MaskConfig.paper()
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -173,16 +173,24 @@ def test_statistics_and_boxes_are_constants():
 def test_opcheck(backend, config):
     config = MASK_CONFIGS[config]
     f, t, q, x = example()
-    f, weight = f.requires_grad_(), torch.randn(5, 24, requires_grad=True)
-    one_pass = weight if "max" in config.views else None
     given = draws.uniforms(config.num_draws(3), torch.arange(4), torch.tensor(0))
     settings = _settings(config)._replace(fill_value=[0.5]).numbers()
     op = getattr(torch.ops.sanm_kernels.masked_forward, backend)
     torch.library.opcheck(
-        op, (f, t, q, given, torch.tensor(7), None, x, one_pass, None, 16, 12, 5, settings)
+        op, (f, t.requires_grad_(), q, given, torch.tensor(7), None, x, 16, 12, 5, settings)
     )
     op = getattr(torch.ops.sanm_kernels.activation_stats, backend)
-    torch.library.opcheck(op, (f.detach(), 16, 12, config.quantize))
+    torch.library.opcheck(op, (f, 16, 12, config.quantize))
+
+
+@backends
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck_of_the_classifier(backend, bias):
+    f, t, *_ = example()
+    box = torch.tensor([[0, 0, 16, 12], [3, 2, 9, 12], [0, 0, 1, 1], [5, 5, 5, 5]]).int()
+    weight, b = torch.randn(5, 24, requires_grad=True), torch.randn(5, requires_grad=True)
+    op = getattr(torch.ops.sanm_kernels.masked_classifier, backend)
+    torch.library.opcheck(op, (f.requires_grad_(), box, t, weight, b if bias else None, 16, 12))
 
 
 @backends

@@ -6,8 +6,10 @@ and trough (`activation`), draws ratio and boxes, modulates the targets and pain
 spread over several programs: a first launch sums E over slices of the channels, and in the second
 every program finds the boxes anew from those partial sums and paints its share of the image.
 
-One-pass mode: z = Σ_p v_p·F_p / Σ v needs the box, so the map is read again, from the cache as far
-as it fits; logits are one matrix product and the loss a few operations of torch on (B, K).
+Gradients: t' = t + constants, but where the drop is t[j*] itself (clamped), t'[j*] = 0 and every
+other target holds t[j*]/(K − 1), so j* gets the mean of the others' gradients instead of its own. A
+pixel outside a view's box passes its gradient on; with the mean fill each pixel of a channel also
+gets 1/(H·W) of what arrives inside the box.
 """
 
 from __future__ import annotations
@@ -199,66 +201,6 @@ def masked_forward_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "f_b", "width"])
-def pool_kernel(
-    features,  # (B, C, h, w), samples dense
-    boxes,  # (≥ B, 4) int32: the first view's
-    pooled,  # (B, C) in ACC, written
-    visible,  # (B, h·w) in ACC, written
-    C, h, w, H, W, f_b,
-    width,  # h·w if CHANNELS_FIRST, else C, in vectors
-    CHANNELS_FIRST: tl.constexpr, VECTOR: tl.constexpr, CELLS: tl.constexpr,
-    CHANNELS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Program b: v, the share of each cell's area outside the box, and z = Σ v·F / Σ v."""
-    b = tl.program_id(0).to(tl.int64)
-    n = h * w
-    box = boxes + b * 4
-    step_y = (H.to(tl.float64) / h.to(tl.float64)).to(ACC)
-    step_x = (W.to(tl.float64) / w.to(tl.float64)).to(ACC)
-    y0 = tl.load(box).to(ACC)
-    x0 = tl.load(box + 1).to(ACC)
-    y1 = tl.load(box + 2).to(ACC)
-    x1 = tl.load(box + 3).to(ACC)
-    total = tl.zeros((), ACC)
-    for first in range(0, n, CELLS):
-        p = first + tl.arange(0, CELLS)
-        y = (p // w).to(ACC) * step_y
-        x = (p % w).to(ACC) * step_x
-        rows = tl.maximum(tl.minimum(y1, y + step_y) - tl.maximum(y0, y), 0.0) / step_y
-        columns = tl.maximum(tl.minimum(x1, x + step_x) - tl.maximum(x0, x), 0.0) / step_x
-        v = tl.where(p < n, tl.maximum(1.0 - rows * columns, 0.0), 0.0)
-        tl.store(visible + b * n + p, v, mask=p < n)
-        total += tl.sum(v, 0)
-    tl.debug_barrier()
-    for first in range(0, n, CELLS):
-        p = first + tl.arange(0, CELLS)
-        v = tl.load(visible + b * n + p, mask=p < n, other=0.0)
-        share = tl.where(total > 0, numeric.divide(v, tl.where(total > 0, total, 1.0) + v * 0), 0.0)
-        tl.debug_barrier()
-        tl.store(visible + b * n + p, share, mask=p < n)
-    tl.debug_barrier()
-    f = features + b * f_b * VECTOR
-    length = width * VECTOR
-    for start in range(0, C, CHANNELS):
-        c = start + tl.arange(0, CHANNELS)
-        z = tl.zeros((CHANNELS,), ACC)
-        for first in range(0, n, CELLS):
-            p = first + tl.arange(0, CELLS)
-            share = tl.load(visible + b * n + p, mask=p < n, other=0.0)
-            if CHANNELS_FIRST:
-                at = tiles.offset(c[:, None], length, WIDE) + p[None, :]
-                inside = (c < C)[:, None] & (p < length)[None, :]
-                v = tl.load(f + at, mask=inside, other=0.0).to(ACC)
-                z += tl.sum(v * share[None, :], 1)
-            else:
-                at = tiles.offset(p[:, None], length, WIDE) + c[None, :]
-                inside = (p < n)[:, None] & (c < length)[None, :]
-                v = tl.load(f + at, mask=inside, other=0.0).to(ACC)
-                z += tl.sum(v * share[:, None], 0)
-        tl.store(pooled + b * C + c, z, mask=c < C)
-
-
 @functools.lru_cache(64)
 def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Fill values as a tensor; copied to the device once, not at each call."""
@@ -392,38 +334,6 @@ def forward_out(*arguments: Any) -> None:
     features = given["features"]
     height, width = given["height"], given["width"]
     _samples(features, height, width, settings, out["stats"], out["positions"], given, out)
-    if given["weight"] is not None:
-        _classify(features, given, out, height, width)
-
-
-def _classify(
-    features: Tensor, given: dict[str, Any], out: dict[str, Tensor], height: int, width: int
-) -> None:
-    """The one-pass mode from the boxes on: pooled, visible, logits, loss."""
-    batch, channels, h, w = features.shape
-    acc = accumulate_dtype(features)
-    cells = min(power_of_2(h * w), 256)
-    last = is_channels_last(features[:1])
-    source = tiles.dense(features, last)
-    length = channels if last else h * w
-    v = tiles.vector(source, rows=length)
-
-    config = configuration("masked_forward", channels * h * w)
-    launch(
-        pool_kernel, (batch,), source, out["boxes"], out["pooled"], out["visible"], channels, h,
-        w, height, width, source.stride(0) // v, length // v, CHANNELS_FIRST=not last, VECTOR=v,
-        CELLS=cells,
-        CHANNELS=max(min(power_of_2(channels), config["TILE"] // cells), 1),
-        ACC=triton_dtype(acc), WIDE=wide(source[:1]), num_warps=config["num_warps"],
-    )  # fmt: skip
-    weight, bias = given["weight"].to(acc), given["bias"]
-    if bias is None:
-        torch.mm(out["pooled"], weight.T, out=out["logits"])
-    else:
-        torch.addmm(bias.to(acc), out["pooled"], weight.T, out=out["logits"])
-    t = out["new_targets"][0].to(acc)
-    rows = (t * torch.log_softmax(out["logits"], 1)).sum(1)
-    out["loss"].copy_(-rows.sum() / max(batch, 1))
 
 
 @implements("masked_forward")
@@ -432,3 +342,150 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     buffers = empty_outputs(*arguments)
     forward_out(*arguments, *buffers, None)
     return buffers
+
+
+@triton.jit(do_not_specialize=["B", "K", "S"])
+def modulate_backward_kernel(
+    grad,  # (S, B, K)
+    targets,  # (B, K)
+    ratio,  # (S, B) float32
+    result,  # (B, K), written
+    B, K, S, g_s, g_b, g_k, t_b, t_k,
+    CLAMP: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program b: row b."""
+    b = tl.program_id(0).to(tl.int64)
+    best, top = painting.first_argmax(targets + b * t_b, K, t_k, CLASSES, ACC)
+    extra = tl.zeros((), ACC)  # what j* gets on top of its own gradients
+    for s in range(0, S):
+        row = grad + s * g_s + b * g_b
+        total = tl.zeros((), ACC)
+        for first in range(0, K, CLASSES):
+            k = first + tl.arange(0, CLASSES)
+            total += tl.sum(tl.load(row + k * g_k, mask=k < K, other=0.0).to(ACC), 0)
+        own = tl.load(row + top * g_k).to(ACC)
+        if CLAMP:
+            emptied = best < tl.load(ratio + s * B + b)
+            others = (total - own) / (K - 1)
+            extra += tl.where(emptied, others - own, 0.0)
+    for first in range(0, K, CLASSES):
+        k = first + tl.arange(0, CLASSES)
+        value = tl.zeros((CLASSES,), ACC)
+        for s in range(0, S):
+            g = tl.load(grad + s * g_s + b * g_b + k * g_k, mask=k < K, other=0.0)
+            value += g.to(ACC)
+        value += tl.where(k == top, extra, 0.0)
+        tl.store(result + b * K + k, numeric.cast(value, result.dtype.element_ty), mask=k < K)
+
+
+@implements("modulate_backward")
+def modulate_backward(grad: Tensor, targets: Tensor, ratio: Tensor, clamp: bool) -> Tensor:
+    """Gradient of the targets (B, K) from that of the modulated ones (S, B, K)."""
+    sets, batch, classes = grad.shape
+    result = targets.new_empty(targets.shape)
+
+    config = configuration("rows", classes)
+    launch(
+        modulate_backward_kernel, (batch,), grad, targets, ratio.contiguous(), result, batch,
+        classes, sets, *grad.stride(), *targets.stride(), CLAMP=clamp,
+        CLASSES=min(power_of_2(classes), config["TILE"]),
+        ACC=triton_dtype(accumulate_dtype(targets)), num_warps=config["num_warps"],
+    )  # fmt: skip
+    return result
+
+
+@triton.jit(do_not_specialize=["B", "H", "W", "step", "width", "g_b"])
+def hidden_means_kernel(
+    grad,  # (V·B, Cin, H, W), samples dense
+    boxes,  # (V, B, 4) int32
+    means,  # (B, Cin) in ACC, written
+    B, H, W, step, width, g_b,
+    VIEWS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Program (b, c): what arrives inside the boxes of sample b in channel c, over H·W."""
+    b, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = width * VECTOR
+    plane = tl.where(step > 1, 0, c)
+    mean = tl.zeros((), ACC)
+    for v in tl.static_range(VIEWS):
+        g = grad + (v * B + b) * g_b * VECTOR
+        y0, y1, j0, j1 = tiles.box(boxes + (v * B + b) * 4, step)
+        total = tl.zeros((ROWS, COLUMNS), ACC)
+        for left in range(j0 // VECTOR * VECTOR, j1, COLUMNS):
+            j = left + tl.arange(0, COLUMNS)[None, :]
+            own = tiles.within(j, j0, j1) & (j % step == c - plane)
+            for top in range(y0, y1, ROWS):
+                y = top + tl.arange(0, ROWS)[:, None]
+                at = tiles.offset(plane * H + y, length, WIDE) + j
+                read = (y < y1) & tiles.meets(j, j0, j1, VECTOR)
+                value = tl.load(g + at, mask=read, other=0.0).to(ACC)
+                total += tl.where(own, value, 0.0)
+        mean += tl.sum(tl.sum(total, 1), 0) / (H.to(ACC) * W.to(ACC))
+    tl.store(means + b * tl.num_programs(1) + c, mean)
+
+
+@triton.jit(do_not_specialize=["B", "H", "planes", "step", "width", "rows_each", "g_b"])
+def views_backward_kernel(
+    grad,  # (V·B, Cin, H, W), samples dense
+    boxes,  # (V, B, 4) int32
+    means,  # (B, Cin) in ACC with the mean fill, else None
+    result,  # (B, Cin, H, W), dense in the same order, written
+    B, H, planes, step, width, rows_each, g_b,
+    VIEWS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Program (b, part): its rows of each plane of sample b."""
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = width * VECTOR
+    last = tl.minimum(part * rows_each + rows_each, H)
+    out = result + b * (planes * H) * length
+    for left in range(0, length, COLUMNS):
+        j = left + tl.arange(0, COLUMNS)[None, :]
+        for plane in range(0, planes):
+            if means is not None:
+                c = plane
+                if CHANNELS_LAST:
+                    c = j % step
+                mean = tl.load(means + b * (planes * step) + c)
+            for top in range(part * rows_each, last, ROWS):
+                y = top + tl.arange(0, ROWS)[:, None]
+                at = tiles.offset(plane * H + y, length, WIDE) + j
+                exists = (y < last) & (j < length)
+                total = tl.zeros((ROWS, COLUMNS), ACC)
+                for v in tl.static_range(VIEWS):
+                    sample = v * B + b
+                    y0, y1, j0, j1 = tiles.box(boxes + sample * 4, step)
+                    value = tl.load(grad + sample * g_b * VECTOR + at, mask=exists, other=0.0)
+                    hidden = tiles.within(y, y0, y1) & tiles.within(j, j0, j1)
+                    total += tl.where(hidden, 0.0, value.to(ACC))
+                if means is not None:
+                    total += mean
+                tl.store(out + at, numeric.cast(total, result.dtype.element_ty), mask=exists)
+
+
+@implements("masked_views_backward")
+def masked_views_backward(grad: Tensor, boxes: Tensor, mean_fill: bool) -> Tensor:
+    """Gradient of the images (B, Cin, H, W) from that of the views (V·B, Cin, H, W)."""
+    views, batch = boxes.shape[:2]
+    _, channels, height, width = grad.shape
+    result = torch.empty_like(grad[:batch])
+    last = is_channels_last(result)
+    grad, out, boxes = tiles.dense(grad, last), tiles.dense(result, last), boxes.contiguous()
+    acc = accumulate_dtype(grad)
+    means = grad.new_empty(batch, channels, dtype=acc) if mean_fill else None
+
+    config = configuration("pixels", channels * height * width)
+    walk = tiles.walk(config["TILE"], last, grad, out)
+    meta = {"VIEWS": views, "ACC": triton_dtype(acc), "WIDE": wide(out[:1]),
+            "num_warps": config["num_warps"], **walk.tile}  # fmt: skip
+    stride = grad.stride(0) // walk.vector
+    if means is not None:
+        launch(hidden_means_kernel, (batch, channels), grad, boxes, means, batch, height, width,
+               *walk.sizes[1:], stride, **meta)  # fmt: skip
+    parts = tiles.parts(height, walk)
+    launch(
+        views_backward_kernel, (batch, parts.programs), grad, boxes, means, out, batch, height,
+        *walk.sizes, parts.rows, stride, CHANNELS_LAST=last, **meta,
+    )  # fmt: skip
+    return out if out is result else result.copy_(out)

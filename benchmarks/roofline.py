@@ -64,6 +64,20 @@ def masked_forward(B: int, C: int, h: int, H: int, K: int, dtype: torch.dtype) -
     return inputs, lambda: sk.masked_forward(*given, images=images, **options).buffers
 
 
+def masked_classifier(B: int, C: int, h: int, H: int, K: int) -> Call:
+    """Without the weight, which a matrix product of torch reads."""
+    features, targets, weight, bias = (
+        torch.rand(shape) for shape in ((B, C, h, h), (B, K), (K, C), (K,))
+    )
+    corner = torch.randint(0, H // 2, (B, 2), dtype=torch.int32)
+    box = torch.cat([corner, corner + H // 3], 1)
+    classify = torch.ops.sanm_kernels.masked_classifier.cuda
+    return (
+        [features, box, targets, bias],
+        lambda: list(classify(features, box, targets, weight, bias, H, H)),
+    )
+
+
 def masked_views_backward(B: int) -> Call:
     gradient = torch.rand(2 * B, 3, 224, 224)
     corner = torch.randint(0, 100, (2, B, 2), dtype=torch.int32)
@@ -130,6 +144,8 @@ def calls(small: bool) -> dict[str, Callable[[], Call]]:
         f"masked_forward {B}×2048×7×7 → 224 px, bfloat16": lambda: masked_forward(
             *large, torch.bfloat16
         ),
+        "masked_classifier 128×512×4×4": lambda: masked_classifier(128, 512, 4, 32, 10),
+        f"masked_classifier {B}×2048×7×7": lambda: masked_classifier(*large),
         f"masked_views_backward 2×{some}, 224 px": lambda: masked_views_backward(some),
         "masked_loss 768×100": lambda: masked_loss(100, False),
         "masked_loss 768×100, backward": lambda: masked_loss(100, True),

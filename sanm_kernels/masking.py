@@ -201,9 +201,7 @@ def masked_forward(
     )
 
     def classify(boxes: Tensor, new_targets: Tensor) -> tuple[Tensor, ...]:
-        """Logits and loss of the max view, the first, where they are asked for."""
-        if weight is None:
-            return ()
+        """Logits and loss of the max view, which is the first."""
         view = boxes[0], validate.detached(new_targets)[0]
         given = (features, *view, weight, bias, height, width)
         return tuple(call("masked_classifier", device, backend, *given)[:2])
@@ -211,13 +209,16 @@ def masked_forward(
     if out is not None:
         head = {} if weight is None else {"features": features, "weight": weight, "bias": bias}
         results.write(out, config, arguments, head, device, backend)
-        with torch.no_grad():
+        if head:
             given = out.buffers[len(OUTPUTS) :]
-            for buffer, x in zip(given, classify(*out.buffers[3:5]), strict=True):
-                buffer.copy_(x)
+            with torch.no_grad():
+                for buffer, x in zip(given, classify(*out.buffers[3:5]), strict=True):
+                    buffer.copy_(x)
         return out
     outputs = call("masked_forward", device, backend, *arguments)
-    return results.unpack(config, (*outputs, *classify(*outputs[3:5])), images is not None)
+    if weight is not None:
+        outputs = (*outputs, *classify(*outputs[3:5]))
+    return results.unpack(config, outputs, images is not None)
 
 
 @validate.by_kinds(MaskConfig)

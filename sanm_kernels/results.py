@@ -221,7 +221,7 @@ def write(
     in `head`: all of its buffers are checked, and those of the classifier left to the caller.
     """
     if torch.is_grad_enabled():
-        for name, x in (dict(zip(TENSORS, arguments, strict=False)) | head).items():
+        for name, x in (*zip(TENSORS, arguments, strict=False), *head.items()):
             if x is not None and x.requires_grad:
                 raise RuntimeError(
                     f"out: cannot be given where {name} requires grad; call under "

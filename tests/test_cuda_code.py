@@ -34,6 +34,7 @@ EXCEPTIONS = {
 #: Kernels of images, maps or rows of logits that have no 128-bit loads or stores …
 NARROW = {
     ("features_backward_kernel", "LDG"): "one gradient per map, of which it writes every cell",
+    ("pool_kernel", "STG"): "a mean per channel of a sample",
     ("squares_kernel", "STG"): "a sum per block",
     ("fit_kernel", "STG"): "a posterior per thread, and sums per block",
     ("masked_loss_kernel", "STG"): "numbers per row, and sums over rows",

@@ -1,4 +1,4 @@
-"""masked_forward and activation_stats (sections 1 to 5 of the method), one program per sample.
+"""masked_forward and activation_stats (sections 1 to 4 of the method), one program per sample.
 
 A program sums E over the channels of its sample (the only reading of the feature map), finds peak
 and trough (`activation`), draws ratio and boxes, modulates the targets and paints the views

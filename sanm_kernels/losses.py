@@ -166,10 +166,11 @@ def masked_loss(
         targets = validate.int64(targets if targets.dim() == 1 else targets.reshape(-1))
     if permutation is not None:
         permutation = validate.int64(permutation)
+    dtype = accumulate_dtype(logits)
     if ratio is not None:
-        ratio = ratio.reshape(-1).to(accumulate_dtype(logits))
+        ratio = validate.of_dtype(ratio if ratio.dim() == 1 else ratio.reshape(-1), dtype)
     if prior is not None:
-        prior = prior.to(accumulate_dtype(logits))
+        prior = validate.of_dtype(prior, dtype)
     scalars = validate.scalars(logits, lam, unlabeled_weight, prior_weight, confidence_weight)
     outputs = call(
         "masked_loss",

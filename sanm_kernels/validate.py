@@ -157,9 +157,13 @@ def integer(x: Any, name: str, dims: int = 1, *, shape: str = "(B,)") -> Tensor:
     return int64(x)
 
 
+def of_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; `to` takes time even where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def int64(x: Tensor) -> Tensor:
-    """`x` as int64; `to` takes time even where there is nothing to do."""
-    return x if x.dtype is torch.int64 else x.to(torch.int64)
+    return of_dtype(x, torch.int64)
 
 
 def detached(x: Tensor) -> Tensor:
@@ -229,22 +233,26 @@ def scalars(on: Tensor, *values: float | Tensor) -> Tensor:
     tensor on the device of `on`, and in a trace, all are there: kernels read them when they run,
     and so do those of a CUDA graph each time it is replayed.
     """
-    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     if torch.compiler.is_compiling():
-        one = torch.ones((), **options)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
         parts = [x if isinstance(x, Tensor) else one * x for x in values]
         if any(x.device.type != "cpu" for x in parts):
             parts = [x.to(on.device, non_blocking=True) for x in parts]
         return torch.stack([x.to(torch.float64) for x in parts]).to(on.device, non_blocking=True)
-    if not {float, int}.issuperset(map(type, values)):
-        options["device"] = on.device
+    if not _NUMBERS.issuperset(map(type, values)):
+        options: dict[str, Any] = {"dtype": torch.float64, "device": on.device}
         return torch.stack(
             [x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, **options)
              for x in values]
         )  # fmt: skip
     if type(on) is not Tensor or torch.is_inference_mode_enabled():
-        return torch.tensor(values, **options)  # one for FakeTensorMode, one for inference alone
-    return _float64(struct.pack(f"{len(values)}d", *values))
+        # one for FakeTensorMode, one for inference alone
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    return _float64(_bits(len(values)).pack(*values))
+
+
+_NUMBERS = frozenset((float, int))
+_bits = functools.lru_cache(lambda count: struct.Struct(f"{count}d"))
 
 
 @functools.lru_cache(maxsize=MOST_KINDS)

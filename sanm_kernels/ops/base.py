@@ -200,7 +200,8 @@ def differentiable(
             return None, *[gradients[place] for place in wrt]
 
     Operator.__name__ = Operator.__qualname__ = name
-    apply: Callable[..., Any] = Operator.apply
+    # Past what Function.apply does for torch.func's transforms, in which `transformed` is called.
+    apply: Callable[..., Any] = super(torch.autograd.Function, Operator).apply
 
     def call(*arguments: Any) -> Any:
         leaves = arguments[0] if has_list else [arguments[place] for place in wrt]

@@ -272,29 +272,6 @@ struct RowSums {
   }
 };
 
-// Of R rows side by side: body(j, k, n, sums) adds a pack of row j to each of its sums.
-template <typename A, int N, int R, typename Body>
-inline std::array<Pack<A>, N> rows_sums(int64_t K, const Body& body) {
-  RowSums<A, N, R> rows;
-  const auto add = [&](int64_t k, auto n) {
-#pragma GCC unroll 16
-    for (int j = 0; j < R; ++j) {
-      Pack<A> sum[N];
-      for (int s = 0; s < N; ++s) sum[s] = rows.sum[s][j];
-      body(j, k, n, sum);
-      for (int s = 0; s < N; ++s) rows.sum[s][j] = sum[s];
-    }
-  };
-  rows.packs(K, add, [&] {
-    for (int s = 0; s < N; ++s) {
-      const Pack<A> run = joined<A, R>(rows.sum[s], [](auto a, auto b) { return a + b; });
-      for (int j = 0; j < R; ++j) rows.total[s][j] += run[j];
-      rows.sum[s] = {};
-    }
-  });
-  return rows.joined_sums(K);
-}
-
 // Of `count` ≤ R rows in turn, which need much besides their sums: row(j) gives body(k, n, sums).
 template <typename A, int N, int R, typename Row>
 inline std::array<Pack<A>, N> rows_sums_in_turn(int64_t count, int64_t K, const Row& row) {
@@ -309,6 +286,33 @@ inline std::array<Pack<A>, N> rows_sums_in_turn(int64_t count, int64_t K, const 
         });
     for (int s = 0; s < N; ++s) rows.sum[s][j] = sum[s];
   }
+  return rows.joined_sums(K);
+}
+
+// Of R rows: row(j) gives body(k, n, sums), which adds a pack of row j to each of its sums. Side by side,
+// but a pack's worth of rows in turn where they are longer than two packs: all their sums do not fit
+// into registers.
+template <typename A, int N, int R, typename Row>
+inline std::array<Pack<A>, N> rows_sums(int64_t K, const Row& row) {
+  if constexpr (R == kPack)
+    if (K > 2 * kPack) return rows_sums_in_turn<A, N, R>(R, K, row);
+  RowSums<A, N, R> rows;
+  const auto add = [&](int64_t k, auto n) {
+#pragma GCC unroll 16
+    for (int j = 0; j < R; ++j) {
+      Pack<A> sum[N];
+      for (int s = 0; s < N; ++s) sum[s] = rows.sum[s][j];
+      row(j)(k, n, sum);
+      for (int s = 0; s < N; ++s) rows.sum[s][j] = sum[s];
+    }
+  };
+  rows.packs(K, add, [&] {
+    for (int s = 0; s < N; ++s) {
+      const Pack<A> run = joined<A, R>(rows.sum[s], [](auto a, auto b) { return a + b; });
+      for (int j = 0; j < R; ++j) rows.total[s][j] += run[j];
+      rows.sum[s] = {};
+    }
+  });
   return rows.joined_sums(K);
 }
 

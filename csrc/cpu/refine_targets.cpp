@@ -21,12 +21,15 @@ inline Pack<A> power(Pack<A> p, A exponent) {
 template <typename A, size_t R>
 void sharpen(const std::array<A*, R>& p, int64_t count, int64_t K, A exponent, A* out) {
   const Pack<A> top = rows_max<A, R>(p, K), scale = 1 / top;
-  const auto sum = rows_sums<A, 1, R>(padded(K), [&](int j, int64_t k, auto n, Pack<A>(&sums)[1]) {
-    const Pack<A> x = load_pack<A>(p[j] + k, n, A(0));
-    // the largest becomes 1 itself: next to it a high power would already be 0
-    const Pack<A> sharp = power<A>(x == top[j] ? splat<A>(1) : x * scale[j], exponent);
-    store_pack<A>(sharp, n, p[j] + k);
-    sums[0] += sharp;
+  const auto sum = rows_sums<A, 1, R>(padded(K), [&](int64_t j) {
+    return [x = p[j], top = splat<A>(top[j]), scale = splat<A>(scale[j]), exponent](
+               int64_t k, auto n, Pack<A>(&sums)[1]) {
+      const Pack<A> v = load_pack<A>(x + k, n, A(0));
+      // the largest becomes 1 itself: next to it a high power would already be 0
+      const Pack<A> sharp = power<A>(v == top ? splat<A>(1) : v * scale, exponent);
+      store_pack<A>(sharp, n, x + k);
+      sums[0] += sharp;
+    };
   });
   const Pack<A> share = 1 / sum[0];
   for (int64_t j = 0; j < count; ++j)
@@ -45,7 +48,8 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
   std::optional<Tensor> labels, clean_prob;
   if (labels_ && clean_prob_) {
     labels = packed(*labels_);
-    clean_prob = torch::stable::to(packed(*clean_prob_), type);
+    clean_prob = packed(*clean_prob_);
+    if (clean_prob->scalar_type() != type) clean_prob = torch::stable::to(*clean_prob, type);
     if (labels->scalar_type() == ScalarType::Long)
       check_indices(in<int64_t>(*labels), B, K, "labels");
     else

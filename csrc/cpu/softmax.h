@@ -76,9 +76,11 @@ inline int64_t row_argmax(const A* x, int64_t K) {
 // Σ_k e^{x_k − top} of each of R rows x of K, top their largest. Asks for the rows that come next.
 template <typename A, int R, typename T>
 inline Pack<A> exp_sums(const std::array<T*, R>& x, int64_t K, Pack<A> top) {
-  return rows_sums<A, 1, R>(K, [&](int j, int64_t k, auto n, Pack<A>(&sum)[1]) {
-    prefetch(x[j] + k, R * K * static_cast<int64_t>(sizeof(T)));
-    sum[0] += exp_nonpositive(load_pack<A>(x[j] + k, n, kLowest<A>) - top[j]);
+  return rows_sums<A, 1, R>(K, [&](int64_t j) {
+    return [x = x[j], top = splat<A>(top[j]), K](int64_t k, auto n, Pack<A>(&sum)[1]) {
+      prefetch(x + k, R * K * static_cast<int64_t>(sizeof(T)));
+      sum[0] += exp_nonpositive(load_pack<A>(x + k, n, kLowest<A>) - top);
+    };
   })[0];
 }
 
@@ -87,13 +89,16 @@ inline Pack<A> exp_sums(const std::array<T*, R>& x, int64_t K, Pack<A> top) {
 template <int N, typename A, int R, typename T>
 inline std::array<Pack<A>, N> exponentials(const std::array<T*, R>& x, int64_t K, Pack<A> top,
                                            const std::array<A*, R>& e, int64_t ahead) {
-  return rows_sums<A, N, R>(K, [&](int j, int64_t k, auto n, Pack<A>(&sum)[N]) {
-    prefetch(x[j] + k, ahead * K * static_cast<int64_t>(sizeof(T)));
-    const Pack<A> centred = load_pack<A>(x[j] + k, n, kLowest<A>) - top[j],
-                  power = exp_nonpositive(centred);
-    store_pack<A>(power, Whole{}, e[j] + k);
-    sum[0] += power;
-    if constexpr (N == 2) sum[1] += power == 0 ? Pack<A>{} : power * centred;  // 0·∞ = 0
+  return rows_sums<A, N, R>(K, [&](int64_t j) {
+    return [x = x[j], e = e[j], top = splat<A>(top[j]), next = ahead * K](
+               int64_t k, auto n, Pack<A>(&sum)[N]) {
+      prefetch(x + k, next * static_cast<int64_t>(sizeof(T)));
+      const Pack<A> centred = load_pack<A>(x + k, n, kLowest<A>) - top,
+                    power = exp_nonpositive(centred);
+      store_pack<A>(power, Whole{}, e + k);
+      sum[0] += power;
+      if constexpr (N == 2) sum[1] += power == 0 ? Pack<A>{} : power * centred;  // 0·∞ = 0
+    };
   });
 }
 

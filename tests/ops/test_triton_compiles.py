@@ -157,7 +157,7 @@ def keys(n, lam, weight, gamma):
         kept = (normalizer, p_mean, counts)
         masked_loss.backward(meta(), *[None] * 5, z, *given, *kept, *settings)
         masked_forward.forward(meta(64, 512, 4, 4), meta(64, 10), meta(64), None,
-                               meta(dtype=torch.int64), None, meta(64, 3, 32, 32), None, None, 32,
+                               meta(dtype=torch.int64), None, meta(64, 3, 32, 32), 32,
                                32, 10, config.numbers())
     result = []
     for kernel, arguments, values in recorded:

@@ -417,7 +417,9 @@ def test_names_of_classes_do_not_reach_the_terminal_as_they_are(capsys):
     assert r"\x1b[31mred\x07\n[b]" in shown and "\x1b" not in shown and "\x07" not in shown
 
 
-@pytest.mark.parametrize(("kind", "reason"), [(b"no", "no file of torch"), (None, "it names what")])
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(b"no", "not written by torch.save"), (None, "it names what")]
+)
 def test_what_is_wrong_with_a_label_file_is_said(tmp_path, kind, reason):
     path = tmp_path / "a.pt"
     torch.save({"clean_label": Call(os.system, "echo called")}, path)

@@ -19,6 +19,7 @@ from sanm_train.reports.comparison import accuracy_curves
 from sanm_train.reports.figure import draw_accuracies, draw_calibration
 
 DOCS = Path(__file__).resolve().parent
+RUNS = {"digits": ("symmetric:0.5", "instance:0.4"), "fashion": ("symmetric:0.5",)}  # shown
 PEAK, TROUGH, GREY = "#d62728", "#17becf", "#7f7f7f"
 CLEAN, WRONG = "#1f77b4", "#ff7f0e"
 
@@ -112,11 +113,14 @@ def label_quality(result: Result) -> Figure:
 
 
 def accuracy() -> Figure:
-    """Of the runs of docs/accuracy.md on few digits: cross-entropy, SANM on it, and its control."""
-    with (DOCS.parent / "benchmarks/results/training-digits.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    return draw_accuracies(accuracy_curves(rows, ["symmetric:0.5"], variants))
+    """Of the runs of docs/accuracy.md: cross-entropy, SANM on it, and its control."""
+    variants = ("ce", "sanm-ce", "sanm-ce: plain views")
+    panels = {}
+    for data, noises in RUNS.items():
+        with (DOCS.parent / f"benchmarks/results/training-{data}.csv").open(newline="") as file:
+            curves = accuracy_curves(list(csv.DictReader(file)), noises, variants)
+        panels |= {f"{data}, {noise}": lines for noise, lines in curves.items()}
+    return draw_accuracies(panels)
 
 
 def calibration(result: Result) -> Figure:

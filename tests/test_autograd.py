@@ -141,3 +141,26 @@ def test_vmap_and_jacrev(backend):
     torch.testing.assert_close(each[0], plain(logits[0]))
     with pytest.raises(RuntimeError, match="can be differentiated once, not twice"):
         torch.func.jacrev(torch.func.jacrev(function))(logits[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_tensors_kept_from_a_transform_have_their_gradients(backend, name):
+    """After torch.func.grad has ended, what it handed out is the tensor that it was given."""
+    operation = OPERATIONS[name]
+    key = operation.wrt[0]
+    inputs = operation.make()
+    inputs[key] = given = inputs[key].requires_grad_()
+    kept = []
+
+    def keep(x):
+        kept.append(x)
+        return x.sum()
+
+    torch.func.grad(keep)(given)
+    found = []
+    for x in (given, kept[0]):
+        outputs = operation.run(inputs | {key: x}, backend=backend).values()
+        total = sum(y.square().sum() for y in outputs if y.requires_grad)
+        found.append(torch.autograd.grad(total, given)[0])
+    assert torch.equal(*found)

@@ -200,8 +200,7 @@ def differentiable(
             return None, *[gradients[place] for place in wrt]
 
     Operator.__name__ = Operator.__qualname__ = name
-    # Past what Function.apply does for torch.func's transforms, in which `transformed` is called.
-    apply: Callable[..., Any] = super(torch.autograd.Function, Operator).apply
+    apply: Callable[..., Any] = Operator.apply
 
     def call(*arguments: Any) -> Any:
         leaves = arguments[0] if has_list else [arguments[place] for place in wrt]

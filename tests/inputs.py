@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sanm_kernels import MaskConfig, backends
+from sanm_kernels.ops.base import overload_of
 
 #: One configuration per branch of masked_forward.
 MASK_CONFIGS = {
@@ -195,8 +196,7 @@ def on_device(x: object, device: str) -> object:
 def call_operator(backend: str, op: str, *arguments: object) -> object:
     """The operator on a GPU backend, its results on the CPU."""
     assert backends.load(backend) is None
-    overload = getattr(getattr(torch.ops.sanm_kernels, op), backend)
-    results = overload(*(on_device(x, GPU_DEVICES[backend]) for x in arguments))
+    results = overload_of(op, backend)(*(on_device(x, GPU_DEVICES[backend]) for x in arguments))
     return [r.cpu() for r in results] if isinstance(results, tuple) else results.cpu()
 
 

@@ -168,8 +168,8 @@ SANM_DEVICE void need_no_map(const Problem& p, const Layout& layout, const FillV
     }
 }
 
-// Block b·parts + part. Only the energy depends on the type of the features. What lies in memory is asked for at entry, and what needs no map is computed
-// while other warps search the map.
+// Block b·parts + part. Only the energy depends on the type of the features. What lies in memory is
+// asked for at entry, and what needs no map is computed while other warps search the map.
 template <typename A, bool kShared>
 __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kernel(
     const __grid_constant__ Problem p, const __grid_constant__ Layout layout,

@@ -22,6 +22,7 @@ from sanm_kernels.ops.base import (
     BACKENDS,
     functions,
     operators,
+    overload_of,
     raise_forward_mode,
     tensors,
     transformable,
@@ -116,11 +117,11 @@ def serves(backend: str, op: str, device: torch.device | str) -> str | None:
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     reason = runs_on(backend, device)
-    if reason is None and backend != "reference":
-        overload = getattr(getattr(torch.ops.sanm_kernels, op), backend)
-        if not overload.has_kernel_for_dispatch_key(device.type.upper()):
-            reason = f"it has no kernel for {op}"
-    return reason
+    if reason is not None or backend == "reference":
+        return reason
+    if overload_of(op, backend).has_kernel_for_dispatch_key(device.type.upper()):
+        return None
+    return f"it has no kernel for {op}"
 
 
 def preferred(op: str, device: torch.device | str) -> str:
@@ -151,7 +152,7 @@ def _choose(op: str, device: torch.device, forced: str | None) -> Chosen:
     elif backend == "reference":
         _warn(device)
     return Chosen(
-        getattr(getattr(torch.ops.sanm_kernels, op), backend),
+        overload_of(op, backend),
         backend,
         value_checks.get(op) if backend in SILENT else None,
         functions.get((op, backend)),
@@ -235,8 +236,7 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
     saves). Operators without formulas are never differentiated: their public function detaches.
     """
     if torch.compiler.is_compiling():
-        chosen_name = serving(op, device, backend)
-        return getattr(getattr(torch.ops.sanm_kernels, op), chosen_name)(*arguments)
+        return overload_of(op, serving(op, device, backend))(*arguments)
     chosen = _choose(op, device, forced(backend))
     if chosen.check is not None:
         chosen.check(*arguments)

@@ -32,6 +32,11 @@ functions: dict[tuple[str, str], Callable[..., Any]] = {}
 transformable: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
+def overload_of(name: str, backend: str) -> Any:
+    """The operator as `backend` has it."""
+    return getattr(getattr(torch.ops.sanm_kernels, name), backend)
+
+
 class Overloads:
     """The operators of one backend as attributes; handed to every backward formula."""
 
@@ -39,10 +44,9 @@ class Overloads:
         self.backend = backend
 
     def __getattr__(self, name: str) -> Any:
-        overload = getattr(getattr(torch.ops.sanm_kernels, name), self.backend)
         # Looked up once: a kernel that is loaded later is the dispatcher's, not the overload's.
-        self.__dict__[name] = overload
-        return overload
+        self.__dict__[name] = found = overload_of(name, self.backend)
+        return found
 
 
 def define(

@@ -157,8 +157,8 @@ def keys(n, lam, weight, gamma):
         kept = (normalizer, p_mean, counts)
         masked_loss.backward(meta(), *[None] * 5, z, *given, *kept, *settings)
         masked_forward.forward(meta(64, 512, 4, 4), meta(64, 10), meta(64), None,
-                               meta(dtype=torch.int64), None, meta(64, 3, 32, 32), 32,
-                               32, 10, config.numbers())
+                               meta(dtype=torch.int64), None, meta(64, 3, 32, 32), 32, 32, 10,
+                               config.numbers())
     result = []
     for kernel, arguments, values in recorded:
         options = {k: values.pop(k) for k in ("num_warps", "num_stages") if k in values}

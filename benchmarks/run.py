@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import getpass
 import importlib.metadata
 import itertools
 import json
@@ -17,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -39,6 +41,7 @@ from benchmarks.common import (
     measure,
     serving,
 )
+from benchmarks.tables import comparison
 from sanm_kernels.__main__ import info
 from sanm_kernels.backends.cpu import LIBRARIES
 
@@ -163,20 +166,6 @@ def everywhere() -> Iterator[tuple[str, dict[str, str]]]:
                 yield f"{isa}-{threads}-{memory}", others | steered | thresholds
 
 
-def comparison(records: dict[str, dict[str, Any]]) -> str:
-    """Markdown: our time and its multiple of the copy limit in each file, a line for each case."""
-    lines = ["| operator, shape | " + " | ".join(records) + " |", "|---" * (len(records) + 1) + "|"]
-    rows: dict[str, dict[str, str]] = {}
-    for setting, record in records.items():
-        for case in record["cases"]:
-            ours = case["results"][OURS]
-            time_taken = f"{1e6 * ours['seconds'][1]:.0f} µs, {ours['over_limit'][1]:.2f}"
-            rows.setdefault(f"`{case['op']}` {case['shape']}", {})[setting] = time_taken
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(row.get(s, "–") for s in records) + " |")
-    return "\n".join(lines)
-
-
 def run_everywhere(arguments: Sequence[str], out: Path) -> int:
     """Each setting in a process; then their comparison. Returns the largest exit status."""
     status, records, began = 0, {}, time.time()
@@ -187,7 +176,10 @@ def run_everywhere(arguments: Sequence[str], out: Path) -> int:
         status = max(status, subprocess.run(command, env=environ).returncode)
         if path.exists() and path.stat().st_mtime >= began:  # not an earlier run's
             records[name] = json.loads(path.read_text())
-    print("\nOurs, and over the copy limit of the same run:\n\n" + comparison(records))
+    print(
+        "\nOur time, over the copy limit of the same run; those of torch and torch.compile over it:"
+    )
+    print(f"\n{comparison(records)}")
     return status
 
 
@@ -234,6 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--everywhere: on the CPU only")
         given = sys.argv[1:] if arguments is None else list(arguments)
         return run_everywhere([word for word in given if word != "--everywhere"], out)
+    # torch.compile keeps code without regard to the number of threads, and with another it writes
+    # past the ends of its buffers.
+    cache = f"torchinductor_{slug(getpass.getuser(), facts['processor']['capability'])}"
+    cache += f"-{facts['processor']['threads']}-threads"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / cache))
     # A GPU's own times hardly depend on the host's load: it is written down, and nothing refused.
     watch = Watch(options.despite_load or options.device == "cuda")
     if not watch.keeps("before the run"):

@@ -41,7 +41,7 @@ def remake(page: str, words: Sequence[str]) -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    for path in sorted(DOCS.glob("*.md")):
+    for path in [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]:
         before = path.read_text()
         after = remake(before, words)
         if after != before:

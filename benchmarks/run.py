@@ -46,8 +46,9 @@ from sanm_kernels.__main__ import info
 from sanm_kernels.backends.cpu import LIBRARIES
 
 HERE = Path(__file__).resolve().parent
-#: What makes glibc keep the memory that is freed, which by default it returns from 128 KiB on.
-KEPT = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+#: What makes glibc keep the memory that is freed, which by default it returns from 128 KiB on. A
+#: threshold for mmap cannot be above 32 MiB, less than a batch of large images.
+KEPT = {"MALLOC_TRIM_THRESHOLD_": "20000000000", "MALLOC_MMAP_MAX_": "0"}
 PACKAGES = ("numpy", "opencv-python-headless", "scikit-learn", "kornia", "timm")
 
 

@@ -1,8 +1,8 @@
 // Checks of the operators' arguments before they are read, on every device.
 //
-// The public functions check the same, with better messages. A direct call of torch.ops.sanm_kernels
-// does not, and a kernel would read past the end of a tensor that is too short, or misread another
-// dtype.
+// The public functions check the same, with better messages. A direct call of
+// torch.ops.sanm_kernels does not, and a kernel would read past the end of a tensor that is too
+// short, or misread another dtype.
 #pragma once
 
 #include <initializer_list>
@@ -11,11 +11,10 @@
 
 namespace sanm {
 
-constexpr int64_t kAny = -1;  // a size that may be anything
-constexpr ScalarType kFloating = ScalarType::Undefined;  // a dtype: any of the floating ones
-constexpr int64_t kIntEnd = int64_t{1} << 31;            // what kernels count in int is below it
+constexpr int64_t kAny = -1;  // any size
+constexpr ScalarType kFloating = ScalarType::Undefined;  // any floating dtype
+constexpr int64_t kIntEnd = int64_t{1} << 31;  // exclusive bound of what kernels count in int
 
-// Whether x has the dtype.
 inline bool is_of(const Tensor& x, ScalarType type) {
   const ScalarType own = x.scalar_type();
   if (type != kFloating) return own == type;
@@ -23,7 +22,7 @@ inline bool is_of(const Tensor& x, ScalarType type) {
          own == ScalarType::Double;
 }
 
-// Arguments that lie on one device.
+// Checks of arguments, all of which are on one device.
 class Expect {
  public:
   explicit Expect(const Tensor& on) : index_(on.get_device_index()) {}
@@ -62,13 +61,13 @@ inline void expect(bool holds, const char* what) {
   if (!holds) value_error(what);
 }
 
-// Run-time numbers: so many of double, dense, on the CPU or where the kernel reads them.
+// Run-time numbers: n contiguous doubles, on the CPU or on the kernel's device.
 inline void expect_numbers(const Tensor& x, const char* name, int64_t n) {
   if (x.numel() != n || x.scalar_type() != ScalarType::Double || !x.is_contiguous())
     value_error(name, ": expected ", n, " float64, dense, got shape ", shape_text(x));
 }
 
-// The sizes' sum, each of them ≥ 0.
+// Σ sizes, each ≥ 0
 inline int64_t total_of(const std::vector<int64_t>& sizes, const char* name) {
   int64_t total = 0;
   for (const int64_t size : sizes)
@@ -77,7 +76,7 @@ inline int64_t total_of(const std::vector<int64_t>& sizes, const char* name) {
   return total;
 }
 
-// Rows of classes: x (n, K) floats
+// x (n, K) floats, least ≤ K < 2³¹
 inline void expect_logits(const Expect& all, const Tensor& x, int64_t least) {
   all(x, "logits", {kAny, kAny}, kFloating);
   if (x.size(1) < least || x.size(1) >= kIntEnd)
@@ -160,7 +159,7 @@ inline void check_refine_targets(const std::vector<Tensor>& logits, const OptTen
   expect_numbers(exponent, "exponent", 1);
 }
 
-// ---- mixup_views; both give the number of rows in the stack of views
+// ---- mixup_views; both return the number of rows of all views together
 
 inline int64_t check_mixup_views(const std::vector<Tensor>& views, const Tensor& lam,
                                  const Tensor& permutation, int64_t rows) {
@@ -196,7 +195,7 @@ inline int64_t check_mixup_views_backward(const Tensor& grad, const Tensor& lam,
 
 // ---- reconstruction_loss
 
-// An image's sides and channels, which kernels count in int
+// (N, C, H, W); kernels count channels and sides in int
 inline void expect_image(const Expect& all, const Tensor& x, const char* name) {
   all(x, name, {kAny, kAny, kAny, kAny}, kFloating);
   for (int64_t d = 1; d < 4; ++d)
@@ -204,7 +203,7 @@ inline void expect_image(const Expect& all, const Tensor& x, const char* name) {
       value_error(name, ": expected sides and channels below 2³¹, got ", shape_text(x));
 }
 
-// The reconstruction
+// Returns the reconstruction, checked
 inline const Tensor& checked_reconstruction(const Tensor& reconstruction, const Tensor& images,
                                             const OptTensor& boxes) {
   const Expect all(reconstruction);
@@ -234,7 +233,7 @@ inline void check_fit_label_quality(const Tensor& losses, const OptTensor& histo
   expect(drawn, "uniforms: expected three numbers in [0, 1)");
 }
 
-// ---- masked_forward and its gradients; the rest of it is in masked_forward.h
+// ---- masked_forward and its gradients; its other checks are in masked_forward.h
 
 inline void check_features(const Expect& all, const Tensor& features, int64_t H, int64_t W) {
   expect_image(all, features, "features");

@@ -1,7 +1,7 @@
-"""What is compiled, with what and how: the tools, the flags, and the one writer of ninja files.
+"""How the libraries are built: sources, tools, flags, and the ninja files.
 
 setup.py builds the package's libraries with it; tests/ build the same sources with sanitizers, and
-the CUDA kernels for the host. Nothing is imported but Python's own modules.
+the CUDA kernels for the host. It imports the standard library only.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ X86 = {
     "baseline": "",
 }
 ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
-# No contraction (results equal to the last bit need it), no errno or traps around libm calls.
+# No contraction (backends agree bit for bit), no errno or floating-point traps.
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
     "-fno-trapping-math -fopenmp-simd -Wno-psabi"
 )
 
-#: Architectures of a CUDA library that is to run anywhere. The last that is compiled is also stored
-#: as PTX, for GPUs that are newer.
+#: Architectures of a CUDA library that runs anywhere. The last one compiled is also stored as PTX,
+#: for newer GPUs.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 # -fmad=false is what -ffp-contract=off is for the host.
 NVCC_FLAGS = (
@@ -47,15 +47,15 @@ NVCC_FLAGS = (
     "-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,-Wno-psabi"
 )
 
-Words = Sequence["str | Path"]  # of a command; paths are made relative to where it runs
+Words = Sequence["str | Path"]  # of a command; paths are made relative to its working directory
 
 
-# ---- The tools, and why something can't be built.
+# ---- Tools, and reasons why something can't be built.
 
 
 @functools.cache
 def find_torch() -> Path | None:
-    """The torch to compile against; nothing of it is imported, only headers and a name are used.
+    """The folder of the torch to compile against, which is not imported.
 
     It is the one that this interpreter imports, or, where build isolation hides that, the one in
     the environment that the package is being installed into.
@@ -67,7 +67,7 @@ def find_torch() -> Path | None:
 
 
 def torch_version(name: str = "__version__") -> str | None:
-    """What torch/version.py says of `name`: "__version__", "cuda" or "hip"."""
+    """The value of `name` in torch/version.py: "__version__", "cuda" or "hip"."""
     folder = find_torch()
     text = (folder / "version.py").read_text() if folder else ""
     found = re.search(rf"^{name}\b[^=\n]*= *'(.*?)'", text, re.MULTILINE)
@@ -75,7 +75,7 @@ def torch_version(name: str = "__version__") -> str | None:
 
 
 def find_ninja() -> str | None:
-    """ninja on the PATH, or beside the interpreter of an environment that is not activated."""
+    """ninja on the PATH, or next to the interpreter (an environment that is not activated)."""
     return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
 
 
@@ -102,9 +102,9 @@ def why_not_compiled() -> str | None:
 
 @functools.cache
 def find_nvcc() -> Path | None:
-    """nvcc on the PATH, in CUDA_HOME or CUDA_PATH, where CUDA is usually put, or in pip's packages.
+    """nvcc on the PATH, in CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or in pip's packages.
 
-    pip's are nvidia-cuda-nvcc of CUDA 13 and nvidia-cuda-nvcc-cu12.
+    pip's packages are nvidia-cuda-nvcc (CUDA 13) and nvidia-cuda-nvcc-cu12.
     """
     on_path = shutil.which("nvcc")
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -120,10 +120,10 @@ def find_nvcc() -> Path | None:
 def why_no_cuda() -> str | None:
     """None if the CUDA library is to be built here, else the reason.
 
-    It is where torch has CUDA; SANM_CUDA=1 asks for it elsewhere too, SANM_CUDA=0 for none.
+    By default it is built where torch has CUDA; SANM_CUDA=1 always builds it, SANM_CUDA=0 never.
 
     Raises:
-        SystemExit: SANM_CUDA=1 asks for what can't be built, or SANM_CUDA is neither 0 nor 1.
+        SystemExit: SANM_CUDA=1 where it can't be built, or SANM_CUDA is neither 0 nor 1.
     """
     asked = os.environ.get("SANM_CUDA", "")
     if asked not in ("", "0", "1"):
@@ -143,7 +143,7 @@ def why_no_cuda() -> str | None:
             "toolkit and build again"
         )
     elif reason is None:
-        for header in ("cuda_runtime.h", "nv/target"):  # of two more packages of pip's
+        for header in ("cuda_runtime.h", "nv/target"):  # each in a pip package of its own
             folders = cuda_folders("include")
             if folders and not any((folder / header).is_file() for folder in folders):
                 reason = f"pip's nvcc lacks {header} (nvidia-cuda-runtime, nvidia-cuda-cccl)"
@@ -153,7 +153,7 @@ def why_no_cuda() -> str | None:
 
 
 def cuda_folders(kind: str) -> list[Path]:
-    """What pip's nvcc does not look into by itself: "include" or "lib" of pip's runtime."""
+    """Folders of pip's CUDA packages that its nvcc does not search: "include" or "lib"."""
     nvcc = find_nvcc()
     assert nvcc is not None
     root = nvcc.parent.parent
@@ -167,7 +167,7 @@ def cuda_folders(kind: str) -> list[Path]:
 def cpu_isas(native: bool) -> list[str]:
     """The instruction sets of SANM_CPU_ISAS ("avx2 baseline", "native" or "all").
 
-    Without it that of this machine where `native`, else all.
+    If it is not set: this machine's if `native`, else all.
     """
     asked = os.environ.get("SANM_CPU_ISAS", "").split() or ["native" if native else "all"]
     if asked == ["all"]:
@@ -186,7 +186,7 @@ def cpu_isas(native: bool) -> list[str]:
 def cuda_archs() -> list[str]:
     """The architectures of SANM_CUDA_ARCHS ("90", "80 90" or "all"); else those of the GPUs here.
 
-    Where there is no GPU, and for "all", those of CUDA_ARCHS that nvcc knows.
+    Without a GPU, and for "all": those of CUDA_ARCHS that nvcc supports.
     """
     asked = os.environ.get("SANM_CUDA_ARCHS", "").split()
     if asked not in ([], ["all"]):
@@ -213,12 +213,12 @@ class Target:
     """A library or program.
 
     Attributes:
-        output: where it goes.
-        objects: the folder of its objects, relative to that of the ninja file.
-        sources: each becomes an object …
-        compile: … by this command, which is given -c, the source and -o, the object.
-        link: the command that makes the output of the objects: before its -o …
-        libraries: … and after the objects.
+        output: its path.
+        objects: the folder of its object files, relative to that of the ninja file.
+        sources: the source files, one object file each.
+        compile: the compile command, without -c SOURCE -o OBJECT.
+        link: the link command, up to -o OUTPUT OBJECTS …
+        libraries: … and what follows the objects.
     """
 
     output: Path
@@ -234,7 +234,7 @@ def torch_headers() -> list[str | Path]:
 
 
 def torch_libraries() -> list[str | Path]:
-    """By name only, no rpath: the process that loads the library has libtorch_cpu loaded."""
+    """Without an rpath: the process that loads the library has already loaded libtorch_cpu."""
     return ["-L", torch_folder() / "lib", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"]
 
 
@@ -248,7 +248,7 @@ def torch_folder() -> Path:
 def cpu_library(
     output: Path, isa: str, objects: str, flags: Sequence[str] = (), more: Sequence[Path] = ()
 ) -> Target:
-    """csrc/cpu for one instruction set; `flags` come after the usual ones, `more` are sources."""
+    """csrc/cpu for one instruction set; `flags` follow FLAGS, `more` are additional sources."""
     flags = [*FLAGS.split(), *flags, *ISAS[isa].split()]
     return Target(
         output, objects, [*sorted((CSRC / "cpu").glob("*.cpp")), *more],
@@ -259,9 +259,9 @@ def cpu_library(
 
 
 def cuda_library(output: Path) -> Target:
-    """csrc/cuda for the architectures that are asked for.
+    """csrc/cuda for the architectures of :func:`cuda_archs`.
 
-    cudart is inside, none of its symbols visible; the CUDA parts of torch are not named.
+    cudart is linked statically, its symbols hidden; torch's CUDA libraries are not linked.
     """
     archs = cuda_archs()
     code = {arch: f"sm_{arch}" for arch in archs}
@@ -285,13 +285,13 @@ def cuda_library(output: Path) -> Target:
 def build(folder: Path, name: str, targets: Iterable[Target], quiet: bool = False) -> None:
     """Build what has changed of `targets`, by the ninja file NAME.ninja in `folder`.
 
-    ninja counts what is done; MAX_JOBS limits how many commands run at once. One process at a time
-    builds in a folder, others wait.
+    ninja prints progress; MAX_JOBS limits how many commands run at once. A file lock lets one
+    process at a time build in a folder.
 
     Raises:
-        subprocess.CalledProcessError: something does not compile; the compiler has said why.
+        subprocess.CalledProcessError: a command failed; the compiler has printed its message.
     """
-    import fcntl  # which Windows lacks, where nothing is compiled
+    import fcntl  # not on Windows, where nothing is compiled
 
     folder.mkdir(parents=True, exist_ok=True)
     command = [str(find_ninja()), "-C", str(folder), "-f", f"{name}.ninja"]
@@ -299,7 +299,7 @@ def build(folder: Path, name: str, targets: Iterable[Target], quiet: bool = Fals
     command += ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     status = {"NINJA_STATUS": "[%f/%t, %e s] "}
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released on close
         (folder / f"{name}.ninja").write_text(ninja_file(folder.resolve(), name, targets))
         subprocess.run(command, check=True, env=status | os.environ)
 
@@ -307,7 +307,7 @@ def build(folder: Path, name: str, targets: Iterable[Target], quiet: bool = Fals
 def ninja_file(folder: Path, name: str, targets: Iterable[Target]) -> str:
     """The text of a ninja file that runs in `folder`.
 
-    Paths in it are relative: nvcc does not bear every character that a folder's name may have.
+    Its paths are relative: nvcc rejects some characters that the name of a folder may contain.
     """
 
     def relative(path: Path) -> str:
@@ -320,7 +320,7 @@ def ninja_file(folder: Path, name: str, targets: Iterable[Target]) -> str:
     def escaped(path: str) -> str:
         return re.sub(r"([$ :])", r"$\1", path)
 
-    lines = [f"builddir = .{name}"]  # where ninja keeps its log: it drops what its file has not
+    lines = [f"builddir = .{name}"]  # a log per file: ninja drops the entries of other files
     for number, target in enumerate(targets):
         lines += [
             f"rule compile{number}",

@@ -1,4 +1,4 @@
-// What masked_forward takes and gives, for every device; shapes: sanm_kernels/ops/masked_forward.py.
+// Inputs and outputs of masked_forward on every device; shapes: sanm_kernels/ops/masked_forward.py.
 #pragma once
 
 #include "arguments.h"
@@ -19,7 +19,7 @@ struct Outputs {
   Tensor stats, positions, ratio, boxes, targets, views;
 };
 
-// make(sizes, dtype, channels_last) gives an empty tensor.
+// make(sizes, dtype, channels_last) returns an uninitialised tensor.
 template <typename Make>
 Outputs allocate(const Inputs& in, const Make& make) {
   using Sizes = std::vector<int64_t>;
@@ -36,8 +36,8 @@ Outputs allocate(const Inputs& in, const Make& make) {
                     : make(Sizes{0}, in.features.scalar_type(), false)};
 }
 
-// The fields of Settings (sanm_kernels/reference/masked_forward.py) as numbers; the last is one fill
-// value, or one per channel.
+// The fields of Settings (sanm_kernels/reference/masked_forward.py) as numbers; the last is one
+// fill value, or one per channel.
 constexpr int64_t kFixedSettings = 12;
 
 inline Settings as_settings(const std::vector<double>& x) {
@@ -87,7 +87,7 @@ inline void check_masked_forward(const Inputs& in) {
   all(in.sample_index, "sample_index", {B}, ScalarType::Long);
 }
 
-// Tensors that a call writes to are what it would have made.
+// The output tensors have the shapes, dtypes and memory formats that allocate() gives them.
 inline void check_dense(const Inputs& in, const Outputs& o) {
   const Expect all(in.features);
   const Tensor* const given[] = {&o.stats, &o.positions, &o.ratio,
@@ -106,7 +106,7 @@ inline void check_dense(const Inputs& in, const Outputs& o) {
   });
 }
 
-// A tensor as it lies in memory, asked for once: every question is a call of torch.
+// The memory layout of a tensor, queried once: each query is a call into torch.
 struct Layout {
   explicit Layout(const Tensor& x)
       : dim(x.dim()), size(x.sizes().data()), stride(x.strides().data()), type(x.scalar_type()),
@@ -134,11 +134,11 @@ struct Layout {
   int64_t dim;
   const int64_t *size, *stride;
   ScalarType type;
-  const char *begin, *end;  // of its elements
+  const char *begin, *end;  // addresses of the elements
 };
 
-// What a call writes to shares no memory with each other or an argument, and a result's tensors,
-// where they are given (PARTS of sanm_kernels/results.py), are slices of it.
+// The outputs overlap neither each other nor an argument, and a result's tensors, where they are
+// given (PARTS of sanm_kernels/results.py), are slices of the outputs.
 inline void check_memory(const Inputs& in, const Outputs& o,
                          const std::optional<std::vector<Tensor>>& parts) {
   const Layout stats(o.stats), positions(o.positions), ratio(o.ratio), boxes(o.boxes),
@@ -171,7 +171,7 @@ inline void check_memory(const Inputs& in, const Outputs& o,
   expect(next == parts->size(), "out: expected no more slices");
 }
 
-// What masked_forward_out asks of what it writes to, before it does.
+// Checks of masked_forward_out's output tensors, before anything is written.
 inline void check_out(const Inputs& in, const Outputs& o,
                       const std::optional<std::vector<Tensor>>& parts) {
   check_dense(in, o);
@@ -189,7 +189,7 @@ inline void check_out(const Inputs& in, const Outputs& o,
         as_settings(settings), fill_values(settings)                                           \
   }
 
-// What masked_forward_out writes to, likewise.
+// The output tensors of masked_forward_out, likewise.
 #define SANM_OUT_PARAMETERS                                                         \
   Tensor stats, Tensor positions, Tensor ratio, Tensor boxes, Tensor targets_out,   \
       Tensor views_out, std::optional<std::vector<Tensor>> parts

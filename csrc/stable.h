@@ -30,7 +30,7 @@ using OptTensor = std::optional<Tensor>;
 using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
 
-// The type sums are taken in: float, or double for double input.
+// The accumulation type: float, or double for double input.
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -38,7 +38,7 @@ inline ScalarType acc_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Raises ValueError in Python, which is what pybind11 makes of this exception, also in compiled graphs.
+// Raised as ValueError in Python (pybind11 translates this exception), in compiled graphs too.
 template <typename... Args>
 [[noreturn]] inline void value_error(const Args&... args) {
   std::ostringstream message;
@@ -46,7 +46,7 @@ template <typename... Args>
   throw std::invalid_argument(message.str());
 }
 
-// 0 ≤ x ≤ most: what public functions check too, but where a trace does not know the numbers.
+// 0 ≤ x ≤ most. Public functions check it too, except where x is symbolic while tracing.
 inline void check_count(int64_t x, int64_t most, const char* name) {
   if (x < 0 || x > most)
     value_error(name, ": expected a number in [0, ", most, "], got ", x);
@@ -73,7 +73,7 @@ inline int64_t element_bytes(ScalarType type) {
   }
 }
 
-// Bytes of a dense tensor; none where their number does not fit into 64 bits.
+// Bytes of a dense tensor; nullopt if the number overflows 64 bits.
 inline std::optional<int64_t> dense_bytes(const int64_t* size, int64_t dim, ScalarType type) {
   int64_t bytes = element_bytes(type);
   bool fits = true;
@@ -83,14 +83,14 @@ inline std::optional<int64_t> dense_bytes(const int64_t* size, int64_t dim, Scal
   return fits ? std::optional(bytes) : std::nullopt;
 }
 
-// Raises OutOfMemoryError in Python, by a mark of its own.
+// Raised as OutOfMemoryError in Python, which recognises the prefix of the message.
 [[noreturn]] inline void memory_error(std::optional<int64_t> bytes, const std::string& what) {
   throw std::runtime_error("[sanm_kernels:memory] no memory for " + what + ": " +
                            (bytes ? std::to_string(*bytes) : "2⁶³ or more") + " bytes");
 }
 
-// make(), a dense tensor of this shape. Where that fails, the error says what was asked for: torch's
-// own words are lost on the way.
+// make(), which allocates a dense tensor of this shape. If that fails, the error names the shape
+// and the bytes: torch's own message is lost on the way.
 template <typename Make>
 inline Tensor with_memory(const int64_t* size, int64_t dim, ScalarType type, const Make& make) {
   const std::optional<int64_t> bytes = dense_bytes(size, dim, type);
@@ -128,11 +128,11 @@ template <typename T>
 inline const T* in(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
 template <typename T>
 inline T* out(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
-// null where there is none
+// null for nullopt
 template <typename T>
 inline const T* in_or_null(const OptTensor& x) { return x ? in<T>(*x) : nullptr; }
 
-// Elements of one row: the product of all sizes but the first.
+// Elements of one row: the product of all sizes except the first.
 inline int64_t row_elements(const Tensor& x) {
   int64_t E = 1;
   for (int64_t d = 1; d < x.dim(); ++d) E *= x.size(d);
@@ -149,7 +149,7 @@ inline bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-// A tensor as the kernels read it; one that is in neither format is copied to contiguous.
+// A tensor in a memory format that kernels read; one in neither format is copied to contiguous.
 struct Image {
   explicit Image(const Tensor& x)
       : channels_last(is_channels_last(x)), tensor(channels_last ? x : packed(x)) {}

@@ -1,4 +1,4 @@
-// Section 1 of the method from the energy map on: statistics, peak and trough.
+// Section 1 of the method, after the energy map: statistics, peak and trough.
 #pragma once
 
 #include "cpu/pack.h"
@@ -48,22 +48,22 @@ struct Positions {
   int peak[2] = {0, 0}, trough[2] = {0, 0};  // row, column
 };
 
-// Finds the first largest and the first smallest pixel of the upsampled map U (H, W) of E (h, w)
-// without storing U: working memory is h·W.
+// Finds the first maximum and the first minimum of the upsampled map U (H, W) of E (h, w) without
+// storing U: working memory is h·W.
 //
 // Rows of E are interpolated horizontally once. Between two of them, rows y of U share their cells
-// and differ in the fraction t only, which grows with y. fma(b − a, t, a) is monotone in t, so over
-// such a segment every column has its extremes at the segment's ends, and U has its extremes on
-// rows that end a segment. The quantisation is monotone too: a pixel qualifies as peak if its level
-// is that of max U. If the first row of a segment has no such pixel, only columns that grow with y
-// can come to qualify, and they stay so: the rows that have one are the end of the segment, and the
-// first of them is found by bisection.
+// and differ only in the fraction t, which grows with y. fma(b − a, t, a) is monotone in t, so over
+// such a segment every column has its extremes at the ends, and U has its extremes on first or last
+// rows of segments. The quantisation is monotone too: a pixel qualifies as peak if its level is
+// that of max U. If the first row of a segment has no such pixel, only columns that increase with y
+// can reach the level, and they then keep it: the qualifying rows are the last ones of the segment,
+// and the first of them is found by bisection.
 class Locator {
  public:
   Locator(int64_t h, int64_t w, int64_t H, int64_t W, bool quantize)
       : h_(h), w_(w), H_(H), W_(W), width_(padded(W)), quantize_(quantize),
         across_(h * width_ + kPack), t_(width_ + kPack), rows_(H) {
-    for (int64_t x = 0; x < static_cast<int64_t>(t_.size()); ++x) {  // beyond W as at its end
+    for (int64_t x = 0; x < static_cast<int64_t>(t_.size()); ++x) {  // padded with the last column
       const Tap column = tap(std::min(x, W - 1), w, W);
       t_[x] = column.t;
       if (x < W && (x == 0 || columns_.back().left != column.left))
@@ -78,7 +78,7 @@ class Locator {
     ends_.resize(starts_.size() - 1);
   }
 
-  // What one keeps; none where their number does not fit into 64 bits.
+  // Bytes of memory of a Locator; nullopt if the number overflows 64 bits.
   static std::optional<int64_t> bytes(int64_t h, int64_t H, int64_t W) {
     const int64_t across[2] = {h + 1, padded(W)}, taps = static_cast<int64_t>(sizeof(Tap)) * H;
     std::optional<int64_t> sum = dense_bytes(across, 2, ScalarType::Float);
@@ -118,8 +118,8 @@ class Locator {
     int left, right;
   };
 
-  // e (w) → row (width). Whole packs are written: what lies beyond a segment is overwritten by the
-  // next one, and what lies beyond a row by the next row.
+  // e (w) → row (width). Whole packs are written: what exceeds a segment is overwritten by the next
+  // one, and what exceeds a row by the next row.
   void interpolate(const float* e, float* row) const {
     for (size_t s = 0; s + 1 < columns_.size(); ++s) {
       const Pack<float> a = splat(e[columns_[s].left]), b = splat(e[columns_[s].right]);
@@ -150,7 +150,7 @@ class Locator {
         return;
   }
 
-  // Smallest and largest value of row y.
+  // Minimum and maximum of row y.
   Range extremes(int64_t y) const {
     Pack<float> low = splat(INFINITY), high = splat(-INFINITY);
     each_of_row(y, [&](int64_t, Pack<float> u) {
@@ -189,7 +189,7 @@ class Locator {
     }
     int64_t column = W_ - 1;
     each_of_row(y, [&](int64_t x, Pack<float> u) {
-      // ⌊v⌋ = wanted, which is an integer, if wanted ≤ v < wanted + 1
+      // `wanted` is an integer: ⌊v⌋ = wanted means wanted ≤ v < wanted + 1
       const Pack<float> v = quantize_ ? (255.0f * (u - low_)) / range_ : u;
       const unsigned there =
           lane_bits(v >= wanted) & (quantize_ ? lane_bits(v < wanted + 1) : lane_bits(v == wanted));
@@ -200,11 +200,11 @@ class Locator {
     position[1] = static_cast<int>(column);
   }
 
-  int64_t h_, w_, H_, W_, width_;  // width: W in whole packs
+  int64_t h_, w_, H_, W_, width_;  // width: W padded to whole packs
   bool quantize_;
-  std::vector<float> across_;  // (h, width), and a pack that is written beyond it
-  std::vector<float> t_;       // (width), and likewise
-  std::vector<Segment> columns_;  // and their end
+  std::vector<float> across_;  // (h, width), and padding of one pack
+  std::vector<float> t_;       // (width), and padding of one pack
+  std::vector<Segment> columns_;  // and a sentinel
   std::vector<Tap> rows_;
   std::vector<int64_t> starts_;  // rows at which a segment begins, and H
   std::vector<std::array<Range, 2>> ends_;  // of the first and the last row of each segment

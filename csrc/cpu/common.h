@@ -1,8 +1,8 @@
-// What every CPU kernel file needs: results, value checks, and how far to split a loop.
+// What every CPU kernel file needs: allocation, value checks, parallel loops.
 //
-// Each kernel file is compiled once per instruction set (see setup.py) into a library of its own,
-// so nothing compiled for one instruction set can be linked into another. The flags forbid the
-// compiler to contract a*b+c: where a fused multiply-add is wanted it is written std::fma.
+// Each kernel file is compiled once per instruction set (see csrc/libraries.py), into a library per
+// instruction set, so that no code of one can be linked into another. The flags forbid contraction
+// of a*b+c: fused multiply-adds are explicit.
 #pragma once
 
 #include <algorithm>
@@ -16,19 +16,19 @@
 
 namespace sanm {
 
-// Work items per thread below which a loop stays on one thread: about 32k elements each.
+// Grain size of parallel_for, in work items: about 32k elements.
 inline int64_t grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_item));
 }
 
-// work(i) for every item i < n, `part` of them at a time; each thread that takes part in it has a `work`
-// of its own from make_work(). A thread begins with the items that torch's split gives it, which lie
-// beside each other, and goes on with what the others have not begun: one that was woken late, or that
-// shares its core, does not keep the rest waiting.
+// work(i) for every item i < n, scheduled dynamically, at least `part` items at a time; each thread
+// has its own `work` from make_work(). A thread starts with the contiguous parts that parallel_for
+// assigns to it and then takes parts that no other thread has started: a thread that wakes up late
+// or shares its core does not delay the others.
 template <typename MakeWork>
 inline void share_out(int64_t n, int64_t part, const MakeWork& make_work) {
   constexpr int64_t kMostParts = 1024;
-  struct alignas(64) Begun {  // a cache line each: neighbours may be other threads'
+  struct alignas(64) Begun {  // a cache line each, against false sharing
     std::atomic<bool> by_someone{false};
   };
   part = std::max(part, (n + kMostParts - 1) / kMostParts);
@@ -62,7 +62,7 @@ inline void check_indices(const int64_t* x, int64_t n, int64_t size, const char*
   }
 }
 
-// The index at x, read once: another thread may have changed it since it was checked.
+// The index at x, read once and clamped: another thread may have changed it since it was checked.
 inline int64_t index_below(const int64_t* x, int64_t size) {
   const int64_t i = *const_cast<const volatile int64_t*>(x);
   return std::clamp<int64_t>(i, 0, size - 1);

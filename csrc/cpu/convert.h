@@ -1,18 +1,18 @@
-// Runs of numbers converted between any floating dtype and the type that sums are taken in.
+// Arrays converted between any floating dtype and the accumulation type.
 #pragma once
 
 #include "cpu/vector.h"
 
 namespace sanm {
 
-// How many half-precision numbers are widened at a time: one register of floats.
+// How many half-precision numbers are widened at a time: a 256-bit or 128-bit register of floats.
 #if defined(__AVX__)
 constexpr int kWidened = 8;
 #else
 constexpr int kWidened = 4;
 #endif
 
-// So many buffers of a row each, from the start of a cache line on and to the end of one.
+// `count` buffers of a row each, aligned and padded to whole cache lines.
 template <typename A>
 class Rows {
  public:
@@ -21,7 +21,7 @@ class Rows {
         first_(memory_.data() +
                (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / sizeof(A)) {}
   A* operator[](int64_t row) const { return first_ + row * step_; }
-  int64_t step() const { return step_; }  // from one to the next
+  int64_t step() const { return step_; }  // stride between rows, in elements
 
  private:
   const int64_t step_;

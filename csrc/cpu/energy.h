@@ -1,16 +1,16 @@
-// E[y,x] = Σ_c F[c,y,x]² of one sample, in the order in which torch's sum() adds: equality with it
-// to the last bit decides the peak of quantised maps.
+// E[y,x] = Σ_c F[c,y,x]² of one sample, in the summation order of torch's sum(): the peak of a
+// quantised map depends on bitwise equality with it.
 //
-// That order is a cascade of four levels: 16 terms are added to level 0, which is then emptied into
-// level 1; every 16 of those go to level 2, and every 16 of those to level 3; at the end the levels
-// are added in order. A column of the map is summed either plainly (one cascade over the channels)
-// or interleaved (four cascades over channels c ≡ 0…3 mod 4, their totals added in order):
+// That order is a cascade of four levels: 16 terms are added to level 0, which is then flushed to
+// level 1; every 16 of those are flushed to level 2, and every 16 of those to level 3; at the end
+// the levels are added in order. A column of the map is summed plainly (one cascade over the
+// channels) or interleaved (four cascades over channels c ≡ 0…3 mod 4, totals added in order):
 //
 //   contiguous map, n = h·w columns: the first ⌊n/32⌋·32 plain, the rest interleaved (for n < 8
 //     the first ⌊n/4⌋·4 plain);
-//   channels_last map, and n = 1: eight lanes, lane l summing channels c ≡ l mod 8 interleaved, then
-//     the channels past the last multiple of 8 and the eight lanes added in order; with fewer than
-//     8 channels interleaved.
+//   channels_last map, and n = 1: eight lanes, lane l summing channels c ≡ l mod 8 interleaved;
+//     then the channels after the last multiple of 8 and the eight lanes are added in order. With
+//     fewer than 8 channels, interleaved.
 //
 // Squares are rounded before they are added. float64 maps are summed plainly.
 #pragma once
@@ -19,7 +19,7 @@
 
 namespace sanm {
 
-constexpr int kCascade = 16;  // terms per level, for less than 2¹⁹ of them
+constexpr int kCascade = 16;  // terms per level, for fewer than 2¹⁹ terms in all
 constexpr int64_t kMaxCascade = int64_t{1} << 19;
 
 // Levels 1 to 3 of the cascades of one vector of columns.
@@ -27,7 +27,7 @@ template <int N>
 struct Levels {
   Vec<N> level[3] = {};
 
-  // Takes the sum of 16 terms; `count` says how many such sums that makes.
+  // Adds the sum of 16 terms, the `count`-th such sum.
   void add(Vec<N> sum, int64_t count) {
     level[0] += sum;
     if (count % 16) return;
@@ -50,10 +50,10 @@ inline Vec<1> square<1, float>(const float* p) {
   return Vec<1>{*p * *p};
 }
 
-// Columns [begin, end) of a map of n ≥ N columns, each summed over the channels; P = 1: plain, P = 4:
-// interleaved. In groups of N, of which the last is moved back to end at n if it would end beyond
-// (what it sums of the columns before it is dropped). All groups take each channel before any takes
-// the next, so that the map is read as it lies in memory: the hardware's prefetcher sees to the rest.
+// Columns [begin, end) of a map of n ≥ N columns, each summed over the channels, plainly (P = 1) or
+// interleaved (P = 4). In groups of N, the last of which is shifted back to end at n if it would
+// exceed it (its sums of earlier columns are dropped). Channels are the outer loop, groups the
+// inner one: the map is read in memory order, which the hardware prefetcher follows.
 template <int N, int P, int kMost>
 class Columns {
  public:
@@ -65,7 +65,7 @@ class Columns {
     }
   }
 
-  // 16·P channels from f on. Sums of few groups stay in registers.
+  // Adds 16·P channels from f on. The sums of few groups stay in registers.
   template <typename T>
   void block(const T* f) {
     if (kMost == 1 || groups_ == 1) return add<1>(f);
@@ -74,7 +74,7 @@ class Columns {
     if (groups_ > 0) add<0>(f);
   }
 
-  // The channels that are left, and the totals → e (n).
+  // Adds the remaining channels; the totals → e (n).
   template <typename T>
   void finish(const T* f, int64_t channels, float* e) {
     for (; channels >= kCascade * P; channels -= kCascade * P, f += kCascade * P * n_) block(f);
@@ -96,7 +96,7 @@ class Columns {
   }
 
  private:
-  // kGroups: how many there are, or 0 where the compiler does not know.
+  // kGroups: the number of groups, or 0 if it is not known at compile time.
   template <int kGroups, typename T>
   void add(const T* f) {
     const int64_t groups = kGroups ? kGroups : groups_;
@@ -117,7 +117,7 @@ class Columns {
   Levels<N> levels_[kMost][P];
 };
 
-// One column, any dtype: what vectors of columns do, where fewer than 8 columns exist.
+// One column, any dtype, as above, for maps of fewer than 8 columns.
 template <int P, typename T>
 inline void sum_column(const T* f, int64_t C, int64_t n, float* e) {
   Columns<1, P, 1> column(0, 1, 1);
@@ -134,7 +134,7 @@ inline void sum_column(const T* f, int64_t C, int64_t n, float* e) {
   column.finish(terms, C - c, e);
 }
 
-// f (C, n) contiguous → e (n), n ≥ N: in strips of columns, the interleaved ones with the last.
+// f (C, n) contiguous → e (n), n ≥ N, by strips of columns, the interleaved ones with the last.
 template <int N, typename T>
 inline void energy_strips(const T* f, int64_t C, int64_t n, float* e) {
   constexpr int64_t kStrip = 256, kStep = 4 * kCascade;
@@ -155,7 +155,7 @@ inline void energy_strips(const T* f, int64_t C, int64_t n, float* e) {
 
 template <typename T>
 inline void energy_contiguous(const T* f, int64_t C, int64_t n, float* e) {
-  // 32 bytes at a time: rows begin anywhere, and twice as many would lie on two cache lines.
+  // At most 32 bytes at a time: rows are not aligned, and 64 bytes would span two cache lines.
   constexpr int N = sizeof(T) == 2 ? kLanes : 8;
   if (n >= N) return energy_strips<N>(f, C, n, e);
   if (n >= 8) return energy_strips<8>(f, C, n, e);
@@ -186,7 +186,7 @@ inline void energy_channels_last(const T* f, int64_t C, int64_t n, float* e) {
   }
 }
 
-// float64, either layout: strides in elements of a channel and of a cell.
+// float64, either memory format; `channel` and `cell` are strides in elements.
 inline void energy_double(const double* f, int64_t C, int64_t n, int64_t channel, int64_t cell,
                           double* e) {
   std::fill_n(e, n, 0.0);

@@ -1,18 +1,20 @@
 // The two-component Gaussian mixture over losses: what scikit-learn's GaussianMixture computes.
 //
-// Everything happens in a frame where the data spans [0, 1]: y = (x − offset) / scale, the added
-// variance becomes reg / scale². An affine map changes the log-likelihood by a constant, so no
-// decision of the algorithm depends on it. Two modes share the code:
+// The data is scaled to [0, 1]: y = (x − offset) / scale, and the added variance becomes
+// reg / scale². An affine map changes the log-likelihood by a constant, so no decision of the
+// algorithm depends on it. Two modes share the code:
 //
 //   fast   y in float32. The k-means start runs on the samples (a histogram would move its border
 //          by up to half a bin of samples, and the posterior by 5e-4). EM runs on a histogram of
-//          4096 bins, each standing at the mean of its samples: what is lost is the spread within
-//          a bin, at most h²/12 of variance, 1/49000 of the smallest variance it is used for.
-//          Where losses tie, the start is as below: a rounding could move many of them to the other side.
+//          4096 bins, each represented by the mean of its samples: what is lost is the variance
+//          within a bin of width h, h²/12 for evenly spread samples, which is 1/49000 of the
+//          smallest variance it is used for, and never more than h²/4.
+//          If losses tie, the start is that of `exact`: rounding could move many of them across
+//          the border.
 //   exact  y in float64, EM on the samples: for few samples, where it costs little, and where
 //          reg is so small that a component could be as narrow as a few bins.
 //
-// Work is cut into fixed blocks whose partial sums are added in order, and the histogram holds
+// Work is split into fixed blocks whose partial sums are added in order, and the histogram holds
 // integers: the result does not depend on the number of threads.
 #include <mutex>
 #include <string>
@@ -25,7 +27,7 @@ namespace {
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kBins = 4096;
 constexpr int64_t kFewSamples = 8192;
-constexpr double kMinBinsPerDeviation = 64;  // fast mode: √reg is at least that many bins wide
+constexpr double kMinBinsPerDeviation = 64;  // fast mode: √reg spans at least this many bins
 constexpr int kLloydIterations = 300;        // these two are scikit-learn's
 constexpr double kLloydTolerance = 1e-4;
 
@@ -89,17 +91,17 @@ Start seed(const A* y, int64_t n, const std::vector<double>& u) {
   return {{c0, potential[1] < potential[0] ? c2 : c1}, c0 + shift, total[1] / n - shift * shift};
 }
 
-// The border t between two centres, such that y < t says exactly which samples belong to the lower
-// one: those whose squared distance to it, rounded as the reference's, is the smaller, or the same
-// if it was drawn first. Where many losses are equal, one of them alone in the middle matters.
+// The border t between two centres: y < t exactly for the samples of the lower one, those whose
+// squared distance to it, rounded as in the reference, is smaller, or equal if it was drawn first.
+// Exact, since many equal losses can lie in the middle.
 template <typename A>
 A border(const Two& centre, bool low_first) {
-  if (!(centre[0] < centre[1])) return A(-1);  // nothing is below: one centre was drawn twice
+  if (!(centre[0] < centre[1])) return A(-1);  // one centre was drawn twice: no sample is below
   const auto lower = [&](A y) {
     const double a = (y - centre[0]) * (y - centre[0]), b = (y - centre[1]) * (y - centre[1]);
     return low_first ? a <= b : a < b;
   };
-  constexpr int kMost = 1000;  // a few steps do, but where squares vanish
+  constexpr int kMost = 1000;  // a few steps suffice, unless squares underflow
   A t = static_cast<A>(0.5 * (centre[0] + centre[1]));
   for (int k = 0; k < kMost && lower(t); ++k) t = std::nextafter(t, A(2));
   for (int k = 0; k < kMost; ++k) {
@@ -111,8 +113,8 @@ A border(const Two& centre, bool low_first) {
 }
 
 // Lloyd's iterations: each centre moves to its samples' mean, until the summed squared shift is at
-// most 1e-4 of the data's variance. Returns the M-step on the final split, or no proper mixture if
-// all samples are nearest to one centre.
+// most 1e-4 of the data's variance. Returns the M-step on the final split, or an improper mixture
+// if all samples are nearest to one centre.
 template <typename A>
 Mixture lloyd(const A* y, int64_t n, const Start& start, double reg) {
   const bool low_first = start.centre[0] < start.centre[1];
@@ -136,9 +138,9 @@ Mixture lloyd(const A* y, int64_t n, const Start& start, double reg) {
 
 // --- expectation and maximisation ----------------------------------------------------------------
 
-// y (n,) in [0, 1] → the bins that hold samples: the samples' mean, and their number.
-// Each sample adds one 64-bit integer to its bin: a one in the upper 24 bits and its place within
-// the bin, in 2⁻¹⁶ of the bin's width, in the lower 40. Emptied before either part overflows.
+// y (n,) in [0, 1] → the bins that are not empty: the mean and the number of their samples. Each
+// sample adds one 64-bit integer to its bin: a one in the upper 24 bits, and in the lower 40 its
+// position within the bin, in 2⁻¹⁶ of its width. Flushed before either part overflows.
 std::pair<std::vector<float>, std::vector<float>> histogram(const float* y, int64_t n) {
   constexpr int64_t kHolds = int64_t{1} << 23;
   constexpr int32_t kPlaces = kBins << 16;
@@ -149,7 +151,7 @@ std::pair<std::vector<float>, std::vector<float>> histogram(const float* y, int6
     for (int64_t begin = first; begin < last; begin += kHolds) {
       const int64_t end = std::min(last, begin + kHolds);
       std::vector<uint64_t> packed(kBins);
-      int32_t place[kBlock];  // computed ahead, so that this part is vectorised
+      int32_t place[kBlock];  // in a loop of its own, which is vectorised
       for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t count = std::min(kBlock, end - start);
         const float* x = y + start;
@@ -211,7 +213,7 @@ Fit fit(const A* y, int64_t n, const Mixture& first, int64_t max_iter, double to
   return f;
 }
 
-// --- the frame -----------------------------------------------------------------------------------
+// --- scaling -------------------------------------------------------------------------------------
 
 // x (n,): its range; ValueError naming the first index that is not finite
 template <typename T>
@@ -225,7 +227,7 @@ Range checked_range(const T* x, int64_t n, const char* name, const std::string& 
   value_error(name, ": expected finite values, got ", what, " at index [", row, i, "]");
 }
 
-// One epoch's losses x (n,), to be read as (x − offset) / span: as 0 where the span is infinite.
+// One epoch's losses x (n,), used as (x − offset) / span: as 0 if the span is infinite.
 template <typename T>
 struct Epoch {
   const T* x;
@@ -245,7 +247,7 @@ void average(const std::vector<Epoch<T>>& epochs, int64_t n, A* y) {
         const T* x = e.x + begin;
         const double offset = e.offset, span = e.span, inverse = 1 / span;
         for (int64_t i = 0; i < count; ++i)
-          // exact: rounded as the reference's, so that losses that tie there do so here
+          // exact: rounded as in the reference, so that losses that tie there tie here
           total[i] += std::is_same_v<A, double> ? (static_cast<double>(x[i]) - offset) / span
                                                 : (static_cast<double>(x[i]) - offset) * inverse;
       }
@@ -258,10 +260,10 @@ void average(const std::vector<Epoch<T>>& epochs, int64_t n, A* y) {
 
 struct Frame { double offset, scale; };  // scale 0: there is nothing to fit
 
-// The span to divide by; infinite where all losses are equal (or too far apart for double).
+// The span to divide by; infinite if all losses are equal (or their range overflows double).
 double divisor(double span) { return span > 1e-300 ? span : kInfinity; }
 
-// The epochs' losses (n,) and their ranges → y (n,) in [0, 1] and the frame it is given in
+// The epochs' losses (n,) and their ranges → y (n,) in [0, 1], and its offset and scale
 template <typename T, typename A>
 Frame enter_frame(const std::vector<const T*>& x, const std::vector<Range>& ranges, int64_t n,
                   bool normalize, A* y) {
@@ -287,7 +289,7 @@ Frame enter_frame(const std::vector<const T*>& x, const std::vector<Range>& rang
   return {offset + r.low, span};
 }
 
-// Whether two of a thousand samples across y (n,) are equal, but for those at the ends of [0, 1].
+// Whether any two of 1024 evenly spaced samples of y (n,) are equal, ignoring 0 and 1.
 bool ties(const float* y, int64_t n) {
   constexpr int64_t kSamples = 1024;
   constexpr uint32_t kSlots = 4096;
@@ -322,7 +324,7 @@ void run(const std::vector<const T*>& x, const std::vector<Range>& ranges, int64
          const Options& o, const Outputs& result) {
   using O = acc_t<T>;
   O* clean = out<O>(result.clean);
-  std::vector<A> own;  // y lives in the output where that is of its type
+  std::vector<A> own;  // unless y has the output's type, and is stored there
   A* y;
   if constexpr (std::is_same_v<A, O>) {
     y = clean;
@@ -360,7 +362,7 @@ void run(const std::vector<const T*>& x, const std::vector<Range>& ranges, int64
     torch::stable::parallel_for(0, n, grain(1), [&](int64_t begin, int64_t end) {
       posterior_pass(y + begin, end - begin, low, high, clean + begin);
     });
-  } else {  // no evidence against any label, and one Gaussian
+  } else {  // degenerate: one Gaussian, and all labels count as clean
     std::fill_n(clean, n, O(1));
     p = {{start.mean, start.mean}, {start.variance, start.variance}, {1, 0}};
   }
@@ -394,7 +396,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fit_label_qua
     using T = decltype(zero);
     std::vector<const T*> x;
     std::vector<Range> ranges;
-    double widest = normalize ? 1 : 0;  // no frame is wider: the range of a mean ≤ the mean range
+    double widest = normalize ? 1 : 0;  // bounds the scale: the range of a mean ≤ the mean range
     const auto add = [&](const T* epoch, const char* name, const std::string& row) {
       x.push_back(epoch);
       ranges.push_back(n > 0 ? checked_range(epoch, n, name, row) : Range{0, 0});

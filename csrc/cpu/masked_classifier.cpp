@@ -1,5 +1,5 @@
-// The one-pass classifier: what a box leaves visible of each sample's features is pooled, classified
-// and scored; and the gradients.
+// The one-pass classifier and its gradients: the visible part of each sample's features, outside
+// its box, is pooled and classified, and the cross-entropy computed.
 #include "cpu/common.h"
 #include "cpu/softmax.h"
 #include "math/box.h"
@@ -8,7 +8,7 @@
 namespace sanm {
 namespace {
 
-// v / Σv (h, w): v is the share of a cell that the box leaves visible; zeros where none is.
+// v / Σv (h, w): v is the fraction of a cell outside the box; zeros if all cells are covered.
 template <typename A>
 void visibility(const int32_t* box, int64_t h, int64_t w, int64_t H, int64_t W, A* v) {
   A total = 0;

@@ -1,6 +1,6 @@
-// masked_forward, sample by sample: energy → statistics → peak and trough → ratio and box → modulated
-// targets → masked views, so that a thread computes while its last views are still being written; and
-// its gradients, of the targets and of the images.
+// masked_forward, sample by sample: energy → statistics → peak and trough → ratio and box →
+// modulated targets → masked views, so that a thread's computation overlaps with the stores of its
+// last views; and the gradients of the targets and of the images.
 #include <functional>
 #include <memory>
 
@@ -16,7 +16,7 @@
 namespace sanm {
 namespace {
 
-// The first index of the largest of K finite values, a pack at a time.
+// The first argmax of K finite values, a pack at a time.
 template <typename T>
 int64_t top_class(const T* t, int64_t K) {
   if constexpr (std::is_same_v<T, double>) return first_argmax(t, K);
@@ -31,10 +31,10 @@ int64_t top_class(const T* t, int64_t K) {
       return k + __builtin_ctz(there);
   for (int64_t k = K / kPack * kPack; k < K; ++k)
     if (static_cast<float>(t[k]) == most) return k;
-  return 0;  // where another thread has changed them
+  return 0;  // only if another thread has changed t
 }
 
-// Row of new targets: from soft targets t (K), or from the label of a one-hot row.
+// A row of new targets: from soft targets t (K), or, if t is null, from a label's one-hot row.
 template <typename T>
 void new_targets(const T* t, int64_t label, int64_t K, float ratio, bool clamp, T* result) {
   using A = acc_t<T>;
@@ -44,8 +44,8 @@ void new_targets(const T* t, int64_t label, int64_t K, float ratio, bool clamp, 
   result[label] = static_cast<T>(A{1} - d);
 }
 
-// Energy, statistics, peak and trough of every sample; then body(i, positions). Each thread takes a
-// body of its own from make_body(), which is to work on `work` more elements a sample.
+// Energy, statistics, peak and trough of every sample; then body(i, positions). Each thread has its
+// own body from make_body(), which processes `work` more elements per sample.
 // stats (5, B), positions (2, B, 2).
 template <typename F, typename MakeBody>
 void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const Tensor& stats,
@@ -71,14 +71,14 @@ void analyse(const Image& features, int64_t H, int64_t W, bool quantize, const T
   };
   try {
     share_out(B, grain(C * n + work), make_work);
-  } catch (const std::runtime_error&) {  // all that can fail in there
+  } catch (const std::runtime_error&) {  // only an allocation can fail in there
     memory_error(Locator::bytes(h, H, W), "a map of " + std::to_string(h) + "×" +
                  std::to_string(w) + " upsampled to " + std::to_string(H) + "×" +
                  std::to_string(W));
   }
 }
 
-// Where the draws of sample i come from.
+// The draws of sample i: given, or from Philox.
 class DrawSource {
  public:
   explicit DrawSource(const Inputs& in)
@@ -95,13 +95,13 @@ class DrawSource {
   }
 
  private:
-  OptTensor draws_, index_;  // which keep the memory
+  OptTensor draws_, index_;  // own the memory
   const double* given_;
   const int64_t* indices_;
   int64_t columns_, seed_;
 };
 
-// The boxes of a sample, one per view, which no other thread changes.
+// The boxes of a sample, one per view: a copy, which no other thread can change.
 struct Boxes {
   int32_t corners[2][4];
 };
@@ -129,7 +129,7 @@ Boxes place(const Inputs& in, const Positions& found, const Draws& draw, float c
   return placed;
 }
 
-// What makes the new targets (S, B, K) of one sample from targets (B, K) or int64 (B,) and ratio (S, B).
+// Writes the new targets (S, B, K) of a sample from targets (B, K) or int64 (B,) and ratio (S, B).
 using Modulate = std::function<void(int64_t)>;
 
 template <typename Y>
@@ -146,7 +146,7 @@ Modulate modulator(const Tensor& targets, const float* ratio, bool clamp, int64_
   };
 }
 
-// What paints the views (V·B, Cin, H, W) of one sample of the images (B, Cin, H, W).
+// Writes the views (V·B, Cin, H, W) of one sample of the images (B, Cin, H, W).
 using PaintSample = std::function<void(int64_t, const Boxes&)>;
 
 template <typename T>
@@ -169,7 +169,7 @@ void run(const Inputs& in, const Outputs& out) {
   const Tensor targets = packed(in.targets), clean_prob = packed(in.clean_prob);
   const int64_t B = in.features.size(0), K = in.K;
 
-  // Values first: nothing is written before they are known to be right.
+  // Values are checked before anything is written.
   const float* q = sanm::in<float>(clean_prob);
   check_unit_interval(q, B, "clean_prob");
   const DrawSource draws(in);
@@ -241,7 +241,7 @@ std::tuple<Tensor, Tensor> activation_stats(const Tensor& features_, int64_t H, 
 }
 
 // t' = t + constants, except where the whole t[j*] was dropped: there t'[j*] = 0 and every other
-// target holds t[j*]/(K − 1), so that dt[j*] = Σ_{k≠j*} dt'[k]/(K − 1).
+// target gains t[j*]/(K − 1), so that dt[j*] = Σ_{k≠j*} dt'[k]/(K − 1).
 // grad (S, B, K), targets (B, K), ratio (S, B) → (B, K)
 Tensor modulate_backward(const Tensor& grad_, const Tensor& targets_, const Tensor& ratio_,
                          bool clamp) {
@@ -277,8 +277,8 @@ Tensor modulate_backward(const Tensor& grad_, const Tensor& targets_, const Tens
   return result;
 }
 
-// A pixel outside a view's box passes the view's gradient on; with the mean fill every pixel of a
-// channel also gets 1/(H·W) of what arrives inside the box.
+// A pixel outside a view's box gets the view's gradient; with the mean fill every pixel of a
+// channel also gets 1/(H·W) of the sum of the gradients inside the box.
 // grad (V·B, C, H, W), boxes (V, B, 4) → (B, C, H, W) in the memory format of grad
 Tensor masked_views_backward(const Tensor& grad_, const Tensor& boxes_, bool mean_fill) {
   check_masked_views_backward(grad_, boxes_);

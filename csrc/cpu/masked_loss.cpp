@@ -4,17 +4,17 @@
 // With e_k = exp(z_k − max z) and p = e / Σe, row by row while the row is in the cache:
 //   cross-entropy  Σ_k t_k (log Σe − (z_k − max z))     squared error  (1/K) Σ_k (p_k − t_k)²
 //   Σ_k p_k log p_k = Σ_k p_k (z_k − max z) − log Σe,
-// and p is added to its block's column sums, so that forward is one sweep. Backward, the second one,
-// needs p̄ = mean p, the maxima and log Σe, no more:
+// and p is added to its block's column sums, so that forward is one pass. Backward, the second
+// pass, needs only p̄ = mean p, the maxima and log Σe:
 //   dL/dz_k = p_k (h_k − Σ_j p_j h_j) + [labelled] c (p_k Σ_j t_j − t_k),
 //   h_k = [unlabelled] c (2/K)(p_k − t_k) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_k / n.
-// max z and log Σe are kept apart: their float32 sum would cost large logits their digits. Of a class
-// whose p̄ is so small that some of its p are 0, p̄ comes from log p, is kept as its logarithm (< 0),
-// and p_ik/p̄_k is e^{log p_ik − log p̄_k}.
+// max z and log Σe are stored separately: in their float32 sum a large maximum would round log Σe
+// away. For a class whose p̄ is so small that some p underflow to 0, log p̄ (< 0) is computed from
+// log p and stored instead of p̄, and p_ik/p̄_k is e^{log p_ik − log p̄_k}.
 //
-// Rows are worked on in blocks of a fixed size, whose sums are added in order: the result does not
-// depend on the number of threads. The last pack of a row is filled with logits of −∞ and targets of
-// 0, which add nothing to any sum.
+// Rows are processed in blocks of a fixed size, whose sums are added in order: the result does not
+// depend on the number of threads. The last pack of a row is padded with logits of −∞ and targets
+// of 0, which add nothing to any sum.
 #include "cpu/common.h"
 #include "cpu/pack.h"
 #include "cpu/softmax.h"
@@ -36,17 +36,17 @@ struct Scalars {
   double lam, unlabeled, prior, confidence;
 };
 
-// What a block of rows adds to the scalars.
+// Partial sums of a block of rows.
 struct Sums {
   double labeled = 0, unlabeled = 0, confidence = 0;
 };
 
 double weighted(double weight, double term) { return weight == 0 ? 0 : weight * term; }
 
-// Blocks per task of parallel_for
+// Grain size of parallel_for, in blocks
 int64_t block_grain(int64_t K) { return std::max<int64_t>(1, row_grain(K) / kBlockRows); }
 
-// Adds to a sum: t (log-sum − (x − top)) of a row, where 0·∞ = 0.
+// Adds t (log-sum − (x − top)) of a row to a sum, with 0·∞ = 0.
 template <typename A, typename T>
 inline auto cross_entropy(const T* x, const FinalTarget<A>& target, A top, A log_sum) {
   return [=](int64_t k, auto n, Pack<A>(&sum)[1]) {
@@ -55,7 +55,7 @@ inline auto cross_entropy(const T* x, const FinalTarget<A>& target, A top, A log
   };
 }
 
-// And (p − t)², p = e·scale.
+// Adds (p − t)² to a sum, p = e·scale.
 template <typename A>
 inline auto squared_error(const A* e, const FinalTarget<A>& target, A scale) {
   return [=](int64_t k, auto n, Pack<A>(&sum)[1]) {
@@ -64,15 +64,15 @@ inline auto squared_error(const A* e, const FinalTarget<A>& target, A scale) {
   };
 }
 
-// The weights in a row's gradient: of its own loss (cross-entropy c, squared error 2c/K), and of
+// The weights in a row's gradient: of its own loss (cross-entropy: c, squared error: 2c/K), and of
 // Σ p log p.
 template <typename A>
 struct Slopes {
   A own, entropy;
 };
 
-// With q = p h − c t: p, q (Kp) of a row x; to two sums, Σ p h and Σ t, with which Σ_k dL/dz_k − q_k is
-// p_k (c Σ t − Σ p h). `prior` (Kp) is the prior's part of h.
+// With q = p h − c t: writes p, q (Kp) of a row x and adds to two sums, Σ p h and Σ t, with which
+// dL/dz_k = q_k + p_k (c Σ t − Σ p h), c = 0 unless labelled. `prior` (Kp): the prior's part of h.
 template <bool labeled, typename A, typename T>
 inline auto gradient_parts(const T* x, const A* prior, A top, A log_sum, Slopes<A> c,
                            const FinalTarget<A>& target, A* p_row, A* q_row) {
@@ -100,7 +100,7 @@ inline void gradient_row(const A* p, const A* q, int64_t K, A shift, T* d, bool 
   });
 }
 
-// p̄ below which a p of some weight in it may have been rounded to 0.
+// For p̄ below this, a p that contributes to it may have underflowed to 0.
 template <typename A>
 constexpr A kRare = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
 
@@ -109,7 +109,7 @@ inline double log_p(const T* x, const A* norm, int64_t k) {
   return static_cast<double>(static_cast<A>(x[k])) - norm[0] - norm[1];
 }
 
-// logits z (n, K), (max, log-sum) (n, 2), some classes → log p̄ of these
+// logits z (n, K), (max, log-sum) (n, 2), some classes → log p̄ of these, by a running log-sum-exp
 template <typename A, typename T>
 std::vector<double> log_means(const T* z, const A* norm, int64_t n, int64_t K,
                               const std::vector<int64_t>& classes) {
@@ -133,8 +133,8 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 // logits (n, K), targets (…, K) floats or (M,) int64, ratio (M,), permutation (≥ n,), prior (K,),
 // scalars (4,) double λ, λ_u, ρ, ν → total, L_x, L_u, P, N (), per_sample (n,),
-// (max, log-sum) (n, 2), p̄ (K,), or log p̄ where that is below kRare, labelled
-// and unlabelled rows that count (2,) int64
+// (max, log-sum) (n, 2), p̄ (K,), or log p̄ if p̄ is below kRare, labelled and unlabelled rows that
+// count (2,) int64
 Result masked_loss(const Tensor& logits_, const Tensor& targets, const OptTensor& ratio,
                    const OptTensor& permutation, const OptTensor& prior_, const Tensor& scalars,
                    int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {
@@ -305,8 +305,8 @@ Tensor masked_loss_backward(const OptTensor& grad_total, const OptTensor& grad_l
                                  weighted(weight.confidence, g)) / std::max<int64_t>(1, n));
     const A* grow = grad_rows ? in<A>(*grad_rows) : nullptr;
 
-    // The prior's part of h; of a rare class, that of p·h per p/p̄. A class of no probability gets
-    // none: its p cannot move.
+    // The prior's part of h; for a rare class, that of p·h divided by p/p̄. A class of probability
+    // 0 gets none: its p cannot change.
     std::vector<A> slope(padded(K));
     std::vector<std::pair<int64_t, double>> rare;
     const A *pi = prior ? in<A>(*prior) : nullptr, *pm = in<A>(p_mean);

@@ -1,9 +1,9 @@
-// The pool's limit, and how much it keeps now, in bytes, for Python.
+// The pool's limit and current size in bytes, for Python.
 #include "cpu/memory.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// Returns the limit that held before.
+// Returns the previous limit.
 EXPORTED uint64_t sanm_cpu_cache_limit(uint64_t bytes) {
   return sanm::Pool::instance().limit(bytes);
 }

@@ -1,9 +1,10 @@
-// The memory of large results, kept for later ones.
+// A memory pool for large results.
 //
-// For every large tensor the allocator maps fresh memory, and the operating system clears each page
-// of it when it is first written to: for two views of 64 images of 224×224 that takes several times
-// as long as computing them. A block of kPooledBytes or more is therefore kept when its tensor dies,
-// and given to the next result that it fits. What is kept is bounded; the oldest goes first.
+// For every large tensor the allocator maps fresh memory, and the operating system zeroes each page
+// at the first write to it: for two views of 64 images of 224×224 that takes several times as long
+// as computing them. A block of kPooledBytes or more is therefore kept when its tensor is freed,
+// and reused for the next result that it fits. The pool is bounded; the oldest blocks are freed
+// first.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 
 #include "stable.h"
 
-// torch ≥ 2.11 has it; with 2.10 the address is null, and nothing is kept.
+// torch ≥ 2.11 has it; with 2.10 the address is null, and nothing is pooled.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
     int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
@@ -25,22 +26,23 @@ namespace sanm {
 
 constexpr size_t kPooledBytes = 1 << 20;
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr size_t kKeptBytes = 0;  // memory that is used again hides errors from them
+constexpr size_t kKeptBytes = 0;  // reused memory would hide errors from the sanitizer
 #else
 constexpr size_t kKeptBytes = size_t{512} << 20;
 #endif
 
-// Blocks without a tensor. Never waits for its lock: a child forked while another thread held it
-// would wait for ever. Whoever finds it taken uses the allocator.
+// Free blocks. take() and give() never wait for the lock, since a child forked while another thread
+// held it would wait for ever: if it is taken, they use the allocator.
 class Pool {
  public:
-  // Of this library, for ever: tensors may die after static objects do.
+  // One per library, never destroyed: tensors may outlive static objects.
   static Pool& instance() {
     static Pool* const pool = new Pool;
     return *pool;
   }
 
-  // A block of at least `bytes`, a multiple of kPage, and its size in `bytes`; null without memory.
+  // A block of at least `bytes`, a multiple of kPage; sets `bytes` to its size. Null if out of
+  // memory.
   void* take(size_t& bytes) {
     if (std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       auto best = free_.end();
@@ -71,7 +73,7 @@ class Pool {
     release(dropped);
   }
 
-  // Keeps at most so many bytes from now on; returns how many it might have kept before.
+  // Sets the limit of pooled bytes; returns the previous one.
   size_t limit(size_t bytes) {
     std::unique_lock lock(mutex_);
     const size_t before = limit_.exchange(bytes);
@@ -94,7 +96,7 @@ class Pool {
     size_t bytes;
   };
 
-  // The oldest blocks beyond the limit, taken out of the pool.
+  // Removes the oldest blocks beyond the limit from the pool, and returns them.
   std::vector<Block> excess() {
     auto end = free_.begin();
     for (; end != free_.end() && kept_ > limit_; ++end) kept_ -= end->bytes;
@@ -113,8 +115,8 @@ class Pool {
   std::atomic<size_t> limit_{kKeptBytes};
 };
 
-// A dense tensor, not filled: on memory of the pool, unless it is too small for that. Straight from
-// the allocator: torch::stable::empty goes through the dispatcher, longer than a small kernel takes.
+// An uninitialised dense tensor, in pooled memory if it is large enough. Not by
+// torch::stable::empty, whose dispatch takes longer than a small kernel.
 inline Tensor dense_tensor(const int64_t* size, int64_t dim, ScalarType type_,
                            bool channels_last) {
   using torch::stable::detail::from, torch::stable::detail::to;
@@ -153,7 +155,7 @@ inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType type) {
   return new_tensor(size.begin(), static_cast<int64_t>(size.size()), type, false);
 }
 
-// In a memory format that kernels read in place.
+// Contiguous, or channels_last: a memory format that kernels read without a copy.
 inline Tensor new_image(const std::vector<int64_t>& size, ScalarType type, bool channels_last) {
   return new_tensor(size.data(), static_cast<int64_t>(size.size()), type, channels_last);
 }

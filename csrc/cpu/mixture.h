@@ -1,6 +1,6 @@
-// One-dimensional two-component Gaussian mixture: each pass over samples yields a few sums, and
-// `update` needs those sums alone. Passes are plain functions of values (a lambda's captures
-// would keep the compiler from vectorising) over one block of samples y (n,) in A.
+// One-dimensional two-component Gaussian mixture: each pass over samples yields a few sums, which
+// are all that `update` needs. Passes are plain functions with arguments by value (captures of a
+// lambda would prevent vectorisation) over one block of samples y (n,) in A.
 #pragma once
 
 #include <array>
@@ -13,8 +13,10 @@ namespace sanm {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kMassOffset = 10 * std::numeric_limits<double>::epsilon();  // scikit-learn's
-constexpr double kMinMass = 0.5;        // less in a component, or a standard deviation or the means'
-constexpr double kMinDeviation = 1e-6;  // distance below this share of the range: a degenerate fit
+// A fit is degenerate with less mass in a component, or with a standard deviation or a distance
+// between the means below this fraction of the range.
+constexpr double kMinMass = 0.5;
+constexpr double kMinDeviation = 1e-6;
 
 using Two = std::array<double, 2>;  // per component
 
@@ -24,7 +26,7 @@ struct Mixture {
   bool proper() const {
     return variance[0] > 0 && variance[1] > 0 && std::max(variance[0], variance[1]) < kInfinity;
   }
-  // Two components of n samples that span [0, 1] can be told apart.
+  // The fit to n samples that span [0, 1] is not degenerate.
   bool sound(int64_t n) const {
     return proper() && std::abs(mean[0] - mean[1]) > kMinDeviation &&
            std::min(weight[0], weight[1]) * n >= kMinMass &&
@@ -63,7 +65,7 @@ struct Range {
   }
 };
 
-// Least and greatest value; NaN and infinities only clear `finite`.
+// Minimum and maximum, ignoring NaN; any NaN or infinity clears `finite`.
 template <typename T>
 Range range_pass(const T* x, int64_t n) {
   using A = acc_t<T>;
@@ -108,8 +110,8 @@ Sums<2> potentials_pass(const A* y, int64_t n, A c, A c1, A c2) {
   return {{p1, p2}};
 }
 
-// The number of y < t, their Σ(y − t), and Σ(y − t) of the others: minima and maxima, because the
-// compiler turns sums under a condition into slow blends.
+// The number of y < t, their Σ(y − t), and Σ(y − t) of the others: by minima and maxima, because
+// the compiler turns conditional sums into slow blends.
 template <typename A>
 Sums<3> split_pass(const A* y, int64_t n, A t) {
   int32_t mass = 0;
@@ -185,7 +187,7 @@ Moments expectation_pass(const A* y, [[maybe_unused]] const A* w, int64_t n, Log
   return {{mass0, mass1}, {first0, first1}, {second0, second1}, log_sum};
 }
 
-// clean (n,) = the posterior of the component `low`; may work in place.
+// clean (n,) = the posterior of the component `low`; may be in-place.
 template <typename A, typename O>
 void posterior_pass(const A* y, int64_t n, LogDensity<A> low, LogDensity<A> high, O* clean) {
 #pragma omp simd

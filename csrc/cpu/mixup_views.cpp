@@ -1,13 +1,13 @@
-// Rows of several views mixed: out_i = λ·v_i + (1 − λ)·v_π(i), v their stack, which is never made.
+// Rows of several views mixed: out_i = λ·v_i + (1 − λ)·v_π(i), v their concatenation, which is
+// never materialised.
 //
-// Backward gathers as well: with π⁻¹(i) = j where π(j) = i among the first `rows`,
+// Backward is a gather too: with π⁻¹(i) = j where π(j) = i among the first `rows`,
 //   dL/dv_i = λ·g_i [i < rows] + (1 − λ)·g_π⁻¹(i) [π⁻¹(i) exists],
-// so each row is written once, by one thread, and nothing is added to memory.
+// so each element is written once, and nothing is accumulated in memory.
 //
-// A row is a run of E elements, the same for every view: NCHW or NHWC does not matter. It is worked
-// on in pieces that fit the first cache; large results are stored past the caches. Every row is read
-// twice, as itself and as a partner; the next row to work on is the partner of the last, which is
-// still in a cache.
+// A row is E contiguous elements, in the same order in every view, NCHW or NHWC. It is processed in
+// pieces that fit the L1 cache; large results are written by non-temporal stores. Every row is read
+// twice, as itself and as a partner: each row is followed by its partner, which is still cached.
 #include "cpu/common.h"
 #include "cpu/pack.h"
 #include "cpu/stream.h"
@@ -24,7 +24,7 @@ struct Share {
   double own, partner;
 };
 
-// own·x + partner·y for n ≤ kPiece elements; a null pointer adds nothing. `buffer` (kPiece).
+// own·x + partner·y for n ≤ kPiece elements; a null pointer stands for zeros. `buffer` (kPiece).
 template <typename T>
 void mix_piece(const T* x, const T* y, int64_t n, const Share& share, bool stream, T* buffer,
                T* out) {
@@ -53,13 +53,13 @@ void mix_piece(const T* x, const T* y, int64_t n, const Share& share, bool strea
                true);
 }
 
-// 0 … rows − 1, each number i followed by next[i] where that is one of them and comes after no other
-// number. `before` is the inverse of `next`, −1 where there is none: where chains begin.
+// The order in which rows 0 … rows − 1 are processed: i is followed by next[i], unless that is out
+// of range or already seen. Chains begin where `before`, the inverse of `next`, is −1.
 std::vector<int64_t> in_chains(const int64_t* next, const int64_t* before, int64_t rows) {
   std::vector<int64_t> order;
   std::vector<bool> seen(rows);
   order.reserve(rows);
-  for (const bool begins : {true, false})  // then what is left: rings
+  for (const bool begins : {true, false})  // first chains, then the cycles that are left
     for (int64_t first = 0; first < rows; ++first)
       if (!begins || before[first] < 0)
         for (int64_t i = first; 0 <= i && i < rows && !seen[i]; i = next[i]) {
@@ -69,7 +69,7 @@ std::vector<int64_t> in_chains(const int64_t* next, const int64_t* before, int64
   return order;
 }
 
-// Mixes rows of E elements in this order; row(i) gives the two sources and the destination of row i.
+// Mixes rows of E elements in this order; row(i) returns the two sources and the destination.
 template <typename T, typename Sources>
 void mix_rows(const std::vector<int64_t>& order, int64_t E, const Share& share,
               const Sources& row) {
@@ -89,14 +89,14 @@ void mix_rows(const std::vector<int64_t>& order, int64_t E, const Share& share,
   });
 }
 
-// The first `rows` entries of a permutation; a copy, which no other thread changes.
+// The first `rows` entries of a permutation: a copy, which no other thread can change.
 std::vector<int64_t> entries(const Tensor& permutation_, int64_t rows) {
   const Tensor permutation = packed(permutation_);
   const int64_t* const first = in<int64_t>(permutation);
   return {first, first + rows};
 }
 
-// The entries of a permutation of `total`, inverted; −1 where there is none.
+// The inverse (total,) of entries of a permutation; −1 where there is none.
 std::vector<int64_t> inverse(const std::vector<int64_t>& p, int64_t total) {
   const int64_t rows = static_cast<int64_t>(p.size());
   check_indices(p.data(), rows, total, "permutation");
@@ -116,7 +116,7 @@ Tensor empty_like_rows(const Tensor& x, int64_t rows, bool channels_last) {
   return new_image(size, x.scalar_type(), channels_last);
 }
 
-// views (b_i, …), M rows together, lam () double, permutation (≥ rows,) → (rows, …)
+// views (b_i, …), `total` rows together, lam (1,) double, permutation (≥ rows,) → (rows, …)
 Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Tensor& permutation,
                    int64_t rows) {
   const int64_t total = check_mixup_views(views, lam, permutation, rows);
@@ -144,7 +144,7 @@ Tensor mixup_views(const std::vector<Tensor>& views, const Tensor& lam, const Te
   return result;
 }
 
-// grad (rows, …), lam () double, permutation (≥ rows,), rows of each view → gradients (b_i, …)
+// grad (rows, …), lam (1,) double, permutation (≥ rows,), rows of each view → gradients (b_i, …)
 std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
                                          const Tensor& permutation,
                                          const std::vector<int64_t>& sizes) {
@@ -152,7 +152,7 @@ std::vector<Tensor> mixup_views_backward(const Tensor& grad_, const Tensor& lam,
   const bool channels_last = is_channels_last(grad_);
   const Tensor grad = channels_last ? grad_ : packed(grad_);
   const int64_t rows = grad.size(0), E = row_elements(grad);
-  std::vector<Tensor> results;  // first: the vectors of as many rows take less memory
+  std::vector<Tensor> results;  // first: if memory is short, this allocation fails and says so
   for (const int64_t size : sizes) results.push_back(empty_like_rows(grad, size, channels_last));
   std::vector<int64_t> partner = entries(permutation, rows);
   const std::vector<int64_t> source = inverse(partner, total);

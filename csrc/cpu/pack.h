@@ -1,6 +1,6 @@
-// Rows of numbers worked on in packs: as many as one vector register holds, the last pack of a row
+// Rows processed in packs: as many numbers as a vector register holds, the last pack of a row
 // partly filled. Written with GCC's vector types, so that one source serves every instruction set;
-// intrinsics only where the compiler has no words for it.
+// intrinsics only for what these cannot express.
 #pragma once
 
 #include <array>
@@ -18,7 +18,7 @@
 
 namespace sanm {
 
-// Floats in a pack: one register's. Longer vectors than a register are taken apart element by element.
+// Lanes of a pack: one register of floats. GCC splits vectors longer than a register into elements.
 #if defined(__AVX__)
 constexpr int kPack = kLanes;
 #else
@@ -27,18 +27,18 @@ constexpr int kPack = 4;
 
 template <typename A>
 using Pack = typename VectorOf<A, kPack>::type;
-// Integers as wide as A: what comparing packs gives, and indices.
+// Integers as wide as A, for indices and for masks: the results of comparing packs.
 template <typename A>
 using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 template <typename A>
 using Index = typename VectorOf<Integer<A>, kPack>::type;
-// How many numbers of a pack are there: all of them, known to the compiler, or an int64_t.
+// The number of valid lanes of a pack: all of them, at compile time, or an int64_t.
 using Whole = std::integral_constant<int64_t, kPack>;
 
-// The length of a row in whole packs
+// The length of a row rounded up to whole packs
 inline int64_t padded(int64_t K) { return (K + kPack - 1) / kPack * kPack; }
 
-// body(k, n) for each pack of a row of K: its first element and how many there are.
+// body(k, n) for each pack of a row of K: its first element and its number of valid lanes.
 template <typename Body>
 inline void each_pack(int64_t K, const Body& body) {
   int64_t k = 0;
@@ -46,7 +46,7 @@ inline void each_pack(int64_t K, const Body& body) {
   if (k < K) body(k, K - k);
 }
 
-// x in every lane
+// x broadcast to all lanes
 template <typename A>
 inline Pack<A> splat(A x) { return x - Pack<A>{}; }
 
@@ -58,8 +58,8 @@ inline Index<A> lanes() {
   return index;
 }
 
-// Which lane of the pack that starts at element k is element `at`, if any. Of the comparison the left
-// side is the same for every k.
+// Mask of the lane that holds element `at` in the pack that starts at element k. The left side of
+// the comparison is loop-invariant.
 template <typename A>
 inline Index<A> is_lane(int64_t at, int64_t k) {
   using Unsigned = std::make_unsigned_t<Integer<A>>;
@@ -67,7 +67,7 @@ inline Index<A> is_lane(int64_t at, int64_t k) {
   return static_cast<Unsigned>(at) - (Lanes)lanes<A>() == static_cast<Unsigned>(k);
 }
 
-// Bit l: lane l of a comparison of floats holds.
+// Bit l of the result: lane l of the mask of a comparison of floats.
 inline unsigned lane_bits(Index<float> there) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)there, (__m512i)there);
@@ -145,7 +145,8 @@ inline void store_pack(Pack<A> v, int64_t n, T* p) {
   narrow(some, n, p);
 }
 
-// v → p; past the caches if `stream`, for which p is aligned to blocks, where v is whole and of p's type.
+// v → p. If `stream`, p is aligned to blocks, and a whole pack of p's type is stored
+// non-temporally.
 template <typename A, typename T, typename Count>
 inline void store_pack(Pack<A> v, Count n, T* p, bool stream) {
   if constexpr (std::is_same_v<A, T> && std::is_same_v<Count, Whole>) {
@@ -158,8 +159,8 @@ inline void store_pack(Pack<A> v, Count n, T* p, bool stream) {
   store_pack<A>(v, n, p);
 }
 
-// Lanes N/2·part … of v. Not by memcpy where it can be helped: a vector whose address is taken stays
-// in memory, and so would the sum of a loop.
+// Lanes N/2·part … of v. By a shuffle if possible: a vector whose address is taken is kept in
+// memory, and so would be the accumulator of a loop.
 template <int part, typename E, int N, size_t... l>
 inline typename VectorOf<E, N / 2>::type half(const typename VectorOf<E, N>::type& v,
                                               std::index_sequence<l...>) {
@@ -172,7 +173,7 @@ inline typename VectorOf<E, N / 2>::type half(const typename VectorOf<E, N>::typ
 #endif
 }
 
-// The lanes of v joined by `op`, halves first
+// The reduction of v's lanes by `op`, halves first
 template <typename E, int N, typename Op>
 inline E reduce(typename VectorOf<E, N>::type v, const Op& op) {
   if constexpr (N == 2) {
@@ -191,8 +192,8 @@ inline A reduce_max(Pack<A> v) {
   return reduce<A, kPack>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// Of each block of h lanes the first (`part` 0) or the second half: those of a, then those of b; where
-// blocks are no longer than 128 bits, within each 128 bits, so that it is one instruction.
+// Of each block of h lanes the first (`part` 0) or the second half: those of a, then those of b.
+// For blocks of up to 128 bits that is done within each 128 bits, which is a single instruction.
 template <int part, int N, int h, size_t... l>
 inline Pack<float> halves(const Pack<float>& a, const Pack<float>& b, std::index_sequence<l...>) {
 #if SANM_HAS_SHUFFLE
@@ -207,8 +208,8 @@ inline Pack<float> halves(const Pack<float>& a, const Pack<float>& b, std::index
 #endif
 }
 
-// The lanes of row j's pack joined by `op`, halves first, in lane j; 0 from R on. Those of kPack rows
-// together take half as many instructions as one after the other, and give the same bits.
+// Lane j: the reduction of row j's lanes by `op`, halves first; 0 from R on. Reducing kPack rows
+// together takes half as many instructions as one after the other, and gives the same bits.
 template <typename A, int R, typename Op>
 inline Pack<A> joined(const std::array<Pack<A>, R>& rows, const Op& op) {
 #if SANM_HAS_SHUFFLE
@@ -238,11 +239,11 @@ inline Pack<A> joined(const std::array<Pack<A>, R>& rows, const Op& op) {
   return result;
 }
 
-// The sums of so many elements of a row are added in double: a float that holds the sum of a long row
-// loses what is yet to come, and that which holds one large term the small ones of its run.
+// After so many elements (a run) float sums are added to a double: the float sum of a long row, or
+// of a run with one large term, would lose the small terms to rounding.
 constexpr int64_t kRun = 8 * kPack;
 
-// N sums over each of R ≤ kPack rows of K: what is not in `total` yet.
+// N sums over each of R ≤ kPack rows of K: `total`, and `sum`, which is not in `total` yet.
 template <typename A, int N, int R>
 struct RowSums {
   std::array<Pack<A>, R> sum[N] = {};
@@ -260,7 +261,7 @@ struct RowSums {
     if (whole < K) add(whole, K - whole);
   }
 
-  // Lane j: those of row j.
+  // Lane j: the sums of row j.
   std::array<Pack<A>, N> joined_sums(int64_t K) const {
     std::array<Pack<A>, N> result;
     for (int s = 0; s < N; ++s) {
@@ -272,7 +273,8 @@ struct RowSums {
   }
 };
 
-// Of `count` ≤ R rows in turn, which need much besides their sums: row(j) gives body(k, n, sums).
+// N sums over each of `count` ≤ R rows, one row after the other, for bodies that need many
+// registers: row(j) returns body(k, n, sums).
 template <typename A, int N, int R, typename Row>
 inline std::array<Pack<A>, N> rows_sums_in_turn(int64_t count, int64_t K, const Row& row) {
   RowSums<A, N, R> rows;
@@ -289,9 +291,9 @@ inline std::array<Pack<A>, N> rows_sums_in_turn(int64_t count, int64_t K, const 
   return rows.joined_sums(K);
 }
 
-// Of R rows: row(j) gives body(k, n, sums), which adds a pack of row j to each of its sums. Side by side,
-// but a pack's worth of rows in turn where they are longer than two packs: all their sums do not fit
-// into registers.
+// N sums over each of R rows: row(j) returns body(k, n, sums), which adds a pack of row j to each
+// of its sums. The rows are interleaved, except kPack rows longer than two packs: their sums do not
+// all fit into registers.
 template <typename A, int N, int R, typename Row>
 inline std::array<Pack<A>, N> rows_sums(int64_t K, const Row& row) {
   if constexpr (R == kPack)
@@ -325,7 +327,7 @@ inline std::array<A, N> row_sums(int64_t K, const Body& body) {
   return result;
 }
 
-// a·b + c in one rounding where the processor can, else in two.
+// a·b + c, fused (one rounding) if the instruction set has it, else with two roundings.
 inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__)
   return __builtin_fmaf(a, b, c);
@@ -344,8 +346,8 @@ inline Pack<float> multiply_add(Pack<float> a, Pack<float> b, Pack<float> c) {
 }
 
 // e^x for x ≤ 0, within 2 ulp, and 0 where it would be subnormal: x = n·ln2 + r, a degree-6
-// polynomial in r, 2^n by its bits. Adding 1.5·2^23 + 127 rounds to an integer and leaves n + 127 in the
-// low bits. Coefficients: the minimax fit of e^r on |r| ≤ ln2/2 that Cephes' expf publishes.
+// polynomial in r, 2^n from its exponent bits. Adding 1.5·2^23 + 127 rounds to an integer and
+// leaves n + 127 in the low bits. Coefficients: Cephes' expf, a minimax fit of e^r on |r| ≤ ln2/2.
 // V is a float or a pack, Bits the unsigned integers of its size.
 template <typename V, typename Bits>
 inline V exp_by_bits(V x) {
@@ -378,8 +380,8 @@ inline Pack<double> exp_nonpositive(Pack<double> x) {
   return x;
 }
 
-// log x for x ≥ 1, within 2 ulp; NaN and ∞ stay. x = m·2^n with m in [√½, √2), a degree-8 polynomial
-// in f = m − 1 and n·ln2 in two parts. Coefficients: those of Cephes' logf.
+// log x for x ≥ 1, within 2 ulp; NaN and ∞ are kept. x = m·2^n with m in [√½, √2), a degree-8
+// polynomial in f = m − 1 and n·ln2 in two parts. Coefficients: those of Cephes' logf.
 inline Pack<float> log_from_one(Pack<float> x) {
   const Index<float> bits = (Index<float>)x;
   const Pack<float> m = (Pack<float>)((bits & 0x7fffff) | 0x3f800000);  // in [1, 2)

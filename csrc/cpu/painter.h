@@ -1,4 +1,4 @@
-// Masked views: copies of an image, made once through the cache, with a box filled.
+// Masked views: copies of an image, each with a box filled, made in one pass over the image.
 #pragma once
 
 #include "cpu/common.h"
@@ -8,7 +8,7 @@
 
 namespace sanm {
 
-// Draws of one sample: the caller's, or Philox's.
+// Draws of one sample: given by the caller, or from Philox.
 struct Draws {
   const double* given;  // (D) or null
   int64_t index, seed;
@@ -44,7 +44,7 @@ class Painter {
       if (s_.fill != kPixel)
         for (int v = 0; v < V; ++v) fill_row(v, plane, boxes[v][0], boxes[v], draws);
       for (int64_t y = 0; y < H_;) {
-        // Rows up to the next edge of a box are alike.
+        // Rows up to the next edge of a box are copied in the same way.
         int64_t end = H_;
         bool hit[2] = {false, false};
         for (int v = 0; v < V; ++v) {
@@ -55,7 +55,7 @@ class Painter {
         if (s_.fill == kPixel && (hit[0] || hit[1])) end = y + 1;
         const char* from = reinterpret_cast<const char*>(source + y * length);
         char* to[2];
-        Overlay with[2];  // the third mask is that of a view whose box is elsewhere
+        Overlay with[2];  // outside its box a view uses the third, empty mask
         for (int v = 0; v < V; ++v) {
           to[v] = reinterpret_cast<char*>(target + v * stride + y * length);
           with[v] = {reinterpret_cast<const char*>(&row_[v * length]),
@@ -103,7 +103,7 @@ class Painter {
     return sum / static_cast<double>(H_ * W_);
   }
 
-  // The columns of the box in row y of view v → row_.
+  // The fill of the box's columns in row y of view v → row_.
   void fill_row(int v, int64_t plane, int64_t y, const int32_t* box, const Draws& draws) {
     T* const row = &row_[v * W_ * step_];
     if (s_.fill != kPixel && !channels_last_) {
@@ -125,10 +125,10 @@ class Painter {
   Settings s_;
   const std::vector<double>& fill_value_;
   int64_t H_, W_, C_;
-  int64_t step_, planes_;  // elements between pixels of a row; planes of rows
+  int64_t step_, planes_;  // elements per pixel of a row; number of planes
   bool channels_last_, stream_;
-  std::vector<T> fill_, row_;  // (V, C); (V, W, step), of which the boxes' columns are set …
-  std::vector<char> mask_;     // … and marked by ones, and a row without any
+  std::vector<T> fill_, row_;  // (V, C); (V, W, step), set in the boxes' columns
+  std::vector<char> mask_;     // bytes of (3, W, step): ones in the boxes' columns; the third is 0
 };
 
 }  // namespace sanm

@@ -1,9 +1,9 @@
 // Reconstruction loss Σ_v (1/count_v) Σ (r − x)² over V views, of the whole image or the elements
 // inside each sample's box, and its gradient (2/count_v)(r − x), zero outside.
 //
-// A sample is visited run by run: a box is a set of runs of consecutive elements in NCHW as in NHWC,
-// the whole image a single one. Each sample's sum is taken by one thread, in pieces added up in
-// double, and the samples' sums are added in order: the number of threads does not matter.
+// A sample is processed run by run: a box is a set of runs of contiguous elements in NCHW as in
+// NHWC, the whole image a single one. Each sample is summed by one thread, in pieces accumulated in
+// double; the samples' sums are added in order, so that the number of threads does not matter.
 #include "cpu/common.h"
 #include "cpu/pack.h"
 #include "cpu/values.h"
@@ -32,8 +32,8 @@ struct Arguments {
   int64_t sample_size() const { return C * H * W; }
   int64_t views() const { return B > 0 ? N / B : 0; }
 
-  // The n-th sample to be worked on: all views of an image, then the next one's, so that the image is
-  // read from memory once.
+  // The n-th sample to process: all views of an image, then those of the next one, so that each
+  // image is read from memory once.
   int64_t sample(int64_t n) const { return n % views() * B + n / views(); }
 
   // How many elements of view v count.
@@ -45,7 +45,7 @@ struct Arguments {
     return area * C;
   }
 
-  // Calls body(first, length) for each run of consecutive elements of sample i that count.
+  // Calls body(first, length) for each run of contiguous elements of sample i that count.
   template <typename Body>
   void runs(int64_t i, const Body& body) const {
     if (boxes.empty()) return body(0, sample_size());
@@ -60,10 +60,10 @@ struct Arguments {
   Image reconstruction;
   int64_t C, H, W, B, N;
   Tensor images;
-  std::vector<Box> boxes;  // one for each of the V·B samples; none: the whole image
+  std::vector<Box> boxes;  // (V·B,); empty: the whole image
 };
 
-// Calls body(r, x, n, at) with both as A, piece by piece, for n elements from `at` of sample i on.
+// Calls body(r, x, length, at) for n elements of both tensors, converted to A, piece by piece.
 template <typename A, typename T, typename Body>
 void pieces(const T* r, const Tensor& images, int64_t x_offset, int64_t n, A* left, A* right,
             const Body& body) {

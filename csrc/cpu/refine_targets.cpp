@@ -1,6 +1,6 @@
 // Refined targets: p = mean of softmax over the given logits, then q·label + (1 − q)·p where labels
-// are given, then p^(1/T) / Σ p^(1/T). Row by row; dividing by the largest before the power keeps
-// the sum away from 0.
+// are given, then p^(1/T) / Σ p^(1/T). Row by row; dividing by the maximum before the power keeps
+// the sum from underflowing to 0.
 #include "cpu/common.h"
 #include "cpu/pack.h"
 #include "cpu/softmax.h"
@@ -9,7 +9,7 @@
 namespace sanm {
 namespace {
 
-// p^exponent, 0 stays 0
+// p^exponent, with 0^exponent = 0
 template <typename A>
 inline Pack<A> power(Pack<A> p, A exponent) {
   if (exponent == 2) return p * p;
@@ -17,7 +17,7 @@ inline Pack<A> power(Pack<A> p, A exponent) {
   return p;
 }
 
-// Of the R rows p (Kp) the first `count` → p^exponent / Σ p^exponent in out (count, K). p is overwritten.
+// The first `count` of R rows p (Kp) → p^exponent / Σ p^exponent in out (count, K). Overwrites p.
 template <typename A, size_t R>
 void sharpen(const std::array<A*, R>& p, int64_t count, int64_t K, A exponent, A* out) {
   const Pack<A> top = rows_max<A, R>(p, K), scale = 1 / top;
@@ -25,7 +25,7 @@ void sharpen(const std::array<A*, R>& p, int64_t count, int64_t K, A exponent, A
     return [x = p[j], top = splat<A>(top[j]), scale = splat<A>(scale[j]), exponent](
                int64_t k, auto n, Pack<A>(&sums)[1]) {
       const Pack<A> v = load_pack<A>(x + k, n, A(0));
-      // the largest becomes 1 itself: next to it a high power would already be 0
+      // the maximum becomes exactly 1: a high power of 1 − ε would be 0
       const Pack<A> sharp = power<A>(v == top ? splat<A>(1) : v * scale, exponent);
       store_pack<A>(sharp, n, x + k);
       sums[0] += sharp;
@@ -76,7 +76,7 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
     A* refined = out<A>(result);
     const int64_t Kp = padded(K);
     side_by_side(K, [&](auto R) {
-      constexpr int kRows = R == kPack ? R : 1;  // of long rows, the predictions are side by side
+      constexpr int kRows = R == kPack ? R : 1;  // for long rows, the predictions are interleaved
       torch::stable::parallel_for(0, B, row_grain(K) / V + 1, [&](int64_t begin, int64_t end) {
         const Rows<A> e(kRows * V, Kp), p(kRows, Kp), given(1, Kp);
         std::vector<A> scale(kRows * V + R);
@@ -87,7 +87,7 @@ Tensor refine_targets(const std::vector<Tensor>& logits, const std::optional<Ten
             std::array<A*, R> powers;
             for (int j = 0; j < R; ++j) {
               x[j] = z[v] + (first + i) * K, powers[j] = e[here];
-              if (here + 1 == all) continue;  // the last once more
+              if (here + 1 == all) continue;  // the last one is repeated
               ++here;
               if (++v == V) v = 0, ++i;
             }

@@ -1,6 +1,6 @@
 // Per-sample cross-entropy l_i = log Σ_k exp(z_ik − m_i) − (z_i[y_i] − m_i), m_i = max z_i, and its
-// gradient p_ik − [k = y_i]. The maximum and the log-sum are kept apart: their sum would cost large
-// logits their digits.
+// gradient p_ik − [k = y_i]. The maximum and log Σ are stored separately: in their sum, the
+// log-sum-exp, a large maximum would round log Σ away.
 #include "cpu/common.h"
 #include "cpu/softmax.h"
 

@@ -5,16 +5,15 @@
 
 namespace sanm {
 
-// What fills the last pack of a row of logits: its e^x is 0.
+// Padding of the last pack of a row of logits: e^x = 0.
 template <typename A>
 constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
-// Rows per thread below which a loop stays on one thread; a row costs as much as some 32 elements
-// besides its own.
+// Grain size of parallel_for, in rows; the overhead of a row is that of about 32 elements.
 inline int64_t row_grain(int64_t K) { return std::max<int64_t>(1, 16384 / (K + 32)); }
 
-// Rows to work on together, pass by pass, a power of two: the passes of one row wait for each other,
-// those of several do not, and what they keep stays in the first cache.
+// Rows to process together, pass by pass, a power of two: the passes over one row depend on each
+// other, those over several rows overlap, and their intermediate values stay in the L1 cache.
 constexpr int64_t kMaxRows = 64;
 inline int64_t rows_at_once(int64_t K) {
   int64_t rows = 1;
@@ -22,8 +21,8 @@ inline int64_t rows_at_once(int64_t K) {
   return rows;
 }
 
-// body(R), R the rows to work on side by side, since one alone waits for its own sums: as many as a
-// pack has lanes, which are then joined together, or a few where rows are long.
+// body(R), R the rows to interleave, since one alone is bound by the latency of its sums: as many
+// as a pack has lanes, which are then reduced together, or four where rows are long.
 template <typename Body>
 inline void side_by_side(int64_t K, const Body& body) {
   if (rows_at_once(K) >= kPack)
@@ -32,7 +31,7 @@ inline void side_by_side(int64_t K, const Body& body) {
     body(std::integral_constant<int, 4>{});
 }
 
-// Where R rows of K start; of `count` > 0 rows, the last stands for those that are missing.
+// The starts of R rows of K; if there are only `count` > 0, the last one is repeated.
 template <int R, typename T>
 inline std::array<T*, R> row_starts(T* x, int64_t K, int64_t count) {
   std::array<T*, R> rows;
@@ -40,7 +39,7 @@ inline std::array<T*, R> row_starts(T* x, int64_t K, int64_t count) {
   return rows;
 }
 
-// The largest of each of R rows of K, lane j that of row j; NaN is passed over.
+// The maximum of each of R rows of K, row j's in lane j; NaN is ignored.
 template <typename A, int R, typename T>
 inline Pack<A> rows_max(const std::array<T*, R>& x, int64_t K) {
   std::array<Pack<A>, R> top;
@@ -58,7 +57,7 @@ inline Pack<A> rows_max(const std::array<T*, R>& x, int64_t K) {
 template <typename A, typename T>
 inline A row_max(const T* x, int64_t K) { return rows_max<A, 1>(std::array<const T*, 1>{x}, K)[0]; }
 
-// The first index of the largest of x (K); 0 if NaN hides it.
+// The first index of the maximum of x (K); NaN is ignored, and 0 if all are NaN.
 template <typename A>
 inline int64_t row_argmax(const A* x, int64_t K) {
   const A top = row_max<A>(x, K);
@@ -73,7 +72,7 @@ inline int64_t row_argmax(const A* x, int64_t K) {
   return index < K ? index : 0;
 }
 
-// Σ_k e^{x_k − top} of each of R rows x of K, top their largest. Asks for the rows that come next.
+// Σ_k e^{x_k − top} of each of R rows x of K, top their maxima. Prefetches the next R rows.
 template <typename A, int R, typename T>
 inline Pack<A> exp_sums(const std::array<T*, R>& x, int64_t K, Pack<A> top) {
   return rows_sums<A, 1, R>(K, [&](int64_t j) {
@@ -84,8 +83,8 @@ inline Pack<A> exp_sums(const std::array<T*, R>& x, int64_t K, Pack<A> top) {
   })[0];
 }
 
-// Σ e and, if N is 2, Σ e·(x − top), of e (Kp) ← e^{x − top} of each of R rows x of K, top their
-// largest. Asks for the rows `ahead` rows on.
+// e (Kp) ← e^{x − top} for each of R rows x of K, top their maxima; returns Σ e and, if N is 2,
+// Σ e·(x − top). Prefetches the rows `ahead` rows on.
 template <int N, typename A, int R, typename T>
 inline std::array<Pack<A>, N> exponentials(const std::array<T*, R>& x, int64_t K, Pack<A> top,
                                            const std::array<A*, R>& e, int64_t ahead) {
@@ -102,8 +101,8 @@ inline std::array<Pack<A>, N> exponentials(const std::array<T*, R>& x, int64_t K
   });
 }
 
-// total (Kp) += Σ_j scale_j e_j over `count` rows e_j (Kp) of e from `first` on. Four packs at a time:
-// each waits for the row before.
+// total (Kp) += Σ_j scale_j e_j over `count` rows e_j (Kp) of e from `first` on. Four packs at a
+// time, since each sum depends on the row before.
 template <typename A>
 inline void add_rows(const Rows<A>& e, int64_t first, const A* scale, int64_t count, int64_t K,
                      A* total) {
@@ -123,7 +122,7 @@ inline void add_rows(const Rows<A>& e, int64_t first, const A* scale, int64_t co
   if (k < Kp) add(k, std::integral_constant<int, 1>{});
 }
 
-// log Σ_k e^{x_k}; the maximum is taken out first, so nothing overflows.
+// log Σ_k e^{x_k}; the maximum is subtracted first, so nothing overflows.
 template <typename A>
 inline A logsumexp(const A* x, int64_t K) {
   const A m = row_max<A>(x, K);

@@ -1,4 +1,4 @@
-// Copies that bypass the cache: stores which need not read the line they overwrite first.
+// Copies by non-temporal stores, which bypass the caches and do not read the line they overwrite.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,8 @@
 
 namespace sanm {
 
-// Outputs from this size on are streamed; smaller ones stay in the cache for whoever reads them.
+// Outputs of this size or more are streamed, that is written by non-temporal stores; smaller ones
+// stay in the cache, where they are read next.
 constexpr int64_t kStreamBytes = 1 << 20;
 
 #if defined(__AVX512F__)
@@ -42,7 +43,7 @@ inline void store_block(char* p, Block b) { std::memcpy(p, &b, sizeof b); }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kBlock == 0; }
 
-// n bytes from src to dst, streamed where `stream` and dst's alignment allow.
+// n bytes from src to dst, streamed where dst is aligned, if `stream`.
 inline void copy_bytes(char* dst, const char* src, int64_t n, bool stream) {
   if (!stream || (n < 4 * kBlock && !(aligned(dst) && n % kBlock == 0))) {
     std::memcpy(dst, src, n);
@@ -55,7 +56,7 @@ inline void copy_bytes(char* dst, const char* src, int64_t n, bool stream) {
   std::memcpy(dst + i, src + i, n - i);
 }
 
-// n bytes from src to two places, read once.
+// n bytes from src to two destinations, read once.
 inline void copy_bytes_twice(char* a, char* b, const char* src, int64_t n, bool stream) {
   if (!stream || !aligned(a) || !aligned(b)) {
     copy_bytes(a, src, n, stream);
@@ -74,7 +75,7 @@ inline void copy_bytes_twice(char* a, char* b, const char* src, int64_t n, bool 
   std::memcpy(b + i, src + i, n - i);
 }
 
-// What a copy has instead of its source's bytes: those of fill where mask has ones.
+// Replaces the bits of a copy by those of `fill` where `mask` has ones.
 struct Overlay {
   const char *fill, *mask;
 
@@ -84,8 +85,8 @@ struct Overlay {
   }
 };
 
-// n bytes from src to dst, all apart from each other, under an overlay. A head and a tail that are
-// less than a block are stored as part of one, which writes its neighbours twice.
+// n bytes from src to dst under an overlay; no buffers overlap. A head or tail shorter than a block
+// is stored as part of a whole block, which writes some bytes twice.
 inline void overlay_bytes(char* dst, const char* src, const Overlay& with, int64_t n, bool stream) {
   if (n < kBlock) {
     for (int64_t i = 0; i < n; ++i)
@@ -104,7 +105,7 @@ inline void overlay_bytes(char* dst, const char* src, const Overlay& with, int64
   if (i < n) store_block(dst + n - kBlock, at(n - kBlock));
 }
 
-// `rows` rows of n bytes from src to two places, read once, each row under the same overlays.
+// `rows` rows of n bytes from src to two destinations, read once, each row under the same overlays.
 inline void overlay_rows_twice(char* a, char* b, const char* src, const Overlay with[2], int64_t n,
                                int64_t rows, bool stream) {
   const bool whole = stream && aligned(a) && aligned(b) && n % kBlock == 0;
@@ -120,7 +121,7 @@ inline void overlay_rows_twice(char* a, char* b, const char* src, const Overlay 
   }
 }
 
-// Orders streamed stores before whatever the thread does next.
+// Orders non-temporal stores before the thread's later stores.
 inline void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();

@@ -1,5 +1,5 @@
-// Final targets of the loss, row by row: t_i = λ·t'_i + (1 − λ)·t'_π(i), where t' is the target row, or
-// the one-hot row of a label, after the label modulation. None of them is ever a whole tensor.
+// Final targets of the loss, row by row: t_i = λ·t'_i + (1 − λ)·t'_π(i), where t' is the target
+// row, or the one-hot row of a label, after the label modulation. No tensor of them is made.
 #pragma once
 
 #include "cpu/common.h"
@@ -10,8 +10,8 @@
 
 namespace sanm {
 
-// A target row as it enters a final one: its values (K,), null if they are still to be converted,
-// where its largest is, and what the label modulation makes of that and adds to the others.
+// A target row after the label modulation: its values (K,), null if they must be converted first,
+// the index `at` of its maximum, the new value of that one, and what is added to the others.
 template <typename A>
 struct Modulated {
   const A* values;
@@ -25,7 +25,7 @@ struct Modulated {
   }
 };
 
-// The final target of a row, made pack by pack; 0 from K on.
+// The final target of a row, computed pack by pack; 0 from K on.
 template <typename A>
 struct FinalTarget {
   Modulated<A> own, other;
@@ -68,7 +68,7 @@ class Targets {
     modulate();
   }
 
-  // Whether row i counts: neither it nor its partner is to be ignored.
+  // Whether row i counts: neither its label nor its partner's is ignore_index.
   bool counts(int64_t i) const {
     return !labels_ || (labels_[i] != ignore_index_ &&
                         (!partner_ || labels_[partner(i)] != ignore_index_));
@@ -81,8 +81,8 @@ class Targets {
     return number;
   }
 
-  // The target of row i; of a row that does not count, anything. Rows that need a conversion are kept in
-  // `buffer`, `spare` (K). Inline, since what a call returns would go through memory for every row.
+  // The target of row i; unspecified for a row that does not count. Rows that need a conversion are
+  // converted into `buffer`, `spare` (K). Inlined: a call would return its result through memory.
   __attribute__((always_inline)) FinalTarget<A> row(int64_t i, A* buffer, A* spare) const {
     const bool mixed = partner_;
     const Modulated<A> own = fetch(i, buffer);
@@ -103,7 +103,7 @@ class Targets {
     return buffer;
   }
 
-  // Makes every target row as it enters final ones, twice where rows are mixed.
+  // Modulates every target row once; with mixing, each is used twice.
   void modulate() {
     modulated_.resize(rows_);
     const auto all = [&](const auto& top, const auto& start) {
@@ -128,8 +128,8 @@ class Targets {
       });
   }
 
-  // Where each row starts, and which is the first with the same values: expanded dimensions stay
-  // unfolded.
+  // The offset of each row, and the first row with the same memory: broadcast dimensions (stride 0)
+  // are not materialised.
   void index_rows() {
     const int64_t lead = targets_.dim() - 1;
     int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};
@@ -156,7 +156,7 @@ class Targets {
       }
   }
 
-  // The first largest element of each row; once for rows that are the same.
+  // The first argmax of each row, computed once for rows that share memory.
   void find_largest() {
     std::vector<int64_t> different;
     for (int64_t m = 0; m < rows_; ++m)
@@ -183,7 +183,7 @@ class Targets {
   const int64_t* labels_ = nullptr;
   std::vector<A> zeros_;  // (K,) the values of every row, if targets are labels
   const void* values_ = nullptr;
-  const A* direct_ = nullptr;  // the values, if rows can be read as they are
+  const A* direct_ = nullptr;  // the values, if rows can be read without conversion
   int64_t stride_ = 1, rows_ = 0;
   std::vector<int64_t> offset_, first_, largest_;  // (M,)
   std::vector<Modulated<A>> modulated_;            // (M,)

@@ -1,4 +1,4 @@
-// Checks and preparations of arguments that more than one kernel needs.
+// Checks of values that several kernels need.
 #pragma once
 
 #include <string>
@@ -7,7 +7,7 @@
 
 namespace sanm {
 
-// Where element i of a tensor of so many columns stands: "[i]", or "[row, column]".
+// The index of element i in a tensor of so many columns: "[i]", or "[row, column]".
 inline std::string place_of(int64_t i, int64_t columns) {
   const std::string last = std::to_string(i % std::max<int64_t>(columns, 1));
   return columns == 1 ? "[" + std::to_string(i) + "]"
@@ -36,7 +36,7 @@ struct Box {
   int64_t y0, x0, y1, x1;
 };
 
-// Boxes (n, 4) of B images a view, each inside an image of H×W; a copy, which no other thread changes.
+// Boxes (n, 4), B per view, each inside an image of H×W: a copy, which no other thread can change.
 template <typename I>
 inline std::vector<Box> checked_boxes(const I* corners, int64_t n, int64_t B, int64_t H,
                                       int64_t W) {

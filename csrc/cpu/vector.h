@@ -1,4 +1,4 @@
-// Short vectors of float: GCC vector types, so that one source serves every instruction set.
+// SIMD vectors of float: GCC vector types, so that one source serves every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -59,8 +59,8 @@ inline Vec<N> load(const Half* p) {
   return v;
 }
 
-// Asks for a cache line further on, by default one beyond the page, where the hardware's prefetcher
-// stops.
+// Prefetches the cache line `ahead` bytes on, by default on the next page: the hardware prefetcher
+// stops at the end of a page.
 inline void prefetch(const void* p, int64_t ahead = 4096) {
   __builtin_prefetch(static_cast<const char*>(p) + ahead);
 }

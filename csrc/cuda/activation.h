@@ -1,7 +1,7 @@
-// Section 1 of the method by one block a sample, from the energy map on: statistics, peak, trough.
+// Section 1 of the method, one block per sample, after the energy map: statistics, peak, trough.
 //
-// A map of up to kWarpCells is each warp's own: all warps hold a copy of it and none waits for
-// another but to share out rows and columns of the upsampled map.
+// A map of up to kWarpCells cells is processed by every warp redundantly, on a copy of its own:
+// warps synchronise only to divide rows and columns of the upsampled map among them.
 #pragma once
 
 #include "cuda/device.h"
@@ -16,12 +16,12 @@ struct Team {
   SANM_DEVICE int rank() const { return block ? threadIdx.x : lane(); }
   SANM_DEVICE int size() const { return block ? blockDim.x : kWarp; }
   SANM_DEVICE void sync() const { block ? __syncthreads() : __syncwarp(); }
-  SANM_DEVICE bool any(bool here) const {  // and sync()
+  SANM_DEVICE bool any(bool here) const {  // includes sync()
     if (block) return __syncthreads_or(here);
     __syncwarp();
     return __any_sync(kFullMask, here);
   }
-  // f(0) … f(n − 1) by op; scratch: kWarp entries, for a block.
+  // Reduces f(0) … f(n − 1) by op; scratch: kWarp entries, for a block.
   template <typename T, typename F, typename Op>
   SANM_DEVICE T reduce(int n, const F& f, Op op, T identity, T* scratch) const {
     T result = identity;
@@ -35,7 +35,7 @@ struct Team {
   }
 };
 
-// What statistics are made of: a first and a second look at the map.
+// Partial results of the statistics: of the first and of the second pass over the map.
 template <typename A>
 struct Range {
   A high, low, sum;
@@ -72,7 +72,7 @@ SANM_DEVICE void statistics(const Team& team, const A* e, int n, A* value, int64
   const Range<A> range = team.reduce(
       n,
       [&](int k) {
-        const A x = e[k];  // NaN is neither the largest nor the smallest
+        const A x = e[k];  // maximum and minimum ignore NaN
         return Range<A>{x > -inf ? x : -inf, x < inf ? x : inf, x};
       },
       Merge(), Range<A>{-inf, inf, A{0}}, shared_memory<Range<A>>());
@@ -86,7 +86,7 @@ SANM_DEVICE void statistics(const Team& team, const A* e, int n, A* value, int64
       },
       Merge(), Spread<A>{A{0}, A{0}}, shared_memory<Spread<A>>());
   if (team.rank() != 0) return;
-  value[0] = sum != sum ? sum : range.high;  // no sum of squares is NaN but for one that is
+  value[0] = sum != sum ? sum : range.high;  // a sum of squares is NaN only if a term is NaN
   value[stride] = sum != sum ? sum : range.low;
   value[2 * stride] = mean;
   value[3 * stride] = sqrt(spread.square / static_cast<A>(n));
@@ -108,16 +108,17 @@ SANM_DEVICE void normalize(const Team& team, float* e, int n, float* scratch) {
   for (int l = 1; l < 8; ++l) total += scratch[l];
   for (int k = whole; k < n; ++k) total = fmaf(e[k], e[k], total);
   const float root = sqrtf(total), norm = root < 1e-12f ? 1e-12f : root;
-  team.sync();  // the tail is read by all threads before any of it is divided
+  team.sync();  // all threads have read the tail before it is divided
   for (int k = team.rank(); k < n; k += team.size()) e[k] /= norm;
   team.sync();
 }
 
-// How the map's cells (h, w) make the pixels (H, W) of the upsampled map U: known before the map.
+// Interpolation from the cells (h, w) to the pixels (H, W) of the upsampled map U; it does not
+// depend on the map's values.
 struct Taps {
   int* left;      // (W): each column's left cell
-  float* across;  // (W): how far it lies towards the right one
-  float* down;    // (H): how far each row lies from its upper cell towards the lower one
+  float* across;  // (W): its weight of the right one
+  float* down;    // (H): each row's weight of the lower cell
   int* begin;     // (h + 1): the first row of U whose upper cell is in row r or below it, and H
   int h, w, H, W;
 
@@ -141,11 +142,11 @@ struct Pixel {
   int y, x;
 };
 
-// Finds the first largest and the first smallest pixel of the upsampled map U of E, as
+// Finds the first maximum and the first minimum of the upsampled map U of E, as
 // csrc/cpu/activation.h does and for the reason given there: U has its extremes on rows that begin
 // or end a segment of rows with the same cells. In the first segment that has a pixel at the level
-// of the peak (or trough), a column that reaches it reaches it once and for all: its first row is
-// found by bisection, each column by a thread of its own, half of the warps for either extreme.
+// of the peak (or trough), a column that reaches the level keeps it: its first row is found by
+// bisection, one thread per column, half of the warps for each extreme.
 struct Locator {
   Taps taps;
   const float* map;           // (h, w): E, normalised where quantised
@@ -153,7 +154,7 @@ struct Locator {
   Pixel* hit;                 // (warps): first pixel that each warp found, in its columns
   bool quantize;
 
-  // Row y of U at column x lies at down[y] between these two.
+  // Row y of U at column x is interpolated between these two, with weight down[y].
   SANM_DEVICE void ends(int r, int x, float* upper, float* lower) const {
     const int a = taps.left[x], b = a + 1 < taps.w ? a + 1 : a;
     const float* top = map + r * taps.w;
@@ -162,7 +163,7 @@ struct Locator {
     *lower = lerp_fused(bottom[a], bottom[b], taps.across[x]);
   }
 
-  // Extremes of the rows: a warp takes a row. A barrier follows.
+  // Extremes of the rows, one warp per row. A barrier follows.
   SANM_DEVICE void scan() const {
     for (int k = warp(); k < 2 * taps.h; k += warps()) {
       float low = INFINITY, high = -INFINITY;
@@ -186,7 +187,7 @@ struct Locator {
     }
   }
 
-  // Looks for this warp's extreme in this warp's columns → hit. A barrier follows.
+  // Searches this warp's columns for this warp's extreme → hit. A barrier follows.
   SANM_DEVICE void search() const {
     const int rows = 2 * taps.h;
     const bool peak = warp() % 2 == 0;
@@ -217,7 +218,7 @@ struct Locator {
           return level(lerp_fused(upper, lower, taps.down[y])) == wanted;
         };
         if (!reached(end)) continue;
-        int before = start, y = end;  // `before` has not reached it, if it is another row
+        int before = start, y = end;  // the level is reached at y, and not at `before` unless equal
         while (y - before > 1) {
           const int middle = (before + y) / 2;
           const bool here = reached(middle);
@@ -231,7 +232,7 @@ struct Locator {
     if (lane() == 0) hit[warp()] = {y, x};
   }
 
-  // What all warps found.
+  // The first pixel over all warps.
   SANM_DEVICE Pixel found(bool peak) const {
     Pixel best{INT32_MAX, INT32_MAX};
     for (int k = peak ? 0 : 1; k < warps(); k += 2) {

@@ -1,10 +1,10 @@
-// What every CUDA kernel file needs: stable.h, device.h, allocation, the one place that launches.
+// What every CUDA kernel file needs: stable.h, device.h, allocation, launches.
 //
 // The files are compiled with -fmad=false: device formulas round exactly as csrc/math does on the
-// host, and a fused multiply-add is written fmaf. They include nothing of CUDA or torch but this.
+// host, and fused multiply-adds are explicit. They include nothing of CUDA or torch except this.
 #pragma once
 
-#ifndef SANM_CUDA_HOST  // else tests/cuda_host/cuda_host.h is included first in place of CUDA
+#ifndef SANM_CUDA_HOST  // else tests/cuda_host/cuda_host.h replaces CUDA and is included first
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #endif
@@ -28,7 +28,7 @@
 
 namespace sanm {
 
-// An empty tensor on the device of `on`.
+// An uninitialised tensor on the device of `on`.
 inline Tensor new_tensor(const Tensor& on, const std::vector<int64_t>& size, ScalarType type,
                          bool channels_last = false) {
   using torch::headeronly::MemoryFormat;
@@ -41,7 +41,7 @@ inline Tensor new_tensor(const Tensor& on, const std::vector<int64_t>& size, Sca
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // what is reported here is not reported again by the next call
+  cudaGetLastError();  // clears the error, which the next call would report again
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
@@ -57,12 +57,12 @@ inline int attribute(const Tensor& on, cudaDeviceAttr which) {
 inline int multiprocessors(const Tensor& on) {
   return attribute(on, cudaDevAttrMultiProcessorCount);
 }
-// Bytes of dynamic shared memory that a block can have.
+// Maximum dynamic shared memory per block, in bytes.
 inline int64_t shared_limit(const Tensor& on) {
   return attribute(on, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-// Makes the device of `on` current while it lives; torch's stream on it.
+// Makes the device of `on` current for its lifetime; stream() is torch's current stream there.
 class OnDevice {
  public:
 #ifdef SANM_CUDA_HOST
@@ -72,7 +72,7 @@ class OnDevice {
 #else
   explicit OnDevice(const Tensor& on) : index_(on.get_device_index()), guard_(index_) {}
 
-  // Looked up when first needed: linking against a CPU-only torch must not need libtorch_cuda.
+  // Looked up at first use: linking against a CPU-only torch must not need libtorch_cuda.
   cudaStream_t stream() const {
     using Function = int32_t (*)(int32_t, void**);
     static const Function function = [] {
@@ -85,7 +85,7 @@ class OnDevice {
       throw std::runtime_error("torch gives no current CUDA stream");
     return static_cast<cudaStream_t>(stream);
   }
-  // Whether what is launched now becomes part of a graph.
+  // Whether the stream is being captured into a CUDA graph.
   bool captured() const {
     cudaStreamCaptureStatus status{};
     check_cuda(cudaStreamIsCapturing(stream(), &status), "cudaStreamIsCapturing");
@@ -98,8 +98,8 @@ class OnDevice {
 #endif
 };
 
-// ---- Run-time numbers, such as λ. On the CPU they are read here and travel as arguments of the
-// launch; on the device the kernel reads them, so that a captured graph sees them change.
+// ---- Run-time numbers, such as λ. On the CPU they are read here and passed as kernel arguments;
+// on the device the kernel reads them, so that a replayed graph uses their current values.
 
 inline bool on_host(const Tensor& x) {
 #ifdef SANM_CUDA_HOST
@@ -132,7 +132,7 @@ struct Share {
   explicit Share(const Numbers<N>& from)
       : own(static_cast<A>(from.value[0])), partner(static_cast<A>(1 - from.value[0])),
         device(from.device) {}
-  // The same with the values that hold while the kernel runs.
+  // The same with the values at the time the kernel runs.
   SANM_DEVICE Share read() const {
     Share now = *this;
     if (device) now.own = static_cast<A>(*device), now.partner = static_cast<A>(1 - *device);
@@ -147,14 +147,15 @@ struct Share {
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Blocks for n items, so many per block, for a kernel that strides over the grid.
+// Blocks for n items, `per_block` each, for a grid-stride kernel.
 inline int64_t blocks_for(int64_t n, int64_t per_block) {
   return std::min<int64_t>(ceil_div(n, per_block), 0x7FFFFFFF);
 }
 
-// Asks the runtime, once per kernel and device, which architecture the kernel's code there was
-// compiled for (__CUDA_ARCH__ / 10), and lets it have all the shared memory that a block can have:
-// a limit of each launch's own size would be another thread's too. The device is current.
+// Queries, once per kernel and device, the architecture that the kernel's code there was compiled
+// for (__CUDA_ARCH__ / 10), and raises the kernel's limit of dynamic shared memory to the device's
+// maximum: all host threads share the limit, so it cannot be set for each launch. The device is
+// current.
 template <typename... Parameters>
 int architecture(const Tensor& on, void (*kernel)(Parameters...)) {
   static std::mutex mutex;
@@ -167,13 +168,13 @@ int architecture(const Tensor& on, void (*kernel)(Parameters...)) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_limit(on))),
                "cudaFuncSetAttribute");
-    found = attributes.ptxVersion;  // of machine code too
+    found = attributes.ptxVersion;  // set for machine code too
   }
   return found;
 }
 
-// Blocks that a cluster can have everywhere, or 1 where the kernel's code has no clusters: which is
-// not for the device to say, as it may run code for an earlier architecture (see device.h).
+// The portable cluster size, or 1 if the kernel's code has no clusters: that depends on its
+// architecture, which may be earlier than the device's (see device.h).
 template <typename... Parameters>
 int cluster_limit(const Tensor& on, void (*kernel)(Parameters...)) {
   const OnDevice device(on);
@@ -185,13 +186,13 @@ struct Grid {
 };
 
 struct Launch {
-  const char* name;  // for the message when it fails
-  const Tensor& on;  // decides the device and the stream
+  const char* name;  // for error messages
+  const Tensor& on;  // determines device and stream
   Grid grid;         // an empty one launches nothing
-  int64_t threads;   // of a block
+  int64_t threads;   // per block
   int64_t shared = 0;   // bytes of dynamic shared memory, up to shared_limit(on)
-  int64_t cluster = 1;  // blocks of a cluster along x, up to cluster_limit(); divides grid.x
-  bool cooperative = false;  // all blocks at the same time: multiprocessors(on) of them at most
+  int64_t cluster = 1;  // blocks per cluster along x, up to cluster_limit(); divides grid.x
+  bool cooperative = false;  // all blocks are co-resident: at most multiprocessors(on)
 };
 
 // launch({"name", out, {blocks}, kThreads, bytes}, kernel<T>, arguments...)
@@ -201,7 +202,7 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... argum
   if (l.grid.x > 0x7FFFFFFF || l.grid.y > 65535 || l.grid.z > 65535)
     throw std::runtime_error(std::string("CUDA: ") + l.name + ": the grid is too large");
   const OnDevice device(l.on);
-  if (l.shared > 48 * 1024) architecture(l.on, kernel);  // allows it
+  if (l.shared > 48 * 1024) architecture(l.on, kernel);  // raises the limit
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   if (l.cluster > 1) {
@@ -223,12 +224,12 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... argum
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), l.name);
 }
 
-// Whether 16-byte accesses can start at every multiple of `bytes` from p.
+// Whether p and all multiples of `bytes` from it are aligned to 16 bytes.
 inline bool aligned16(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && bytes % 16 == 0;
 }
 
-// Whether the rows of x (…, K) can be read in vectors: dense rows that start at 16-byte multiples.
+// Whether rows of x (…, K) can be read by vector loads: contiguous, aligned to 16 bytes.
 inline bool vector_rows(const Tensor& x) {
   bool vectors = x.stride(x.dim() - 1) == 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d)
@@ -236,7 +237,7 @@ inline bool vector_rows(const Tensor& x) {
   return vectors;
 }
 
-// device_dispatch_stored() on the host.
+// device_dispatch_stored(), on the host.
 template <typename Body>
 void dispatch_stored(ScalarType type, const Body& body) {
   dispatch(type, [&](auto zero) {
@@ -247,9 +248,9 @@ void dispatch_stored(ScalarType type, const Body& body) {
   });
 }
 
-// Division by a number d ≥ 1 that the host knows, without one. In b bits, with 2^(l−1) < d ≤ 2^l and
-// m = ⌊2^(b−1+l)/d⌋ + 1, n/d is n·m >> (b − 1 + l) for 0 ≤ n < 2^(b−1): m·d exceeds 2^(b−1+l) by 2^l
-// at most. Of the product the upper half of 2n·m suffices.
+// Division by a d ≥ 1 known on the host, by multiplication. In b bits, with 2^(l−1) < d ≤ 2^l and
+// m = ⌊2^(b−1+l)/d⌋ + 1, ⌊n/d⌋ is n·m >> (b − 1 + l) for 0 ≤ n < 2^(b−1): m·d exceeds 2^(b−1+l) by
+// 2^l at most. The upper half of 2n·m suffices.
 template <typename I>
 class Divisor {
   using U = std::make_unsigned_t<I>;
@@ -280,7 +281,7 @@ class Divisor {
   int shift_ = 0;
 };
 
-// Calls body(N) with the elements that one access takes, as a constant.
+// Calls body(N), N the elements per access, as a compile-time constant.
 template <typename T, typename Body>
 void with_access(bool vectors, const Body& body) {
   if (vectors)

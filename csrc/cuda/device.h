@@ -1,11 +1,11 @@
-// What kernels are made of: shared memory, warp, block and cluster operations, 16-byte accesses.
+// Building blocks of kernels: shared memory, warp, block and cluster operations, 16-byte accesses.
 //
-// Blocks are one-dimensional and hold a whole number of warps, all of which take part in every
-// collective function. Reductions add in an order that depends on the block's size alone. There
-// are no atomics on floating-point numbers: the same input gives the same bits.
+// Blocks are one-dimensional, of a whole number of warps, all of which take part in every
+// collective function. The order of a reduction depends on the block size only. There are no
+// floating-point atomics: the same input gives the same bits.
 //
-// The same code is compiled by g++ against tests/cuda_host: therefore shared memory is dynamic and
-// comes from shared_memory() only, and device functions are the ones that cuda_host.h knows.
+// The same code is compiled by g++ against tests/cuda_host: so shared memory is dynamic and comes
+// from shared_memory() only, and only device functions that cuda_host.h defines are used.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 #include "stable.h"
 
 #define SANM_DEVICE __device__ __forceinline__
-#ifndef SANM_DEVICE_CHECK  // tests/cuda_host reports what fails; a GPU is trusted
+#ifndef SANM_DEVICE_CHECK  // checked by tests/cuda_host only
 #define SANM_DEVICE_CHECK(condition, message)
 #endif
 
@@ -24,8 +24,8 @@ namespace sanm {
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xFFFFFFFFu;
 
-// ---- Conversions: 16-bit floats to float and back, rounded to nearest even. float → float and
-// double → double pass unchanged.
+// ---- Conversions: 16-bit floats to float and back, rounded to nearest even; float and double are
+// unchanged.
 
 template <typename T>
 SANM_DEVICE acc_t<T> widen(T x) { return static_cast<acc_t<T>>(x); }
@@ -43,11 +43,11 @@ SANM_DEVICE void device_dispatch(ScalarType type, const Body& body) {
   }
 }
 
-// float16 and bfloat16 are the same 16 bits to load and to store: where only that is done with many
-// numbers, both are Bits16, and which of the two they are is asked when the kernel runs.
+// The storage type of float16 and bfloat16, which are loaded and stored alike: kernels that use it
+// are instantiated once for both and choose the conversion at run time.
 using Bits16 = uint16_t;
 
-// Calls body(S{}) with S what numbers of a floating dtype are stored as: float, double or Bits16.
+// Calls body(S{}) with S the storage type of a floating dtype: float, double or Bits16.
 template <typename Body>
 SANM_DEVICE void device_dispatch_stored(ScalarType type, const Body& body) {
   switch (type) {
@@ -69,7 +69,7 @@ SANM_DEVICE T* shared_memory(size_t byte_offset = 0) {
 #endif
 }
 
-// ---- Where a thread is. Grids may be larger than 2³¹ threads.
+// ---- Thread indices. Grids may have more than 2³¹ threads.
 
 SANM_DEVICE int lane() { return threadIdx.x % kWarp; }
 SANM_DEVICE int warp() { return threadIdx.x / kWarp; }
@@ -82,7 +82,7 @@ SANM_DEVICE int64_t global_threads() { return static_cast<int64_t>(gridDim.x) * 
 
 // ---- Reductions. Every lane, or thread, gets the result.
 
-// A value and where it stands; of equal values the first counts.
+// A value and its index, for a first argmax.
 template <typename A>
 struct Peak {
   A value;
@@ -106,8 +106,8 @@ struct Min {
   SANM_DEVICE T operator()(T a, T b) const { return b < a ? b : a; }
 };
 
-// A sum that keeps what rounding takes away (Knuth's two-sum): beside one large term the many small
-// ones of a long row would be lost.
+// A compensated sum (Knuth's two-sum): next to one large term, the many small ones of a long row
+// would be rounded away.
 template <typename A>
 struct LongSum {
   A sum = 0, lost = 0;
@@ -118,7 +118,7 @@ struct LongSum {
     const A added = sum - before;
     lost += (before - (sum - added)) + (x - added);
   }
-  SANM_DEVICE A value() const { return lost == lost ? sum + lost : sum; }  // NaN beside ∞
+  SANM_DEVICE A value() const { return lost == lost ? sum + lost : sum; }  // ∞ makes `lost` NaN
 };
 
 template <typename T>
@@ -128,7 +128,7 @@ SANM_DEVICE Peak<A> shuffle_xor(Peak<A> x, int distance) {
   return {shuffle_xor(x.value, distance), shuffle_xor(x.index, distance)};
 }
 
-// A butterfly: op is commutative, so that all lanes compute the same bits.
+// A butterfly reduction: op is commutative, so that all lanes compute the same bits.
 template <typename T, typename Op>
 SANM_DEVICE T warp_reduce(T x, Op op) {
 #pragma unroll
@@ -136,8 +136,8 @@ SANM_DEVICE T warp_reduce(T x, Op op) {
   return x;
 }
 
-// Extremes of a warp's numbers by one instruction (sm_80); of floats, none of them NaN, as the
-// integers that are in the same order.
+// Warp minimum and maximum by one instruction (sm_80); of floats, which must not be NaN, as
+// integers in the same order.
 SANM_DEVICE int warp_min(int x) { return __reduce_min_sync(kFullMask, x); }
 SANM_DEVICE int warp_max(int x) { return __reduce_max_sync(kFullMask, x); }
 SANM_DEVICE int ordered(int bits) { return bits ^ (bits >> 31 & INT32_MAX); }  // its own inverse
@@ -148,7 +148,7 @@ SANM_DEVICE float warp_max(float x) {
   return __int_as_float(ordered(warp_max(ordered(__float_as_int(x)))));
 }
 
-// scratch: kWarp entries of shared memory, free again when the function returns.
+// scratch: kWarp entries of shared memory, reusable when the function returns.
 template <typename T, typename Op>
 SANM_DEVICE T block_reduce(T x, Op op, T identity, T* scratch) {
   x = warp_reduce(x, op);
@@ -217,10 +217,10 @@ SANM_DEVICE void prefetch_line(const void*) {}
 SANM_DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #endif
 
-// How a global access uses the caches: kept as usual; kStream, touched once (evicted first).
+// Cache policy of a global access: kKeep, the default; kStream, evict-first, for data used once.
 enum Cache { kKeep, kStream };
 
-// Data that no thread of the launch writes (read through the read-only path).
+// Loads data that no thread of the launch writes (through the read-only cache).
 template <int N, Cache cache = kKeep, typename T>
 SANM_DEVICE Vector<T, N> load_global(const T* p) {
   using V = Vector<T, N>;
@@ -242,7 +242,7 @@ SANM_DEVICE void store_global(T* p, const Vector<T, N>& x) {
     __stwb(reinterpret_cast<W*>(p), raw);
 }
 
-// Arrays in global memory that no thread of the launch writes: of elements T, read N at a time, …
+// Arrays in global memory that no thread of the launch writes: of elements T, N per load, …
 template <typename T>
 struct Typed {
   using Element = T;
@@ -253,7 +253,7 @@ struct Typed {
   SANM_DEVICE Vector<T, N> load(int64_t at) const { return load_global<N>(p + at); }
 };
 
-// … or of a dtype that is known when the kernel runs, read one at a time as A, which holds it.
+// … or of a dtype known at run time, one per load, widened to A.
 template <typename A>
 struct Untyped {
   using Element = A;
@@ -274,7 +274,7 @@ struct Untyped {
   }
 };
 
-// The block asks for what it will read to be brought into the L2 cache, and waits for nothing.
+// Prefetches memory into the L2 cache, by the block, without waiting.
 SANM_DEVICE void prefetch(const void* p, int64_t bytes) {
   constexpr int kLine = 128;
   for (int64_t at = threadIdx.x * kLine; at < bytes; at += blockDim.x * kLine)
@@ -282,8 +282,8 @@ SANM_DEVICE void prefetch(const void* p, int64_t bytes) {
 }
 
 // ---- Thread-block clusters (sm_90 and later). Elsewhere a cluster is one block; the host launches
-// clusters only where cluster_limit() says so. A block must not end, cluster_sync() before, while
-// others may still read its shared memory.
+// clusters only where cluster_limit() allows. A block must not exit while others may still read its
+// shared memory: cluster_sync() comes first.
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 SANM_DEVICE int cluster_rank() { return 0; }
@@ -297,14 +297,14 @@ SANM_DEVICE int cluster_rank() { return __clusterRelativeBlockRank(); }
 SANM_DEVICE int cluster_size() { return __clusterSizeInBlocks(); }
 SANM_DEVICE void cluster_arrive() { __cluster_barrier_arrive(); }
 SANM_DEVICE void cluster_wait() { __cluster_barrier_wait(); }
-// What lies at the same place in the shared memory of the cluster's block `rank`.
+// The value at the same offset in the shared memory of the cluster's block `rank`.
 template <typename T>
 SANM_DEVICE T cluster_load(const T* shared, int rank) {
   return *static_cast<const T*>(
       __cluster_map_shared_rank(const_cast<T*>(shared), static_cast<unsigned>(rank)));
 }
 #endif
-// The two halves of the cluster's barrier, which orders shared memory of all its blocks.
+// The cluster barrier, which also orders accesses to the shared memory of its blocks.
 SANM_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();

@@ -1,4 +1,4 @@
-// The energy map E = Σ_c F² of a sample's channels by one block, as rows of partial sums.
+// The energy map E = Σ_c F² of a sample's channels, by one block, as rows of partial sums.
 #pragma once
 
 #include "cuda/device.h"
@@ -10,12 +10,12 @@ struct Slice {
   int first, count;
 };
 
-constexpr int kFlight = 4;      // 16-byte loads that a thread issues before it needs the first
-constexpr int kWarpCells = 64;  // of a map that is small enough for one warp
+constexpr int kFlight = 4;      // 16-byte loads in flight per thread
+constexpr int kWarpCells = 64;  // cells of a map that is small enough for one warp
 
-// What is to be added up to E, after a barrier: rows of n numbers, one after another.
+// Partial sums of E, (count, n), to be added after a barrier.
 struct Rows {
-  bool partial;  // they lie in `partial`, not in `sums`
+  bool partial;  // stored in `partial`, not in `sums`
   int count;
 
   // Cell k of E.
@@ -28,10 +28,10 @@ struct Rows {
   }
 };
 
-// E over a slice of a contiguous map. V numbers are read at a time; a thread's next ones lie a
-// whole number of channels on, so that its V sums belong to the same cells throughout. Those of a
-// warp are added cell by cell if the map is small: a row for each warp. For larger maps a row is
-// what threads one after another hold, and for the largest a thread takes V cells through all
+// E over a slice of a contiguous map, by loads of V elements. A thread's stride is a whole number
+// of channels, so that its V sums always belong to the same cells. For small maps each warp adds
+// its sums by cell, one row per warp. For larger maps the sums of consecutive threads form the
+// rows. For the largest, whose cells exceed the block's elements, a thread sums V cells over all
 // channels.
 template <int V, typename Source, typename F = typename Source::Element, typename A = acc_t<F>>
 SANM_DEVICE Rows energy_contiguous(
@@ -39,7 +39,7 @@ SANM_DEVICE Rows energy_contiguous(
     int64_t count, int n,  // count·n is a multiple of V, and so is n where the map is large
     A* partial,            // blockDim.x·V of scratch
     A* sums) {             // (warps or 1, n) of scratch
-  int period = n;  // the least multiple of n that vectors divide
+  int period = n;  // the least common multiple of n and V
   while (period % V) period += n;
   const int threads = blockDim.x, thread = threadIdx.x;
   if (period > threads * V) {
@@ -88,10 +88,10 @@ SANM_DEVICE Rows energy_contiguous(
   return {false, warps()};
 }
 
-// The same of a channels_last map: a warp takes a cell, its lanes the channels.
+// The same for a channels_last map: one cell per warp, channels across its lanes.
 template <int V, typename Source, typename F = typename Source::Element, typename A = acc_t<F>>
 SANM_DEVICE Rows energy_channels_last(
-    const Source& f,  // (n, C) from the slice's first channel on
+    const Source& f,  // (n, C), from the slice's first channel on
     int64_t C, int count, int n,
     A* sums) {  // (1, n) of scratch
   for (int p = warp(); p < n; p += warps()) {

@@ -1,19 +1,20 @@
-// The two-component Gaussian mixture over losses, in float64 and without the host. Three launches:
+// The two-component Gaussian mixture over losses, in float64, without host synchronisation. Three
+// launches:
 //
-//   range      each epoch's minimum and maximum (only where they are normalised)
+//   range      each epoch's minimum and maximum (only if normalising)
 //   average    x, the mean over the epochs; its extremes, Σ x, Σ(x − c0)² about the first centre c0
-//   fit        all that needs x many times: one block per multiprocessor, all at the same time
+//   fit        all repeated passes over x, a cooperative launch of one block per multiprocessor:
 //     draw       two candidates for the second centre (k-means++), the same in every block
 //     potentials of both candidates, and Σ(x − mean)²
-//     Lloyd      until the centres rest; then a sweep for the moments that the first M-step needs
-//     EM         M-step, convergence, E-step
+//     Lloyd      until the centres converge; then the moments for the first M-step
+//     EM         E-step, M-step, convergence
 //     posterior  the order of the components, whether the fit is degenerate
 //
-// A sweep leaves a few sums per block. All blocks meet, and each adds them up for itself, in the
-// same order, and takes the next decision, which is therefore the same everywhere.
+// A sweep over the samples writes a few sums per block. After a grid barrier each block adds the
+// sums of all blocks redundantly, in the same order, so that all blocks take the same decisions.
 //
-// No sample stands as one sample at 0. Values are not checked: one that is not finite makes the
-// means NaN and the fit degenerate.
+// Empty input is treated as one sample at 0. Values are not checked: one that is not finite makes
+// the means NaN and the fit degenerate.
 #include "cuda/mixture.h"
 
 namespace sanm {
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) range_kernel(
   partial[(epochs.count + e) * split.parts + blockIdx.x] = high;
 }
 
-// x_i = mean over the epochs of (loss − minimum)/span, or of the losses where there are no ranges.
+// x_i = mean over the epochs of (loss − minimum)/span, or of the losses if there are no ranges.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) average_kernel(
     Epochs<T> epochs, Split split,
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) average_kernel(
   double c0 = 0, low = INFINITY, high = -INFINITY;
   Sums own;
   const int64_t begin = split.begin(blockIdx.x) + threadIdx.x, end = split.end(blockIdx.x);
-  // c0 comes before the thread's samples: `mean` is compiled once, with registers enough.
+  // c0 is the first iteration: `mean` is instantiated once, which saves registers.
 #pragma unroll 1
   for (int64_t i = begin - kThreads; i < end; i += kThreads) {
     const bool before = i < begin;
@@ -120,8 +121,8 @@ struct Results {
   bool *converged, *degenerate;         // ()
 };
 
-// Finds the first sample with which the cumulative sum of (x − c0)² reaches uniform·total: the sums
-// of the parts say in which part that is, those of the threads in which thread's run of it.
+// Finds the first sample at which the cumulative sum of (x − c0)² reaches uniform·total: first its
+// part, by a prefix sum over the parts, then the thread whose run of that part contains it.
 SANM_DEVICE void draw(const double* x,        // (n,)
                       const double* squares,  // (parts,): Σ(x − c0)²
                       const Split& split, double c0, double uniform,
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kFitThreads, 1) fit_kernel(
   const double mean = block_sum(whole, scratch) / samples;
   least = block_min(least, scratch);
   most = block_max(most, scratch);
-  double* drawn = scratch + kSums * kWarp;  // (2,); the totals come there later
+  double* drawn = scratch + kSums * kWarp;  // (2,); overwritten by the totals later
 #pragma unroll 1
   for (int k = 0; k < 2; ++k)
     draw(x, average + before.parts, before, c0, k == 0 ? s.u0 : s.u1, drawn + k, scratch);
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kFitThreads, 1) fit_kernel(
   const double variance = totals[2] / samples;
 
   // Lloyd: each centre moves to its samples' mean until the summed squared shift is at most 1e-4 of
-  // the variance. The first centre wins ties; one without samples becomes NaN, and nothing moves.
+  // the variance. The first centre wins ties; one without samples becomes NaN, which ends the loop.
   double m0 = c0, m1 = totals[1] < totals[0] ? c2 : c1;
   const auto nearer = [](double d1, double d0) { return above(d0 * d0, d1 * d1); };
   bool moving = true;
@@ -244,8 +245,8 @@ __global__ void __launch_bounds__(kFitThreads, 1) fit_kernel(
   }
 
   // EM, with e = e^−|l0 − l1| ≤ 1: responsibilities 1/(1 + e) and e/(1 + e), log-likelihood
-  // max(l0, l1) + log(1 + e), of which the second terms are Π(1 + e) until the end.
-  constexpr double kFull = 1e300;  // 1 + e ≤ 2: of two more the product is finite
+  // max(l0, l1) + log(1 + e). Σ log(1 + e) is accumulated as log Π(1 + e), which saves logarithms.
+  constexpr double kFull = 1e300;  // 1 + e ≤ 2: two more factors cannot overflow
   double bound = -INFINITY;
   int64_t steps = 0;
   bool converged = false;
@@ -286,8 +287,9 @@ __global__ void __launch_bounds__(kFitThreads, 1) fit_kernel(
   }
   __syncthreads();
 
-  // Sound: half a sample in each component, deviations and the means' distance above 1e-6 of the
-  // range. Else the mixture is one Gaussian and every label is clean. No comparison holds for NaN.
+  // Sound: at least half a sample in each component, standard deviations and the distance between
+  // the means above 1e-6 of the range. Else the result is one Gaussian and every label is clean.
+  // Comparisons with NaN are false.
   const int a = p->mean[1] < p->mean[0] ? 1 : 0, b = 1 - a;  // the lower component, the upper one
   const double deviation = (most - least) * kMinDeviation;
   bool sound = p->mean[b] - p->mean[a] > deviation;
@@ -322,7 +324,7 @@ __global__ void __launch_bounds__(kFitThreads, 1) fit_kernel(
   *result.degenerate = !sound;
 }
 
-// Memory for all launches of a call, in doubles. Its parts begin at multiples of 16 bytes.
+// The workspace of a call, in doubles; its arrays are aligned to 16 bytes.
 struct Workspace {
   double *x, *ranges, *sums, *partial;
   unsigned* arrived;

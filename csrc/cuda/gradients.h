@@ -1,16 +1,16 @@
-// What gradients of rows and of images share: teams of threads, and how wide accesses and indices are.
+// What gradients of rows and of images share: thread teams, widths of accesses and indices.
 #pragma once
 
 #include "cuda/common.h"
 
 namespace sanm {
 
-constexpr int kThreads = 256;  // of a block
-// Accesses in flight per source; fewer where each brings many elements, which cost registers.
+constexpr int kThreads = 256;  // per block
+// Accesses in flight per source; fewer for wide ones, which need many registers.
 template <int N>
 constexpr int kUnroll = N > 4 ? 2 : 4;
-constexpr int64_t kSamples = 65535;  // along y of a grid; more of them take turns
-constexpr int64_t kLongRow = 1024;  // elements from which on a row is a block's work, not a warp's
+constexpr int64_t kSamples = 65535;  // the largest gridDim.y; a loop covers more samples
+constexpr int64_t kLongRow = 1024;  // elements from which a row is processed by a block, not a warp
 
 // Threads that share a row.
 template <bool kBlock>
@@ -32,7 +32,7 @@ struct RowTeam {
   }
 };
 
-// Calls body(kBlock, grid, shared bytes) for rows of K elements, of which there are B.
+// Calls body(kBlock, blocks, shared bytes) for B rows of K elements.
 template <typename Body>
 void with_rows(int64_t B, int64_t K, const Body& body) {
   constexpr int64_t kShared = kWarp * sizeof(Peak<double>);
@@ -42,7 +42,7 @@ void with_rows(int64_t B, int64_t K, const Body& body) {
     body(std::false_type(), blocks_for(B, kThreads / kWarp), int64_t{0});
 }
 
-// Calls body(N, I()) for samples of E elements: indices I are 32 bits wide where these are enough.
+// Calls body(N, I()) for samples of E elements, I the index type: 32 bits if these suffice.
 template <typename T, typename Body>
 void with_places(int64_t E, bool vectors, const Body& body) {
   if (E > INT32_MAX)

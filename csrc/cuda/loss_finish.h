@@ -1,4 +1,4 @@
-// The end of masked_loss's forward: from sums over the rows of some blocks to p̄ and the losses.
+// The final reduction of masked_loss's forward: from sums of blocks of rows to p̄ and the losses.
 #pragma once
 
 #include <atomic>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kFinishThreads = 512;
 
-// Σ over rows: labelled and unlabelled losses, how many of them count, Σ p log p.
+// Sums over rows: labelled and unlabelled losses, how many of them count, Σ p log p.
 enum { kLabeled, kUnlabeled, kLabeledCount, kUnlabeledCount, kConfidence, kSums };
 
 // The run-time numbers: λ, λ_u, ρ, ν.
@@ -19,7 +19,7 @@ enum { kLam, kUnlabeledWeight, kPriorWeight, kConfidenceWeight, kNumbers };
 // weight·term, and 0 for weight 0 even where the term is infinite
 SANM_DEVICE double weighted(double weight, double term) { return weight == 0 ? 0 : weight * term; }
 
-// π, or the uniform one.
+// π, or the uniform prior.
 template <typename A>
 struct Prior {
   const A* data;  // (K,) or null
@@ -32,7 +32,7 @@ Prior<A> prior_of(const OptTensor& prior) {
   return {in_or_null<A>(prior), prior ? prior->stride(0) : 0};
 }
 
-// Σ of `count` numbers by the warp, which other blocks may have written.
+// Σ of `count` numbers, by a warp; other blocks may have written them.
 SANM_DEVICE double warp_sum(const double* values,  // (count,)
                             int64_t count) {
   double sum = 0;
@@ -41,24 +41,24 @@ SANM_DEVICE double warp_sum(const double* values,  // (count,)
   return warp_reduce(sum, Sum());
 }
 
-// Counts the blocks of a launch that are through; the last one leaves 0 for another launch.
+// Count the blocks of a launch that have finished; the last one resets its counter to 0.
 #ifdef SANM_CUDA_HOST
-constexpr int kCounters = 1;  // no launch runs beside another
+constexpr int kCounters = 1;  // launches do not overlap
 #else
 constexpr int kCounters = 8192;
 #endif
 __device__ unsigned counters[2 * kCounters];
 
-// Takes a counter that no launch has which can run at the same time. A captured one runs whenever
-// its graph does: it has a counter that comes up again after so many captures; of the others fewer
-// than there are counters wait in queues.
+// A counter that no concurrent launch uses. Counters are reused after kCounters launches, more than
+// can be pending; captured launches, which run again whenever their graph is replayed, have
+// kCounters of their own, reused after so many captures.
 inline int take_counter(const Tensor& on) {
   static std::atomic<unsigned> taken[2];
   const int captured = OnDevice(on).captured();
   return captured * kCounters + static_cast<int>(taken[captured]++ % kCounters);
 }
 
-// Whether the block is the last of `blocks` to come here; it sees what the others wrote before.
+// Whether this block is the last of `blocks` to arrive; it then sees what the others have written.
 SANM_DEVICE bool last_of(unsigned blocks, int counter,
                          int* last) {  // () shared, unused before and after
   if (threadIdx.x == 0) {
@@ -71,8 +71,8 @@ SANM_DEVICE bool last_of(unsigned blocks, int counter,
   return *last;
 }
 
-// p̄ below which a p of some weight in it may have been rounded to 0. Then p̄'s place has log p̄, which
-// is negative.
+// For p̄ below this, a p that contributes to it may have underflowed to 0: log p̄ (< 0) is stored
+// instead.
 template <typename A>
 constexpr A kRare = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
 
@@ -84,7 +84,7 @@ struct Finish {
   A *total, *labeled, *unlabeled, *penalty, *confidence;  // (), written
   A* p_mean;                                              // (K,), written
   int64_t* counts;  // (2,), written: labelled and unlabelled rows that count
-  double* penalties;  // (blocks,), written, and read by the last block: of a launch of its own
+  double* penalties;  // (blocks,), written, read by the last block; of the second launch only
   bool mean;
   Numbers<kNumbers> numbers;
 
@@ -137,8 +137,8 @@ struct Finish {
   }
 };
 
-// Block j: p̄ of classes 32·j and on, one per lane, warps taking parts in turn; the block that is
-// last: the losses. Shared memory: scratch; then (warps, kWarp) doubles.
+// Block j: p̄ of classes 32·j …, one per lane, the parts divided among the warps; the last block
+// also the losses. Shared memory: scratch; then (warps, kWarp) doubles.
 template <typename S>
 __global__ void __launch_bounds__(kFinishThreads, 1) masked_loss_finish_kernel(
     const acc_t<S>* columns,  // (parts, K)

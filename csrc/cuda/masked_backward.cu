@@ -1,7 +1,7 @@
 // Gradients of masked_forward: of the targets and of the images.
 //
-// Sums over rows, boxes and batches are taken in float (double for double) by one warp or block
-// each, in an order that depends on the sizes alone.
+// Sums over rows, boxes and batches are accumulated in float (double for double) by one warp or
+// block each, in an order that depends on the sizes alone.
 #include "cuda/common.h"
 #include "cuda/gradients.h"
 
@@ -11,10 +11,10 @@ namespace {
 // ---- Targets.
 
 // t' = t + constants, except where the whole t[j*] was dropped: there t'[j*] = 0 and every other
-// target holds t[j*]/(K − 1). Hence, summed over the draw sets,
+// target gains t[j*]/(K − 1). Hence, summed over the draw sets,
 //   dt[k] = Σ_s g_s[k]  for k ≠ j*,
 //   dt[j*] = Σ_s (emptied_s ? (Σ_k g_s[k] − g_s[j*])/(K − 1) : g_s[j*]),
-// emptied_s = clamp and t[j*] < ratio_s. A vector's elements are neighbours: then g_k = t_k = 1.
+// emptied_s = clamp and t[j*] < ratio_s. Vector accesses (N > 1) require g_k = t_k = 1.
 template <typename T, int N, bool kBlock>
 __global__ void __launch_bounds__(kThreads, 4) modulate_backward_kernel(
     const T* grad,       // (S, B, K), strides (g_s, g_b, g_k)
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 4) modulate_backward_kernel(
         best = Max()(best, Peak<A>{widen(t[e]), static_cast<int>(k + e)});
     }
     best = Row::reduce(best, Max(), none);
-    A extra = 0;  // what j* gets on top of its own gradients
+    A extra = 0;  // what is added to Σ_s g_s[j*]
     for (int64_t s = 0; clamp && s < S; ++s) {
       if (!(best.value < static_cast<A>(ratio[s * B + b]))) continue;
       const T* row = grad + s * g_s + b * g_b;
@@ -135,15 +135,15 @@ struct Box {  // rows top … bottom − 1, columns left … right − 1
   SANM_DEVICE explicit Box(const int32_t* corners)
       : top(corners[0]), left(corners[1]), bottom(corners[2]), right(corners[3]) {}
 
-  // Bit e: the e-th of N elements from a place on lies inside. Run by run: of a row's elements, or
-  // of a pixel's where these are neighbours.
+  // Bit e: the e-th of N elements from a place on is inside. By runs: the rest of an image row in
+  // NCHW, of a pixel in NHWC.
   template <int N, bool kChannelsLast, typename I>
   SANM_DEVICE unsigned covers(Place<kChannelsLast> at, const Shape<I>& s) const {
     const auto holds = [&] {
       return at.y >= top && at.y < bottom && at.x >= left && at.x < right;
     };
     if constexpr (N == 1) return holds();
-    const auto low = [](int count) { return (1u << count) - 1; };  // so many bits
+    const auto low = [](int count) { return (1u << count) - 1; };  // the lowest `count` bits
     unsigned inside = 0;
 #pragma unroll 1
     for (int e = 0; e < N;) {
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) mean_fill_backward_kernel(
       const Box box(boxes + 4 * (v * B + b));
       const int left = max(box.left, 0), right = min(box.right, W), bottom = min(box.bottom, H);
       if (left >= right) continue;
-      // The box's pixels in turn, a block of them at a time.
+      // A block-stride loop over the box's pixels, without a division.
       const unsigned width = right - left, rows = kThreads / width, columns = kThreads % width;
       int y = max(box.top, 0) + threadIdx.x / width, x = left + threadIdx.x % width;
       while (y < bottom) {
@@ -194,9 +194,9 @@ __global__ void __launch_bounds__(kThreads) mean_fill_backward_kernel(
   }
 }
 
-// A pixel outside a view's box passes the view's gradient on; with the mean fill every pixel of a
+// A pixel outside a view's box gets the view's gradient; with the mean fill every pixel of a
 // channel also gets its share:  dx = share + Σ_v [outside box_v]·g_v.
-// Block (tile, b); a vector that a box covers is not read.
+// Block (tile, b); a vector that a box covers entirely is not read.
 template <typename T, int N, bool kChannelsLast, typename I>
 __global__ void __launch_bounds__(kThreads, 3) masked_views_backward_kernel(
     const T* grad,          // (V·B, C, H, W), dense in NCHW or NHWC order
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 3) masked_views_backward_kernel(
       const Box box(boxes + 4 * (v * B + b));
       const T* from = grad + (v * B + b) * E;
       Vector<T, N> loaded[kUnroll<N>];
-      unsigned seen[kUnroll<N>];  // bit e: element e lies outside the box
+      unsigned seen[kUnroll<N>];  // bit e: element e is outside the box
 #pragma unroll
       for (int u = 0; u < kUnroll<N>; ++u) {
         const I at = start + u * (kThreads * N);

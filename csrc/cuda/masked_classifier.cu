@@ -1,7 +1,8 @@
 // The one-pass classifier and its gradients: logits = z·Wᵀ + bias with z = Σ F·v/Σv, where v is the
-// part of a cell that the box leaves visible, and loss = −Σ t·log_softmax / B.
+// fraction of a cell outside the box, and loss = −Σ t·log_softmax / B.
 //
-// One launch pools, torch multiplies, a block for each row computes its cross-entropy, one the mean.
+// A launch for the pooling, torch's matrix product, a launch for the cross-entropies with one block
+// per row, and one for their mean.
 #include "cuda/common.h"
 #include "cuda/gradients.h"
 #include "math/box.h"
@@ -10,17 +11,17 @@
 namespace sanm {
 namespace {
 
-constexpr int kChannels = 8;  // whose loads a warp has in flight
-constexpr int64_t kSums = kWarp * sizeof(double);  // scratch of a block's reductions
+constexpr int kChannels = 8;  // channels in flight per warp
+constexpr int64_t kSums = kWarp * sizeof(double);  // bytes of scratch for a block's reductions
 
-// Features (B, C, h, w), contiguous or channels_last, of images (H, W). A sample is the work of
+// Features (B, C, h, w), contiguous or channels_last, of images (H, W). A sample is processed by
 // `parts` blocks, each of which pools `each` channels.
 struct Map {
   int C, h, w, H, W, parts, each;
   bool channels_last;
 };
 
-// v / Σv of the map's cells → share; zeros where nothing is visible.
+// v / Σv of the map's cells → share; zeros if nothing is visible.
 template <typename A>
 SANM_DEVICE void visibility(const Map& map, const int32_t* box, A* share) {
   const int n = map.h * map.w, top = box[0], left = box[1], bottom = box[2], right = box[3];
@@ -36,9 +37,9 @@ SANM_DEVICE void visibility(const Map& map, const int32_t* box, A* share) {
   __syncthreads();
 }
 
-// Block b·parts + part: z of its channels. Where channels lie together a thread takes N of them, else
-// a warp takes one; the sums are the same for any number of parts. The visible shares are in shared
-// memory, or, where they do not fit, in the result.
+// Block b·parts + part: z of its channels. In NHWC a thread sums N channels at a time, in NCHW a
+// warp kChannels, its lanes over the cells; the result does not depend on the number of parts.
+// v / Σv is in shared memory or, if it does not fit, in the result.
 template <typename T, int N, bool kShared>
 __global__ void __launch_bounds__(kThreads, 4) pool_kernel(
     const T* features,   // (B, C, h, w)
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 4) cross_entropy_kernel(
   if (threadIdx.x == 0) rows[blockIdx.x] = all;
 }
 
-// One block: the mean of rows (B,), 0 of none → loss ().
+// One block: the mean of rows (B,), 0 if empty → loss ().
 template <typename A>
 __global__ void __launch_bounds__(kThreads) mean_kernel(const A* rows, int64_t B, A* loss) {
   double sum = 0;
@@ -137,7 +138,8 @@ void pool(const Image& features, const Tensor& box, int64_t H, int64_t W, const 
     const int64_t shared = kSums + n * sizeof(acc_t<T>);
     const bool fits = shared <= shared_limit(x),
                vectors = features.channels_last && aligned16(x.const_data_ptr(), C * sizeof(T));
-    // As many blocks as the device can have, of a vector's channels for every thread, at least.
+    // Two blocks per multiprocessor, unless these have less than about 64 channels, one step of
+    // their warps in NCHW.
     const int64_t parts = std::min(ceil_div(2 * multiprocessors(x), std::max<int64_t>(B, 1)),
                                    ceil_div(C, 64)),
                   each = ceil_div(ceil_div(C, fits ? parts : 1), kVector<T>) * kVector<T>;
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_backward_kernel(
   }
 }
 
-// dbias[k] = Σ_b d[b, k]. A block takes a warp's width of columns; each warp every warps()-th row.
+// dbias[k] = Σ_b d[b, k]. A block sums kWarp columns, one per lane; each warp every warps()-th row.
 template <typename A>
 __global__ void __launch_bounds__(kThreads) bias_backward_kernel(
     const A* d,  // (B, K)

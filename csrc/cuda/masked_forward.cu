@@ -1,12 +1,12 @@
 // masked_forward in one launch: energy → statistics → peak and trough → ratio and box → modulated
 // targets and masked views.
 //
-// A sample belongs to `parts` blocks, one where a batch fills the device by itself. On sm_90 and
-// later they are a cluster: each sums the energy of its own channels, all read each other's sums
-// from shared memory and add them in order of rank, so that the map is read once. Everything up to
-// the box is then computed by every part alike, which is cheaper than to wait for one. Earlier
-// devices have no clusters; there each part sums the whole map, which it finds in the L2 cache.
-// Each part paints its share of the image.
+// A sample is processed by `parts` blocks, one if the batch alone fills the device. On sm_90 and
+// later they are a cluster: each sums the energy of its own channels, and all read each other's
+// sums from distributed shared memory and add them in order of rank, so that the map is read once.
+// Everything up to the box is then computed redundantly by every part, which is cheaper than
+// waiting for one. Earlier devices have no clusters; there each part sums the whole map, which is
+// in the L2 cache. Each part paints its share of the image.
 #include <numeric>
 
 #include "cuda/activation.h"
@@ -19,25 +19,25 @@ namespace sanm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostParts = 8;               // blocks of a cluster that every device can have
-constexpr int64_t kLeast = 8192;            // elements of a sample that are worth a block: so many
-                                            // move while it computes what is not shared out
+constexpr int kMostParts = 8;               // the portable cluster size
+constexpr int64_t kLeast = 8192;            // least elements of a sample per block: about what it
+                                            // moves in the time of its redundant computation
 constexpr int64_t kReduceBytes = kWarp * sizeof(Range<double>);  // of the largest type reduced
-constexpr int64_t kAhead = 48 * 1024;  // of what a block will read, asked for before it is needed
-constexpr int kLongRow = 1024;  // targets from which on a row is a block's work, not a warp's
+constexpr int64_t kAhead = 48 * 1024;  // most bytes that a block prefetches of an array
+constexpr int kLongRow = 1024;  // classes above which a row of targets is a block's, not a warp's
 
 struct FillValues {
   double value[kFillValues];
   int count;
 };
 
-// One call; of what was not asked for the pointers are null.
+// The arguments of a call; pointers of what is absent are null.
 struct Problem {
   int64_t B;
-  int C, n, h, w, K, parts, each, value_count;  // each: channels of a part
+  int C, n, h, w, K, parts, each, value_count;  // each: channels per part
   bool channels_last, vectors, image_vectors;   // vectors: 16-byte accesses are aligned
   Canvas canvas;
-  unsigned image_each;  // elements of a part
+  unsigned image_each;  // elements per part
   Settings settings;
   ScalarType feature_type, image_type, target_type;
   const void* features;       // (B, C, h, w), contiguous or channels_last
@@ -58,14 +58,14 @@ struct Problem {
   void* views;                // (V·B, Cin, H, W)
 };
 
-// Where things lie in a block's scratch memory, in bytes.
+// Offsets in a block's scratch memory, in bytes.
 struct Layout {
   int64_t partial, sums, slice, e, map, norm, left, across, down, begin, rows, hit, size, fill,
       total;
 
-  Layout(const Problem& p, int64_t acc) {  // acc: bytes of a number that sums are taken in
+  Layout(const Problem& p, int64_t acc) {  // acc: bytes of the accumulation type
     constexpr int64_t kWarps = kThreads / kWarp;
-    const int64_t copies = p.n <= kWarpCells ? kWarps : 1;  // of a map: each warp's, or the block's
+    const int64_t copies = p.n <= kWarpCells ? kWarps : 1;  // of the map: per warp, or per block
     int64_t end = kReduceBytes;
     const auto take = [&](int64_t bytes) {
       const int64_t start = end;
@@ -90,7 +90,7 @@ struct Layout {
   }
 };
 
-// E of the sample's channels `own`, f (C, h, w).
+// E over the sample's channels `own`, f (C, h, w).
 template <int V, typename Source, typename F = typename Source::Element, typename A = acc_t<F>>
 SANM_DEVICE Rows energy(const Problem& p, const Source& f, const Slice& own, A* partial,
                         A* sums) {
@@ -100,14 +100,14 @@ SANM_DEVICE Rows energy(const Problem& p, const Source& f, const Slice& own, A* 
                               sums);
 }
 
-// A box of this size at its peak, or trough.
+// A box of this size at its peak or trough.
 SANM_DEVICE Box place(const Settings& s, const Canvas& canvas, const Pixel& at, const Size& size) {
   const int top = corner(at.y, size.height, canvas.H, s.centered),
             left = corner(at.x, size.width, canvas.W, s.centered);
   return {top, left, top + size.height, left + size.width};
 }
 
-// Sample b's new targets of a draw set with this ratio, by the warp or by the block.
+// Sample b's new targets for a draw set and its ratio, by a warp or by the block.
 SANM_DEVICE void modulate_targets(const Problem& p, int64_t b, bool by_block, int set,
                                   float ratio) {
   const int64_t label = p.soft ? 0 : static_cast<const int64_t*>(p.targets)[b * p.t_b];
@@ -119,7 +119,7 @@ SANM_DEVICE void modulate_targets(const Problem& p, int64_t b, bool by_block, in
   p.target_type == ScalarType::Double ? go(double{}) : go(float{});
 }
 
-// Calls body(F{}) with F the features' type, one of those that are summed in A.
+// Calls body(F{}) with F the features' type, one whose accumulation type is A.
 template <typename A, typename Body>
 SANM_DEVICE void dispatch_features(ScalarType type, const Body& body) {
   if constexpr (std::is_same_v<A, double>) body(double{});
@@ -128,15 +128,15 @@ SANM_DEVICE void dispatch_features(ScalarType type, const Body& body) {
   else body(BFloat16{});
 }
 
-// Elements [first, first + count) at p are going to be read: the first of them are asked for.
+// Prefetches elements [first, first + count) of p, up to kAhead bytes.
 SANM_DEVICE void ahead(const void* p, ScalarType type, int64_t first, int64_t count) {
   const int64_t bytes = count * bytes_of(type);
   prefetch(static_cast<const unsigned char*>(p) + first * bytes_of(type),
            bytes < kAhead ? bytes : kAhead);
 }
 
-// What needs no map, by a warp each: ratios, sizes of boxes and constants to fill with → scratch,
-// and new targets. Long rows of those, and means to fill with, are the block's. A barrier follows.
+// What does not need the map, each by one warp: ratios, box sizes and fill constants → scratch, and
+// the new targets. Long rows of targets, and mean fills, by the block. A barrier follows.
 template <bool kShared>
 SANM_DEVICE void need_no_map(const Problem& p, const Layout& layout, const FillValues& values,
                              const Memory<kShared>& memory, int64_t b, int part,
@@ -168,8 +168,8 @@ SANM_DEVICE void need_no_map(const Problem& p, const Layout& layout, const FillV
     }
 }
 
-// Block b·parts + part. Only the energy depends on the type of the features. What lies in memory is
-// asked for at entry, and what needs no map is computed while other warps search the map.
+// Block b·parts + part. Only the energy depends on the type of the features. Inputs are prefetched
+// at entry, and what does not need the map is computed while other warps search the map.
 template <typename A, bool kShared>
 __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kernel(
     const __grid_constant__ Problem p, const __grid_constant__ Layout layout,
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
   const bool masks = p.targets != nullptr;  // else activation_stats
   const Settings& s = p.settings;
 
-  // The energy, and meanwhile what is known before it.
+  // The energy, overlapped with loads and the taps, which do not depend on it.
   const Slice summed = spread ? own : Slice{0, p.C};
   if (summed.count == p.C || !p.channels_last)
     ahead(p.features, p.feature_type, (b * p.C + summed.first) * p.n,
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
   if (p.images && start < end) ahead(p.images, p.image_type, b * size + start, end - start);
   __syncthreads();
 
-  // The map: a warp's own copy if it is small.
+  // The map: a copy per warp if it is small.
   const Team team{!kShared || p.n > kWarpCells};
   const int copy = team.block ? 0 : warp();
   A *const slice = memory.template at<A>(layout.slice),
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
     for (int k = threadIdx.x; k < p.n; k += blockDim.x) slice[k] = energies.sum(summands, p.n, k);
     cluster_sync();
   }
-  bool odd = false;  // a map with NaN or infinity counts as flat
+  bool odd = false;  // a map with NaN or infinity is treated as flat
 #pragma unroll 1
   for (int k = team.rank(); k < p.n; k += team.size()) {
     A cell = 0;
@@ -242,10 +242,10 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
     map[k] = static_cast<float>(cell);
     odd = odd || !(map[k] - map[k] == 0);
   }
-  if (spread) cluster_arrive();  // waited for in the end: until then others read this block's sums
+  if (spread) cluster_arrive();  // waited for before exit: until then others read this block's sums
   odd = team.any(odd);
 
-  // Peak and trough; the last warps, which have the fewest columns, have something else to do.
+  // Peak and trough; the last warps, which have the fewest columns, also do the other work.
   float* const rows = memory.template at<float>(layout.rows);
   const Locator locator{taps, map, rows, rows + 2 * p.h, memory.template at<Pixel>(layout.hit),
                         s.quantize};
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
     const Size* const sizes = memory.template at<Size>(layout.size);
     const bool trough_first = s.views == 2;
     const Pixel at{trough_first ? trough.y : peak.y, trough_first ? trough.x : peak.x};
-    const Box box[2] = {place(s, p.canvas, at, sizes[0]),  // and the second of two views
+    const Box box[2] = {place(s, p.canvas, at, sizes[0]),
                         place(s, p.canvas, trough, sizes[s.draw_sets() - 1])};
     if (part == 0 && threadIdx.x == 0)
 #pragma unroll
@@ -300,16 +300,16 @@ __global__ void __launch_bounds__(kThreads, kShared ? 1 : 2) masked_forward_kern
 
 int least_multiple(int64_t n, int64_t of) { return static_cast<int>(ceil_div(n, of) * of); }
 
-// Blocks of a cluster, at most, for features of this type.
+// The largest cluster for features of this type.
 int cluster_limit_of(const Tensor& features) {
   return acc_type(features) == ScalarType::Double
              ? cluster_limit(features, masked_forward_kernel<double, true>)
              : cluster_limit(features, masked_forward_kernel<float, true>);
 }
 
-// Over how many blocks a sample is spread: what takes the least time where `slots` blocks run at
-// once, counted in elements that each moves. Two views are written for an image that is read;
-// without clusters every part reads the whole map; every wave pays for what is not shared out.
+// Blocks per sample: the number that minimises the time if `slots` blocks run at once, counted in
+// elements moved per block. An image is read once and written as two views; without clusters every
+// part reads the whole map; every wave has the cost kLeast of the redundant computation.
 int parts_of(const Problem& p, int clusters, int64_t slots) {
   const int64_t map = int64_t{p.C} * p.n, image = p.canvas.size();
   const auto time = [&](int64_t parts) {
@@ -317,13 +317,13 @@ int parts_of(const Problem& p, int clusters, int64_t slots) {
            (kLeast + (clusters > 1 ? map / parts : map) + 3 * image / parts);
   };
   int best = 1;
-  if (clusters == 1 && image == 0) return best;  // nothing to share out
+  if (clusters == 1 && image == 0) return best;  // nothing to divide
   for (int parts = 2; parts <= kMostParts && std::max(map, image) / parts >= kLeast; parts *= 2)
     if (time(parts) < time(best)) best = parts;
   return best;
 }
 
-// Sizes and the features' layout of a call, and over how many blocks a sample is spread.
+// Sizes and the features' layout of a call, and the blocks per sample.
 Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_channels) {
   const Tensor& x = features.tensor;
   Problem p{};
@@ -332,7 +332,7 @@ Problem prepare(const Image& features, int64_t H, int64_t W, int64_t image_chann
   p.h = static_cast<int>(x.size(2));
   p.w = static_cast<int>(x.size(3));
   p.canvas = {static_cast<int>(image_channels), static_cast<int>(H), static_cast<int>(W), false};
-  const bool fits = row_elements(x) < kIntEnd &&  // of what there is memory for
+  const bool fits = row_elements(x) < kIntEnd &&  // no overflow: both are in memory
                     (image_channels == 0 || image_channels * H * W < kIntEnd);
   if (!fits)
     value_error("features and images: a sample of less than 2^31 elements was expected, got ",

@@ -1,30 +1,32 @@
 // The training loss on rows of logits z (n, K): cross-entropy of the first n_x rows, squared error
 // of the rest, prior and confidence penalty, against targets modulated and mixed on the fly.
 //
-// With e_k = exp(z_k − max z) and p = e / Σe, from registers (K ≤ 1024, or 512) or shared memory:
+// With e_k = exp(z_k − max z) and p = e / Σe, kept in registers (K ≤ 1024, or 512 doubles) or
+// shared memory, or, for the longest rows, computed twice:
 //   cross-entropy  Σ_k t_k (log Σe − (z_k − max z))     squared error  (1/K) Σ_k (p_k − t_k)²
 //   Σ_k p_k log p_k = Σ_k p_k (z_k − max z) − log Σe.
-// Forward is one launch: each block adds p over its rows, a cluster adds the column sums of its
-// blocks through shared memory, and the cluster that is through last adds those of all, in order, and
-// writes the losses. Where that is too much for one block (many classes, or no clusters), a second
-// launch does it. Backward is one launch and needs p̄ = mean p, maxima, log Σe, how many rows count:
+// Forward is one launch: each block sums p over its rows, a cluster adds the column sums of its
+// blocks through (distributed) shared memory, and the last cluster to finish adds those of all, in
+// order, and writes the losses. If that is too much for one block (many classes, or no clusters), a
+// second launch does it. Backward is one launch and needs p̄ = mean p, maxima, log Σe and counts:
 //   dL/dz_k = p_k (h_k − Σ_j p_j h_j) + [labelled] c (p_k Σ_j t_j − t_k),
 //   h_k = [unlabelled] c (2/K)(p_k − t_k) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_k / n.
-// max z and log Σe are kept apart: their float32 sum would cost large logits their digits. Of a class
-// whose p̄ is so small that some of its p are 0, p̄ comes from log p, is kept as its logarithm (< 0),
-// and p_ik/p̄_k is e^{log p_ik − log p̄_k}; the rest of such a gradient is below its rounding.
+// max z and log Σe are stored separately: in their float32 sum a large maximum would round log Σe
+// away. For a class whose p̄ is so small that some p underflow to 0, log p̄ (< 0) is computed from
+// log p and stored instead of p̄, and p_ik/p̄_k is e^{log p_ik − log p̄_k}; the other terms of its
+// gradient are negligible.
 #include "cuda/loss_finish.h"
 #include "cuda/targets.h"
 
 namespace sanm {
 namespace {
 
-constexpr int kCluster = 8;                   // blocks, at most
-constexpr int kColumns = kScratch + 64;       // bytes, before the column sums or the row
-constexpr int kHoldBytes = 47 * 1024;         // of a row in shared memory: it is below 48 KiB
-constexpr int64_t kFinishBytes = 128 * 1024;  // of column sums that one block adds
+constexpr int kCluster = 8;                   // largest cluster, in blocks
+constexpr int kColumns = kScratch + 64;       // offset of the column sums or the row, in bytes
+constexpr int kHoldBytes = 47 * 1024;         // largest row in shared memory, in all below 48 KiB
+constexpr int64_t kFinishBytes = 128 * 1024;  // most column sums that one block adds, in bytes
 
-// A row's maximum; a row that is not whole is left in `held`, where given.
+// A row's maximum; a row that is not whole is copied to `held`, if given.
 template <typename Shape, typename S, typename A>
 SANM_DEVICE A max_row(const Logits<S>& logits, int64_t i, A (&x)[Shape::C],
                       A* held) {  // (K,) or null
@@ -40,11 +42,11 @@ SANM_DEVICE A max_row(const Logits<S>& logits, int64_t i, A (&x)[Shape::C],
   return Shape::max(top);
 }
 
-// Parts of a block that add up p over their rows: the warps, or the groups of warps of a row.
+// Parts of a block that each sum p over their rows: the warps, or the groups of warps per row.
 template <typename Shape>
 constexpr int kParts = Shape::kThreads / (Shape::kBlock ? Shape::G : kWarp);
 
-// Adds up the block's column sums of p, of which the lanes have theirs in `mine`.
+// Reduces the lanes' sums of p, `mine`, to the block's column sums.
 template <typename Shape, typename A>
 SANM_DEVICE void add_columns(const A (&mine)[Shape::C], int K,
                              double* columns) {  // shared (K,), written; then (kParts, K) of A
@@ -66,8 +68,8 @@ SANM_DEVICE void add_columns(const A (&mine)[Shape::C], int K,
   }
 }
 
-// Each block takes rows in turn. Shared memory: scratch; the block's sums; then its column sums (K,)
-// and those of its parts (kParts<Shape>, K) or, of a row that is not whole and `hold` given, the row.
+// Grid-stride over rows. Shared memory: scratch; the block's sums; then its column sums (K,) and
+// those of its parts (kParts<Shape>, K) or, if rows are not whole and `hold`, the row (K,).
 template <typename Shape, typename S>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss_kernel(
     const Logits<S> logits,                    // (n, K)
@@ -77,13 +79,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     typename Shape::A* columns,  // (clusters, K), written: Σ p over the rows of a cluster's blocks
     double* sums,                // (kSums, clusters), written
     int64_t num_labeled, bool hold,
-    int counter,  // −1: another launch finishes
+    int counter,  // −1: the second launch finishes
     const Finish<S> finish) {
   using A = typename Shape::A;
   const int K = logits.K;
   const int rank = cluster_rank(), blocks = cluster_size();
   const int64_t cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
-  A* const column = columns + cluster * K;  // a row that is not whole has no other blocks
+  A* const column = columns + cluster * K;  // if rows are not whole, clusters are single blocks
   A* const held = hold ? shared_memory<A>(kColumns) : nullptr;
   A mine[Shape::C] = {};
   double sum[kSums] = {};
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     Shape::two_sweeps([&](auto second) {
       for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
         if (!Shape::kWhole && !held) logits.template load<Shape>(i, first, x);
-        // of a whole row, the target is still there
+        // a whole row's target is still in registers
         if (!second || !(Shape::kWhole || labeled)) target.piece(targets, first);
         const A(&t)[Shape::C] = target.own.t;
         A total = 0, moment = 0, mass = 0, dot = 0, square = 0;
@@ -156,9 +158,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
   double* const whole = shared_memory<double>(kColumns);  // (K,): the block's column sums
   if (Shape::kWhole)
     add_columns<Shape>(mine, K, whole);
-  else if (!started)  // there is no row
+  else if (!started)  // the block had no row
     for (int k = threadIdx.x; k < K; k += Shape::kThreads) column[k] = 0;
-  double* share = shared_memory<double>();  // (kSums, warps): the rows are through with it
+  double* share = shared_memory<double>();  // (kSums, warps): the scratch of the rows, free now
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
     const double added = warp_reduce(sum[s], Sum());
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
     totals[threadIdx.x] = added;
   }
   cluster_sync();
-  // x: in the shared memory of each of the cluster's blocks
+  // x: an address in the shared memory of each of the cluster's blocks
   const auto over_blocks = [&](const double* x) {
     double added = 0;
 #pragma unroll
@@ -203,21 +205,21 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
   if (threadIdx.x == 0) finish.write(totals, term);
 }
 
-// Upstream gradients of forward's first six outputs; absent: null, zeros.
+// Upstream gradients of forward's first six outputs; null stands for zeros.
 template <typename A>
 struct Upstream {
   const A *total, *labeled, *unlabeled, *prior, *confidence;  // ()
   const A* per_sample;                                        // (n,)
   int64_t stride;                                             // of per_sample
 
-  // What arrives at one part of the loss: its own gradient, and the total's times its weight.
+  // The upstream gradient of one part of the loss: its own, plus the total's times its weight.
   SANM_DEVICE double at(const A* part, double weight) const {
     return (part ? static_cast<double>(*part) : 0) + (total ? weighted(weight, *total) : 0);
   }
 };
 
-// Each block takes rows in turn. Shared memory: scratch; then, `hold` given, the prior's part of h
-// (K,). A whole row always has room for it.
+// Grid-stride over rows. Shared memory: scratch; then, if `hold`, the prior's part of h (K,). For
+// whole rows it always fits.
 template <typename Shape, typename S>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss_backward_kernel(
     const Upstream<typename Shape::A> upstream,
@@ -238,8 +240,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) masked_loss
       upstream.at(upstream.confidence, numbers[kConfidenceWeight]) / static_cast<double>(n));
   const A prior_slope = static_cast<A>(
       -upstream.at(upstream.prior, numbers[kPriorWeight]) / static_cast<double>(n));
-  // The prior's part of h or, of a rare class, what e^{log p − log p̄} is multiplied with. A class of
-  // no probability gets none: its p cannot move.
+  // The prior's part of h or, for a rare class, the factor of e^{log p − log p̄}. A class of
+  // probability 0 gets none: its p cannot change.
   const auto slope = [&](int k) {
     if (prior_slope == 0) return A{0};
     const A mean_k = p_mean[k], share = prior_slope * prior(k, K);
@@ -315,7 +317,8 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 // logits (n, K), targets (…, K) floats or (M,) int64, ratio (M,), permutation (≥ n,), prior (K,),
 // scalars (4,) double: λ, λ_u, ρ, ν → total, L_x, L_u, P, N (), per_sample (n,),
-// (max, log-sum) (n, 2), p̄ (K,), labelled and unlabelled rows that count (2,) int64
+// (max, log-sum) (n, 2), p̄ (K,), or log p̄ if p̄ is below kRare, labelled and unlabelled rows that
+// count (2,) int64
 Result masked_loss(const Tensor& logits, const Tensor& targets, const OptTensor& ratio,
                    const OptTensor& permutation, const OptTensor& prior, const Tensor& scalars,
                    int64_t num_labeled, bool clamp, int64_t ignore_index, bool mean) {

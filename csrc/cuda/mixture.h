@@ -1,4 +1,5 @@
-// What fit_label_quality.cu is made of: sums over a block and over a grid, runs of samples.
+// Building blocks of fit_label_quality.cu: reductions over a block and over the grid, passes over
+// the samples, arithmetic.
 #pragma once
 
 #include "cuda/common.h"
@@ -6,16 +7,16 @@
 namespace sanm {
 namespace {
 
-constexpr int kThreads = 256;     // of a block that sweeps once
-constexpr int kFitThreads = 512;  // of the blocks that fit together
-constexpr int kParts = 512;       // blocks of a sweep at most; no more than kFitThreads
-constexpr int kPair = 2;          // doubles of a 16-byte access
-constexpr int kSums = 8;          // that are taken at a time; no more than a block has warps
+constexpr int kThreads = 256;     // per block of range_kernel and average_kernel
+constexpr int kFitThreads = 512;  // per block of fit_kernel
+constexpr int kParts = 512;       // most runs of samples in these two; ≤ kFitThreads
+constexpr int kPair = 2;          // doubles per 16-byte access
+constexpr int kSums = 8;          // sums per reduction; at most the warps of a block
 constexpr int kLloydIterations = 300;  // these two are scikit-learn's
 constexpr double kLloydTolerance = 1e-4;
 constexpr double kMassOffset = 10 * 2.220446049250313e-16;
-// A fit is degenerate with less in a component, or with a standard deviation or a distance between
-// the means below this share of the range.
+// A fit is degenerate with less mass in a component, or with a standard deviation or a distance
+// between the means below this fraction of the range.
 constexpr double kMinMass = 0.5, kMinDeviation = 1e-6;
 constexpr double kLargest = 1.7976931348623157e308;
 
@@ -26,8 +27,8 @@ struct Sums {
   SANM_DEVICE double& operator[](int k) { return v[k]; }
 };
 
-// Lane l gets Σ x[l / 4] over the warp. Of the numbers that a lane still has it gives half away at
-// a time: 9 exchanges, where each number by itself would take 5.
+// Lane l gets Σ x[l / 4] over the warp. In each step a lane passes on half of the sums that it
+// still has: 9 shuffles in all, instead of 5 for each of the sums.
 SANM_DEVICE double warp_sums(Sums x) {
 #pragma unroll
   for (int half = kSums / 2, distance = kWarp / 2; half > 0; half /= 2, distance /= 2) {
@@ -44,8 +45,8 @@ SANM_DEVICE double warp_sums(Sums x) {
   return x[0];
 }
 
-// Leaves the block's first `count` sums as column blockIdx.x of partial (count, gridDim.x).
-// scratch: (kSums, kWarp), free again once the block has met.
+// Writes the block's first `count` sums to column blockIdx.x of partial (count, gridDim.x).
+// scratch: (kSums, kWarp), reusable after the next barrier.
 SANM_DEVICE void leave(const Sums& own, int count, double* partial, double* scratch) {
   const double sum = warp_sums(own);
   if (lane() % (kWarp / kSums) == 0) scratch[lane() / (kWarp / kSums) * kWarp + warp()] = sum;
@@ -56,8 +57,8 @@ SANM_DEVICE void leave(const Sums& own, int count, double* partial, double* scra
   if (lane() == 0) partial[warp() * static_cast<int64_t>(gridDim.x) + blockIdx.x] = total;
 }
 
-// All threads of a cooperative launch meet, for the `round`-th time, 1 at first: what was written
-// before is seen after. arrived: 0 when the launch begins.
+// A grid barrier of a cooperative launch, the `round`-th, from 1: what was written before is
+// visible after. arrived: 0 at launch.
 SANM_DEVICE void grid_sync(unsigned* arrived, unsigned round) {
 #ifdef SANM_CUDA_HOST
   cuda_host::meet_grid();
@@ -67,7 +68,7 @@ SANM_DEVICE void grid_sync(unsigned* arrived, unsigned round) {
     __threadfence();
     atomicAdd(arrived, 1u);
     const volatile unsigned* seen = arrived;
-    while (static_cast<int>(*seen - round * gridDim.x) < 0) {  // right also past 2³²
+    while (static_cast<int>(*seen - round * gridDim.x) < 0) {  // correct under wrap-around
     }
     __threadfence();
   }
@@ -77,12 +78,12 @@ SANM_DEVICE void grid_sync(unsigned* arrived, unsigned round) {
 
 // Sums over all threads of a cooperative launch.
 struct Together {
-  double* partial;    // workspace (2, kSums, gridDim.x): what is read while the next is written
+  double* partial;    // workspace (2, kSums, gridDim.x), double-buffered
   unsigned* arrived;  // () 0
   double* scratch;    // (kSums, kWarp), and the totals (kSums,), in shared memory
   unsigned round = 0;
 
-  // The totals (kSums,), until the next call; the same bits in every block.
+  // The totals (kSums,), valid until the next call; the same bits in every block.
   SANM_DEVICE const double* sums(const Sums& own) {
     double* here = partial + (round % 2) * kSums * gridDim.x;
     double* totals = scratch + kSums * kWarp;
@@ -100,8 +101,8 @@ struct Together {
   }
 };
 
-// What the lanes before this one hold together; `x` becomes what all hold. Of the butterfly's two
-// halves the lower comes before the upper one.
+// Exclusive prefix sum over the warp; `x` becomes the sum over all lanes. By a butterfly, in which
+// a lane of the upper half adds the sum of the lower half.
 SANM_DEVICE double warp_prefix(double& x) {
   double before = 0;
 #pragma unroll
@@ -126,7 +127,7 @@ SANM_DEVICE double block_prefix(double& x, double* scratch) {
 
 // ---- The samples.
 
-// n samples in `parts` runs of `per`, one per block; runs begin at multiples of `unit`.
+// n samples in `parts` contiguous runs of `per`, one per block; runs start at multiples of `unit`.
 struct Split {
   int64_t n, per, parts;
 
@@ -148,8 +149,8 @@ struct Epochs {
   }
 };
 
-// The block's samples, for many sweeps: the first access of each is kept, and the next is under way
-// while one is worked on.
+// The block's samples, for many sweeps: each thread keeps its first pair in registers, and loads
+// the next pair while it processes one.
 class Part {
  public:
   SANM_DEVICE Part(const double* x, const Split& split)  // (n,), padded to whole pairs
@@ -157,8 +158,8 @@ class Part {
     if (start_ < end_) first_ = load_global<kPair>(x + start_);
   }
 
-  // Calls body(pair, index of its first sample, whether its second counts). One that does not is
-  // the first once more.
+  // Calls body(pair, index of its first sample, whether its second one exists, else it is a copy of
+  // the first).
   template <typename Body>
   SANM_DEVICE void sweep(const Body& body) const {
     const int64_t step = blockDim.x * kPair;
@@ -179,17 +180,17 @@ class Part {
   Vector<double, kPair> first_{};
 };
 
-// ---- Arithmetic without a branch, which the compiler interleaves for both samples of a pair.
+// ---- Branch-free arithmetic, which the compiler interleaves for both samples of a pair.
 
-// x > y of y ≥ 0, or x NaN: by their bits, for which another unit is there.
+// x > y for y ≥ 0, and for the GPU's NaN x, whose sign bit is 0: as integers, by the integer units.
 SANM_DEVICE bool above(double x, double y) {
   return __double_as_longlong(x) > __double_as_longlong(y);
 }
 
-// e^−x of x ≥ 0; 0 above 708; of NaN 0. 2^k·e^r with |r| ≤ ln(2)/2, e^r by the polynomial of degree
-// 11 with the least relative error, 3e-18.
+// e^−x for x ≥ 0; 0 for x > 708 and NaN. 2^k·e^r with |r| ≤ ln(2)/2, e^r by the minimax polynomial
+// of degree 11, whose relative error is 3e-18.
 SANM_DEVICE double exp_minus(double x) {
-  constexpr double kShift = 6755399441055744.0;  // 1.5·2⁵²: a sum with it ends in integers
+  constexpr double kShift = 6755399441055744.0;  // 1.5·2⁵²: adding it rounds to an integer
   constexpr double kSeries[] = {1.0,
                                 1.0,
                                 0.5000000000000018,
@@ -214,7 +215,7 @@ SANM_DEVICE double exp_minus(double x) {
   return none ? 0.0 : __longlong_as_double(static_cast<long long>(power));
 }
 
-// 1/x of 1 ≤ x ≤ 2: two of Newton's steps from 23 bits.
+// 1/x for 1 ≤ x ≤ 2: two Newton steps from an approximation of 23 bits.
 SANM_DEVICE double reciprocal(double x) {
 #ifdef SANM_CUDA_HOST
   return 1 / x;
@@ -242,9 +243,9 @@ struct Mixture {
   double mean[2], variance[2], weight[2];
   double slope[2], level[2];  // log(w·N(y; m, v)) = level + slope·(y − m)²
 
-  // The M-step that moments (6,) about the means allow:
+  // The M-step, from moments (6,) about the means:
   //   m' = m + s,  v' = Σr·d²/R − s² + reg,  w' = R/ΣR  with  R = Σr + 10ε,  s = Σr·d/R.
-  // A lane takes one of the components. Called by one warp.
+  // By one warp, one lane per component.
   SANM_DEVICE void maximise(const double* moments, double reg) {
     const int k = lane() % 2;
     const double mass = moments[k] + kMassOffset, other = moments[1 - k] + kMassOffset;
@@ -259,7 +260,7 @@ struct Mixture {
   }
 };
 
-// NaN as 0, infinities as the largest numbers.
+// Replaces NaN by 0 and infinities by the largest finite numbers.
 SANM_DEVICE double finite(double x) {
   return x == x ? Min()(Max()(x, -kLargest), kLargest) : 0.0;
 }

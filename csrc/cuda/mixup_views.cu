@@ -1,23 +1,24 @@
-// Rows of several views mixed: out_i = λ·v_i + (1 − λ)·v_π(i), v their stack, which is never made.
+// Rows of several views mixed: out_i = λ·v_i + (1 − λ)·v_π(i), v their concatenation, which is
+// never materialised.
 //
-// Backward gathers as well: with π⁻¹(i) = j where π(j) = i among the first `rows`,
+// Backward is a gather too: with π⁻¹(i) = j where π(j) = i among the first `rows`,
 //   dL/dv_i = λ·g_i [i < rows] + (1 − λ)·g_π⁻¹(i) [π⁻¹(i) exists],
-// so each row is written once, by one block, and nothing is added to memory.
+// so each element is written once, and nothing is accumulated in memory.
 //
-// A row is a run of E elements, the same for every view: NCHW or NHWC does not matter. A block
-// mixes one tile of one row, with kUnroll 16-byte loads per source in flight in each thread; rows
-// that are not aligned to 16 bytes are read element by element. Two rounded products and one
-// rounded sum: equal to the reference to the last bit.
+// A row is E contiguous elements, in the same order in every view, NCHW or NHWC. A block mixes one
+// tile of one row, with kUnroll 16-byte loads per source in flight in each thread; rows that are
+// not aligned to 16 bytes are read element by element. Two rounded products and one rounded sum:
+// bitwise equal to the reference.
 #include "cuda/common.h"
 
 namespace sanm {
 namespace {
 
-constexpr int kViews = 64;  // pointers in one launch
+constexpr int kViews = 64;  // pointers per launch
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;
 
-// Consecutive views, none of them empty; view k holds the stack's rows first[k] … first[k + 1] − 1.
+// Consecutive views, none empty; view k holds rows first[k] … first[k + 1] − 1 of all views' rows.
 template <typename T>
 struct Views {
   T* data[kViews];  // (b_k, E) dense each
@@ -32,12 +33,12 @@ struct Views {
   }
 };
 
-// One tile of a row: own·x + partner·y; a null source counts as zeros.
+// One tile of a row: own·x + partner·y; a null source stands for zeros.
 template <typename T, int N>
 SANM_DEVICE void mix_tile(
     const T* x,  // (E,) or null
     const T* y,  // (E,) or null
-    T* out,      // (E,), elements tile·kThreads·kUnroll·N … of it are written
+    T* out,      // (E,), written from element tile·kThreads·kUnroll·N on
     int64_t E, int64_t tile, const Share<acc_t<T>>& share) {
   const int64_t start = tile * (kThreads * kUnroll * N) + threadIdx.x * N;
   Vector<T, N> left[kUnroll], right[kUnroll];
@@ -60,9 +61,8 @@ SANM_DEVICE void mix_tile(
   }
 }
 
-// Block (row, tile), which strides over rows and tiles beyond the grid. Writes the rows whose own row
-// is in `own` and whose partner is in `others`; a partner outside the stack gives NaN, in the launch
-// with the first `others`.
+// Block (row, tile), grid-stride over rows and tiles. Writes the rows that are in `own` and whose
+// partner is in `others`; a partner out of range gives NaN, in the launch with the first `others`.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) mixup_views_kernel(
     const Views<const T> own, const Views<const T> others,
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) mixup_views_kernel(
 }
 
 // source[π(j)] = j for j < rows, −1 where there is none. One block: its barrier orders the two
-// sweeps, and a permutation is small beside the rows.
+// loops, and a permutation is small compared to the rows.
 __global__ void invert_kernel(
     const int64_t* permutation,  // (≥ rows,), elements `stride` apart
     int64_t stride, int64_t rows,
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) mixup_views_backward_kernel(
   }
 }
 
-// A block per row and tile, as far as there are so many.
+// A block per row and tile, up to the largest grid.
 Grid grid_of(int64_t rows, int64_t tiles) {
   return {blocks_for(rows, 1), std::min<int64_t>(tiles, 65535)};
 }

@@ -1,4 +1,4 @@
-// Sections 2 to 4 of the method by one block: draws, fills, masked views, modulated targets.
+// Sections 2 to 4 of the method, by one block: draws, fills, masked views, modulated targets.
 #pragma once
 
 #include "cuda/activation.h"
@@ -9,12 +9,11 @@
 
 namespace sanm {
 
-// A device function that is called rather than inlined.
+// A device function that is not inlined.
 #define SANM_DEVICE_CALL static __device__ __attribute__((noinline))
 
-constexpr int kFillValues = 64;  // per-channel constants that travel as kernel arguments
+constexpr int kFillValues = 64;  // most per-channel constants, which are passed as kernel arguments
 
-// Philox's uniform, and its N(0, 1) by Box and Muller.
 SANM_DEVICE_CALL double philox_uniform(int number, int64_t index, int64_t seed) {
   return uniform(number, index, seed);
 }
@@ -22,7 +21,7 @@ SANM_DEVICE_CALL double noise(uint32_t number, uint32_t stream, int64_t index, i
   return normal(number, stream, index, seed);
 }
 
-// Draws of one sample: the caller's, or Philox's.
+// Draws of one sample: given by the caller, or from Philox.
 struct Draws {
   const double* given;  // (D) or null
   int64_t index, seed;
@@ -35,7 +34,7 @@ SANM_DEVICE int bytes_of(ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-// A number as an element of this dtype, which is stored as S: by way of float32, but for float64.
+// Converts a number to this dtype, stored as S: through float32, unless float64.
 template <typename S>
 SANM_DEVICE S stored(ScalarType type, double value) {
   if constexpr (std::is_same_v<S, double>) return value;
@@ -45,7 +44,7 @@ SANM_DEVICE S stored(ScalarType type, double value) {
   else return rounded;
 }
 
-// Rounds a number to element k of an array of this dtype.
+// Stores a number, rounded, as element k of an array of this dtype.
 template <typename A>
 SANM_DEVICE void store_any(ScalarType type, void* p, int64_t k, A value) {
   if constexpr (std::is_same_v<A, double>)
@@ -55,9 +54,9 @@ SANM_DEVICE void store_any(ScalarType type, void* p, int64_t k, A value) {
   else store_global(static_cast<Bits16*>(p) + k, Vector<Bits16, 1>{stored<Bits16>(type, value)});
 }
 
-// Scratch of a block: shared memory, the first of which is for reductions, or where that does not
-// suffice the block's part of a workspace. A type of its own for each, so that the compiler knows
-// which of the two it reads and writes.
+// Scratch of a block: shared memory, which starts with the scratch of reductions, or, if that is
+// too small, the block's part of a global workspace. One type for each, so that the compiler knows
+// the address space.
 template <bool kShared>
 struct Memory {
   unsigned char* base;  // of the workspace
@@ -69,7 +68,8 @@ struct Memory {
   }
 };
 
-// One sample's image, seen as rows of `length` numbers: (Cin·H, W), or (H, W·Cin) if channels_last.
+// One sample's image as a matrix with rows of `length` elements: (Cin·H, W), or (H, W·Cin) if
+// channels_last.
 struct Canvas {
   int channels, H, W;
   bool channels_last;
@@ -79,7 +79,7 @@ struct Canvas {
   SANM_HD unsigned size() const { return static_cast<unsigned>(channels) * H * W; }
 };
 
-// Mean of the image's channel c, by the block.
+// Mean of the image's channel c, reduced over the block.
 SANM_DEVICE_CALL double channel_mean(Untyped<double> image, Canvas canvas, unsigned c) {
   const unsigned C = canvas.channels, pixels = static_cast<unsigned>(canvas.H) * canvas.W;
   double sum = 0;
@@ -93,7 +93,7 @@ struct Box {
   int top, left, bottom, right;
 };
 
-// The same in rows and columns of the canvas.
+// The same in columns of the canvas and rows of the image.
 struct Hidden {
   unsigned top, bottom, first, last;
 
@@ -106,17 +106,17 @@ struct Hidden {
   }
 };
 
-// What a view's box is filled with.
+// The fill of a view's box.
 template <bool kShared>
 struct Filling {
   ScalarType type;  // of the image
   bool noise;
   Memory<kShared> memory;
-  int64_t fill;  // where its (V, Cin) constants lie
+  int64_t fill;  // offset in `memory` of the (V, Cin) constants
   int64_t index, seed;
 };
 
-// 16 bytes of an image, or where it is not aligned one element.
+// 16 bytes of an image or, if it is not aligned, one element.
 using Chunk = Vector<uint32_t, 4>;
 template <bool kVectors>
 using Piece = std::conditional_t<kVectors, Chunk, uint64_t>;
@@ -141,8 +141,8 @@ SANM_DEVICE void store_piece(ScalarType type, void* p, int64_t at, const Piece<k
   else __stcs(reinterpret_cast<unsigned short*>(q), static_cast<unsigned short>(x));
 }
 
-// The elements of a piece from (row, column) on, those inside the box filled. Not inlined, as few
-// pieces touch a box and noise is much code.
+// A piece that starts at (row, column), with its elements inside the box filled. Not inlined: few
+// pieces intersect a box, and the noise is much code.
 template <bool kVectors, bool kShared>
 SANM_DEVICE_CALL Piece<kVectors> hide(Piece<kVectors> piece, Filling<kShared> filling,
                                       Canvas canvas, Hidden box, int view, uint32_t stream,
@@ -177,14 +177,14 @@ SANM_DEVICE_CALL Piece<kVectors> hide(Piece<kVectors> piece, Filling<kShared> fi
   return piece;
 }
 
-// Copies elements [begin, end) of an image into every view, each view's box filled; in vectors if
-// they are multiples of 16 bytes. Outside its box a view is the image, bit for bit. Not inlined:
-// compiled once for features of every type.
+// Copies elements [begin, end) of an image into every view, each view's box filled; by 16-byte
+// accesses if kVectors. Outside its box a view is bitwise equal to the image. Not inlined: compiled
+// once for all feature types.
 template <bool kVectors, bool kShared>
 SANM_DEVICE_CALL void paint(
     Filling<kShared> filling, Canvas canvas, int which,  // views as in Settings
     const void* images, void* views, int64_t first,      // the sample's first element in both
-    int64_t stride,                                      // from one view to the other
+    int64_t stride,                                      // between views, in elements
     Box one, Box two, unsigned begin, unsigned end) {
   constexpr int kLoads = 4;
   const unsigned N = kVectors ? 16 / bytes_of(filling.type) : 1;
@@ -217,8 +217,8 @@ SANM_DEVICE_CALL void paint(
   }
 }
 
-// One row of new targets: from soft targets t (K), a stride apart, or from the label where `soft`
-// is false, by a warp or by the block. A: what they are computed in.
+// One row of new targets, by a warp or by the block: from soft targets t (K), `stride` elements
+// apart, or, unless `soft`, from the label. A: the accumulation type.
 template <typename A>
 SANM_DEVICE_CALL void modulate(Team team, bool soft, Untyped<A> t, int64_t stride, int64_t label,
                                int K, float ratio, bool clamp, void* result, int64_t row) {

@@ -1,11 +1,11 @@
 // Reconstruction loss Σ_v (1/count_v) Σ (r − x)² over V views, of the whole image or the elements
 // inside each sample's box, and its gradient (2/count_v)(r − x), zero outside.
 //
-// A sample is a number of lines of consecutive elements: W of a row in NCHW, W·C in NHWC, a box
-// being a range of lines of each plane and of elements of a line; without boxes the whole sample is
-// one line. Lines are gone through in cells of 16 bytes where all of them are aligned, else of one
-// element. Of a box only the cells that it touches are read. Two launches forward, the blocks' sums
-// and then the views' means, added in order; one backward.
+// A sample consists of lines of contiguous elements, W per line in NCHW, W·C in NHWC; a box is a
+// range of lines of each plane and of elements of a line; without boxes the whole sample is one
+// line. Lines are processed in cells of 16 bytes if all of them are aligned, else of one element.
+// Only the cells that a box intersects are read. Forward is two launches, the blocks' sums and then
+// the views' means, added in order; backward is one.
 #include "cuda/common.h"
 
 namespace sanm {
@@ -14,23 +14,23 @@ namespace {
 using torch::headeronly::MemoryFormat;
 
 constexpr int kThreads = 256, kFinishThreads = 512;
-constexpr int kResident = 2;   // blocks of a multiprocessor: few enough for nothing to be spilled
-constexpr int kUnroll = 4;     // cells of each tensor that a thread has in flight
-constexpr int kScratch = 256;  // bytes of shared memory: double sums of up to 32 warps
+constexpr int kResident = 2;   // blocks per multiprocessor: few enough that no register is spilled
+constexpr int kUnroll = 4;     // cells of each tensor in flight per thread
+constexpr int kScratch = 256;  // bytes of shared memory: a double for each of up to 32 warps
 
-// How samples of B images per view lie in memory, r and x alike; boxes (V·B, 4): y0, x0, y1, x1.
+// The memory layout of samples, the same for r and x; boxes (V·B, 4): y0, x0, y1, x1.
 struct Geometry {
-  int64_t B, sample;     // images; elements of one
-  int64_t counted;       // elements of a view, where there are no boxes
-  int planes, lines;     // of a sample; lines of a plane
-  int64_t length;        // elements of a line
-  int width, pixel;      // pixels of a line; elements of a pixel of it
+  int64_t B, sample;     // images per view; elements per sample
+  int64_t counted;       // elements per view, without boxes
+  int planes, lines;     // planes per sample; lines per plane
+  int64_t length;        // elements per line
+  int width, pixel;      // pixels per line; elements per pixel of a line
   const int64_t* boxes;  // or null
-  Divisor<int64_t> by_B, by_parts;  // parts: blocks of a sample
+  Divisor<int64_t> by_B, by_parts;  // parts: blocks per sample
 };
 
-// What counts of a sample: lines [top, bottom) of each plane, elements [low, high) of a line.
-// A box that does not lie in the image, which no kernel can report, is empty and not sound.
+// The elements of a sample that count: lines [top, bottom) of each plane, elements [low, high) of a
+// line. A box that exceeds the image, which a kernel cannot report, is empty and not sound.
 struct Box {
   int64_t top, bottom, low, high;
   bool sound;
@@ -59,7 +59,7 @@ SANM_DEVICE double count_of(const Geometry& g, int64_t v) {
   return count > 1 ? count : 1;
 }
 
-// N elements as A.
+// N elements, converted to A.
 template <typename A, int N>
 struct Cell {
   A v[N];
@@ -78,16 +78,16 @@ SANM_DEVICE Cell<A, N> load_cell(const S* p) {
   return cell;
 }
 
-// The block's share, one of gridDim.y, of the cells that elements [low, high) touch of lines
-// [top, bottom) of each plane; and a place in it, at first the thread's first cell.
+// The block's share, one of gridDim.y, of the cells that elements [low, high) of lines [top,
+// bottom) of each plane intersect; and a position in it, at first the thread's first cell.
 template <int N>
 struct Share {
-  int64_t left;                // cells of the share from here on, kThreads apart
-  int64_t cell = 0, line = 0;  // in the line; counted through the sample
-  int row = 0;                 // of the box in this plane, of `tall`
+  int64_t left;                // cells of the share from this position on
+  int64_t cell = 0, line = 0;  // cell within the line; line within the sample
+  int row = 0;                 // row of the box in this plane, of `tall`
   int tall, lines;
-  int64_t first, wide;  // first cell of a line; cells of a line
-  // a step of kThreads cells: whole lines (those of whole planes among them), lines of a plane, cells
+  int64_t first, wide;  // first cell of a line; cells per line
+  // a step of kThreads cells: in lines (with those of whole planes), rows of a plane, cells
   int64_t step_lines = 0;
   int step_rows = 0, step_cells = 0;
 
@@ -117,7 +117,7 @@ struct Share {
   }
 };
 
-// Block (v·B + b, part): Σ (r − x)² over its share of what counts. NaN for a box that is not sound.
+// Block (v·B + b, part): Σ (r − x)² over its share of the counted elements; NaN for an unsound box.
 template <typename T, typename S, int N>
 __global__ void __launch_bounds__(kThreads, kResident) squares_kernel(
     const T* reconstruction,  // (V·B, sample)
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(
   if (threadIdx.x == 0) *loss = static_cast<A>(total);
 }
 
-// Block (v·B + b, part): its share of the sample's gradient. NaN for a box that is not sound.
+// Block (v·B + b, part): its share of the sample's gradient. NaN for an unsound box.
 template <typename T, typename S, int N>
 __global__ void __launch_bounds__(kThreads, kResident) reconstruction_backward_kernel(
     const acc_t<T>* grad,     // ()
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, kResident) reconstruction_backward_k
   }
 }
 
-// Both tensors in the reconstruction's memory format, and how they are gone through.
+// Both tensors in the reconstruction's memory format, and their geometry.
 struct Arguments {
   Arguments(const Tensor& reconstruction_, const Tensor& images_,
             const std::optional<Tensor>& boxes_)
@@ -231,7 +231,7 @@ struct Arguments {
                                                       ? MemoryFormat::ChannelsLast
                                                       : MemoryFormat::Contiguous)),
         boxes(boxes_) {
-    // The kernels read images in the reconstruction's dtype or in that of the sums.
+    // The kernels read images in the reconstruction's dtype or in its accumulation type.
     const ScalarType type = acc_type(reconstruction.tensor);
     if (images.scalar_type() != reconstruction.tensor.scalar_type() && images.scalar_type() != type)
       images = torch::stable::to(images, type);
@@ -247,7 +247,7 @@ struct Arguments {
     g.length = W * g.pixel;
   }
 
-  // Blocks: samples, parts of one; enough for every processor to have some.
+  // Blocks (sample, part): enough to occupy all multiprocessors.
   Grid grid(int64_t access) {
     const int64_t most = ceil_div(g.sample, kThreads * kUnroll * access);
     const int64_t wanted = ceil_div(8 * multiprocessors(images), std::max<int64_t>(1, N));
@@ -256,7 +256,7 @@ struct Arguments {
     return {N, parts};
   }
 
-  // Calls body(T(), S(), N) with the dtypes of both tensors and the elements of a cell.
+  // Calls body(T(), S(), N) with the dtypes of both tensors and the elements per cell.
   template <typename Body>
   void dispatched(const Tensor* written, const Body& body) const {
     dispatch(reconstruction.tensor.scalar_type(), [&](auto zero) {

@@ -1,17 +1,17 @@
 // Refined targets: p = mean of softmax over the given logits, then q·label + (1 − q)·p where labels
-// are given, then p^(1/T) / Σ p^(1/T). Dividing by the largest before the power keeps the sum away
-// from 0.
+// are given, then p^(1/T) / Σ p^(1/T). Dividing by the maximum before the power keeps the sum from
+// underflowing to 0.
 //
-// One launch for up to kViews views; beyond that, one for each group of views, the sum of the
-// softmaxes meanwhile being in the result. A row stays in registers (K ≤ 1024, or 512 doubles), or
-// in shared memory, or is gone through in several sweeps, p being in the result.
+// One launch for up to kViews views, else one for each group of views, with the partial sum of the
+// softmaxes stored in the result. A row stays in registers (K ≤ 1024, or 512 doubles) or in shared
+// memory, or is processed in several sweeps, with p stored in the result.
 #include "cuda/softmax.h"
 
 namespace sanm {
 namespace {
 
-constexpr int kViews = 32;             // in one launch
-constexpr int kHoldBytes = 47 * 1024;  // of both rows in shared memory, in all below 48 KiB
+constexpr int kViews = 32;             // per launch
+constexpr int kHoldBytes = 47 * 1024;  // most for two rows in shared memory, in all below 48 KiB
 
 template <typename S>
 struct Views {
@@ -33,7 +33,7 @@ struct Labels {
   int64_t prob_stride = 0;
 };
 
-// Calls body(p) with p the address of element `offset` of numbers of this dtype.
+// Calls body(p) with p the address of element `offset` of an array of this dtype.
 template <typename Body>
 SANM_DEVICE void with_type(ScalarType type, const void* data, int64_t offset, const Body& body) {
   device_dispatch(type, [&](auto zero) {
@@ -41,7 +41,7 @@ SANM_DEVICE void with_type(ScalarType type, const void* data, int64_t offset, co
   });
 }
 
-// Adds the softmax of one view's row to p: in registers `mine`, or in `kept`.
+// Adds the softmax of one view's row to p: in registers, `mine`, or in memory, `kept`.
 template <typename Shape, typename S, typename A>
 SANM_DEVICE void add_softmax(
     const S* row,  // (K,) of the type, elements `stride` apart
@@ -94,8 +94,8 @@ SANM_DEVICE void add_softmax(
   }
 }
 
-// Rows in turn. Shared memory: scratch; then, `hold` given, p and a view's logits (K,) each. A lane
-// only ever reads what it wrote itself: of p, of the logits, of the result.
+// Grid-stride over rows. Shared memory: scratch; then, if `hold`, p and a view's logits (K,) each.
+// A lane reads of p, the logits and the result only what it wrote itself, so no barrier is needed.
 template <typename Shape, typename S>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targets_kernel(
     const Views<S> views, const Labels labels,
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targ
       add_softmax<Shape>(views.data[v] + i * views.row_stride[v], views.type,
                          views.class_stride[v], views.vectors[v], K,
                          !hold && views.first && v == 0, hold ? shared + K : nullptr, kept, p);
-    // Each step goes through the row once: p[c] is class k, read and written where it is kept.
+    // A sweep over the row: p[c] is class k, loaded from and stored to `kept` unless whole.
     const auto sweep = [&](const auto& body) {
       for (int first = 0; first < Shape::end(K); first += Shape::kPiece) {
         Shape::each_class(first, K, [&](int c, int k) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) refine_targ
         with_type(labels.prob_type, labels.clean_prob, i * labels.prob_stride,
                   [&](const auto* at) { q = static_cast<A>(widen(*at)); });
       if (labels.indices) label = labels.indices[i * labels.row_stride];
-      // a label outside [0, K) cannot be reported
+      // a label outside [0, K) gives NaN: a kernel cannot raise
       const A zero = labels.indices && (label < 0 || label >= K) ? static_cast<A>(NAN) : A{0};
       sweep([&](A& p_k, int) { p_k /= static_cast<A>(all_views); });
       if (labels.indices)

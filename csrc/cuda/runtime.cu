@@ -1,8 +1,8 @@
-// What the library tells sanm_kernels/backends/cuda.py of itself before a kernel of it is called:
-// plain C functions, which run with any driver and with none.
+// What sanm_kernels/backends/cuda.py asks the library before it calls a kernel: plain C functions,
+// which work with any driver or none.
 //
-// The CUDA runtime in here is the one it was built with. It may need a newer driver than torch's, and
-// its code may be for other architectures: which of them runs where is the runtime's to say.
+// The library contains the CUDA runtime it was built with, which may need a newer driver than
+// torch's, and code for other architectures: what runs on a GPU is decided by the runtime.
 #ifndef SANM_CUDA_HOST  // the emulation has no driver
 #include <cuda_runtime.h>
 
@@ -24,7 +24,7 @@ int version_of(cudaError_t (*ask)(int*)) {
 
 std::string architectures() {
   std::string text;
-  for (int arch : {__CUDA_ARCH_LIST__})  // 800, 900: nvcc's word, from its -gencode
+  for (int arch : {__CUDA_ARCH_LIST__})  // 800, 900, …: defined by nvcc, from -gencode
     text += (text.empty() ? "" : ", ") + std::to_string(arch / 100) + "." +
             std::to_string(arch / 10 % 10);
   return text;
@@ -61,7 +61,7 @@ std::string why_not(int device) {
 SANM_EXPORT int sanm_cuda_runtime_version() { return sanm::version_of(cudaRuntimeGetVersion); }
 SANM_EXPORT int sanm_cuda_driver_version() { return sanm::version_of(cudaDriverGetVersion); }
 
-// Texts stay until the thread's next call.
+// Strings are valid until the thread's next call.
 SANM_EXPORT const char* sanm_cuda_architectures() {
   thread_local std::string text;
   return (text = sanm::architectures()).c_str();
@@ -69,7 +69,7 @@ SANM_EXPORT const char* sanm_cuda_architectures() {
 SANM_EXPORT const char* sanm_cuda_probe(int device) {
   thread_local std::string text;
   text = sanm::why_not(device);
-  cudaGetLastError();  // what is reported here is not reported again by the next call
+  cudaGetLastError();  // clears the error, which the next call would report again
   return text.empty() ? nullptr : text.c_str();
 }
 #endif

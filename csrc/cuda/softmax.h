@@ -1,44 +1,45 @@
-// Rows of K classes as the kernels read them: which lanes share a row, which classes a lane has.
+// Rows of K classes: how lanes share a row and its classes, and how rows are loaded and stored.
 #pragma once
 
 #include "cuda/common.h"
 
 namespace sanm {
 
-constexpr int kRowThreads = 256;  // of a block whose warps have rows of their own
-constexpr int kScratch = 512;      // bytes of shared memory, at its start, for reductions
+constexpr int kRowThreads = 256;  // per block, if no row is shared by several warps
+constexpr int kScratch = 512;      // bytes at the start of shared memory, for reductions
 
-// A truth that is known when a kernel is compiled.
+// A compile-time bool.
 template <bool kTruth>
 struct Known {
   SANM_DEVICE operator bool() const { return kTruth; }
 };
 
-// G lanes share a row: a part of a warp, a warp, or (G > kWarp) some warps of the block, or all. Each
-// has C classes of a piece of G·C, in runs of N consecutive ones. Whole rows are one piece and stay in registers; the
-// others are gone through piece by piece, in several sweeps.
+// G lanes share a row: a part of a warp, a warp, or (G > kWarp) several or all warps of the block.
+// Each lane has C classes of a piece of G·C, in runs of N contiguous ones. A whole row (kWhole) is
+// a single piece and stays in registers; longer rows are processed piece by piece, in several
+// sweeps.
 template <typename Number, int kLanes, int kClasses, int kRun, bool kOnePiece>
 struct RowShape {
   using A = Number;
   static constexpr int G = kLanes, C = kClasses, N = kRun, kRuns = C / N, kPiece = G * C;
   static constexpr bool kWhole = kOnePiece, kBlock = G > kWarp;
-  // Threads that a multiprocessor is to hold: as few as it takes for nothing to be spilled. Whole
-  // rows share large blocks, of which there are few: each has column sums in masked_loss.
+  // Threads per multiprocessor: few enough that no register is spilled. Whole rows use large
+  // blocks, so that there are few of them: each has column sums in masked_loss.
   static constexpr int kTogether = sizeof(A) == 8 ? 256 : kBlock && G < 256 ? 384 : 512;
   static constexpr int kThreads = !kBlock ? kRowThreads : G < 256 ? kTogether / G * G : G;
   static constexpr int kRows = kThreads / G, kResident = kTogether / kThreads;
-  static constexpr int kMost = kBlock ? kResident : 1024 / kThreads;  // blocks, that take turns
+  static constexpr int kMost = kBlock ? kResident : 1024 / kThreads;  // blocks per multiprocessor
   static_assert(C % N == 0 && kThreads % kWarp == 0, "an impossible shape");
 
   SANM_DEVICE static int rank() { return threadIdx.x % G; }
-  // First class of the lane's run r, in the piece from class `first` on.
+  // First class of the lane's run r in the piece that starts at class `first`.
   SANM_DEVICE static int start(int first, int r) { return first + (r * G + rank()) * N; }
   // Whether any lane has a class in run r: the same for all lanes.
   SANM_DEVICE static bool used(int first, int r, int K) { return first + r * G * N < K; }
-  // Where the sweep over pieces ends.
+  // The end of a sweep over pieces.
   SANM_DEVICE static int end(int K) { return kWhole ? 1 : K; }
 
-  // Over the lanes that share a row; all lanes of the warp, or block, take part.
+  // Reduces over the lanes that share a row; all lanes of the warp, or block, take part.
   template <typename V, typename Op>
   SANM_DEVICE static V reduce(V x, Op op, V identity) {
     if constexpr (kBlock && kRows == 1) {
@@ -64,10 +65,11 @@ struct RowShape {
   SANM_DEVICE static A sum(A x) { return reduce(x, Sum(), A{0}); }
   SANM_DEVICE static A max(A x) { return reduce(x, Max(), static_cast<A>(-INFINITY)); }
 
-  // The rows in turn, all lanes together: body(row, exists), `row` being a row also where not.
+  // A grid-stride loop over the rows, uniform in the warp or block: body(row, exists), where `row`
+  // is a valid index even if not `exists`.
   template <typename Body>
   SANM_DEVICE static void each_row(int64_t n, const Body& body) {
-    // Warps work by themselves where a row is no more than a warp's; else the block does.
+    // Warps loop independently if a row is at most a warp's; else the block does as a whole.
     constexpr int64_t kApart = kBlock ? 1 : kThreads / kWarp, kTurn = kRows / kApart;
     const int64_t first = kBlock ? blockIdx.x : blockIdx.x * kApart + warp();
     const int64_t step = gridDim.x * kApart;
@@ -77,8 +79,8 @@ struct RowShape {
     }
   }
 
-  // Calls body(second) for two sweeps through a row. Of a row that is not whole they have much in
-  // common: a loop compiles it once.
+  // Calls body(second) for two sweeps over a row. For rows that are not whole the sweeps share most
+  // of their code: a loop instantiates it once.
   template <typename Body>
   SANM_DEVICE static void two_sweeps(const Body& body) {
     if constexpr (kWhole) {
@@ -90,7 +92,7 @@ struct RowShape {
     }
   }
 
-  // Calls body(c, k) for the lane's classes k of a piece, with c where it keeps them: a constant.
+  // Calls body(c, k) for the lane's classes k of a piece; c, a constant, is the index in registers.
   template <typename Body>
   SANM_DEVICE static void each_class(int first, int K, const Body& body) {
 #pragma unroll
@@ -118,9 +120,8 @@ struct RowSum {
   SANM_DEVICE A row() const { return Shape::sum(lane()); }
 };
 
-// ---- Numbers as they are stored and as they are computed with.
+// ---- Conversion between storage and accumulation types.
 
-// The numbers that were stored.
 template <typename S, typename A, int C>
 SANM_DEVICE void decode(ScalarType type, const S (&stored)[C], A (&x)[C]) {
   if constexpr (!std::is_same_v<S, Bits16>) {
@@ -135,7 +136,6 @@ SANM_DEVICE void decode(ScalarType type, const S (&stored)[C], A (&x)[C]) {
   }
 }
 
-// What is stored for the numbers.
 template <typename S, typename A, int C>
 SANM_DEVICE void encode(ScalarType type, const A (&x)[C], S (&stored)[C]) {
   if constexpr (!std::is_same_v<S, Bits16>) {
@@ -150,7 +150,7 @@ SANM_DEVICE void encode(ScalarType type, const A (&x)[C], S (&stored)[C]) {
   }
 }
 
-// −∞ as it is stored.
+// −∞ as S.
 template <typename S>
 SANM_DEVICE S lowest(ScalarType type) {
   if constexpr (std::is_same_v<S, Bits16>)
@@ -159,8 +159,9 @@ SANM_DEVICE S lowest(ScalarType type) {
     return static_cast<S>(-INFINITY);
 }
 
-// The lane's classes of a piece of a row; `pad` from K on. vectors: stride 1, runs are aligned to
-// 16 bytes or to their size. X: S, or what it is converted to one by one, which saves registers.
+// Loads the lane's classes of a piece of a row; `pad` from K on. vectors: stride 1, runs are
+// aligned to 16 bytes or to their size. X: S, or the type it is converted to at once, which saves
+// registers.
 template <typename Shape, typename S, typename X>
 SANM_DEVICE void load_piece(
     const S* row,  // (K,), elements `stride` apart
@@ -187,7 +188,7 @@ SANM_DEVICE void load_piece(
   }
 }
 
-// Writes the lane's classes of a piece. vectors: the row's runs are aligned.
+// Stores the lane's classes of a piece. vectors: the row's runs are aligned.
 template <typename Shape, typename S>
 SANM_DEVICE void store_piece(S* row,  // (K,) dense
                              bool vectors, int first, int K, const S (&x)[Shape::C]) {
@@ -211,7 +212,7 @@ SANM_DEVICE void store_piece(S* row,  // (K,) dense
   }
 }
 
-// The lane's numbers of a piece of a row, whose dtype is known when the kernel runs; 0 from K on.
+// Loads the lane's classes of a piece of a row of a run-time dtype; 0 from K on.
 template <typename Shape, typename A>
 SANM_DEVICE void load_numbers(
     ScalarType type, const void* data, int64_t start,  // (K,) from element `start` on
@@ -225,7 +226,7 @@ SANM_DEVICE void load_numbers(
   });
 }
 
-// Rows of logits as their owner laid them out.
+// Logits with any strides.
 template <typename S>
 struct Logits {
   explicit Logits(const Tensor& z)
@@ -237,7 +238,7 @@ struct Logits {
   int K;
   bool vectors;
 
-  // The lane's logits of a piece of row i, −∞ from K on.
+  // Loads the lane's logits of a piece of row i; −∞ from K on.
   template <typename Shape>
   SANM_DEVICE void load(int64_t i, int first, typename Shape::A (&x)[Shape::C]) const {
     S stored[Shape::C];
@@ -253,7 +254,7 @@ struct Logits {
   }
 };
 
-// Calls body(RowShape()) with the shape for rows of K logits that are stored as S.
+// Calls body(RowShape()) with the shape for rows of K logits of storage type S.
 template <typename S, typename Body>
 void with_row_shape(int64_t K, bool vectors, const Body& body) {
   using A = acc_t<S>;
@@ -275,7 +276,7 @@ void with_row_shape(int64_t K, bool vectors, const Body& body) {
     body(RowShape<A, kBlock, kSwept, 1, false>());
 }
 
-// Blocks that take n rows in turn: some rows each, but not so few blocks that processors idle.
+// Blocks for n rows: several rows each, but enough blocks to occupy all multiprocessors.
 template <typename Shape>
 int64_t row_blocks(const Tensor& on, int64_t n) {
   constexpr int64_t kTurns = 4;

@@ -1,5 +1,5 @@
 // Final targets of the loss, row by row: t_i = λ·t'_i + (1 − λ)·t'_π(i), where t' is the target row
-// or a label's one-hot row after the label modulation. None of them is ever a whole tensor.
+// or a label's one-hot row after the label modulation. No tensor of them is made.
 #pragma once
 
 #include "cuda/softmax.h"
@@ -37,7 +37,7 @@ struct Targets {
     class_stride = targets.stride(lead);
   }
 
-  const void* values = nullptr;     // floats of the type, or
+  const void* values = nullptr;     // floats of dtype `type`, or
   const int64_t* labels = nullptr;  // (M,)
   ScalarType type = ScalarType::Float;
   bool vectors = false;
@@ -68,7 +68,7 @@ struct Targets {
     const int64_t m = permutation[i * permutation_stride];
     return m >= 0 && m < M ? m : -1;
   }
-  // Whether row i counts: neither it nor its partner is to be ignored.
+  // Whether row i counts: neither its label nor its partner's is ignore_index.
   SANM_DEVICE bool counts(int64_t i) const {
     if (!labels) return true;
     if (label(i) == ignore_index) return false;
@@ -91,20 +91,20 @@ struct Targets {
 template <typename Shape>
 struct TargetRow {
   using A = typename Shape::A;
-  A t[Shape::C];  // of the present piece
-  int64_t start;  // of the row, of floats
+  A t[Shape::C];  // the current piece
+  int64_t start;  // offset of a row of floats
   A ratio;
-  int at;      // the class that modulation takes from
+  int at;      // the class that modulation reduces
   A top, add;  // its new value; what the others gain
 
-  // The piece as it is; nothing for labels.
+  // Loads a piece, unmodulated; nothing for labels.
   SANM_DEVICE void read(const Targets<A>& from, int first) {
     if (from.labels) return;
     load_numbers<Shape>(from.type, from.values, start, from.class_stride, from.vectors, first,
                         from.K, t);
   }
 
-  // Asks for what there is of row m: its label or its first piece, its ratio.
+  // Loads row m's label or first piece, and its ratio.
   SANM_DEVICE void load(const Targets<A>& from, int64_t m) {
     if (from.labels) {
       const int64_t label = from.label(m);
@@ -116,7 +116,7 @@ struct TargetRow {
     if (from.ratio) ratio = from.ratio[m * from.ratio_stride];
   }
 
-  // Finds what modulation does to the row.
+  // Computes the row's modulation.
   SANM_DEVICE void modulate(const Targets<A>& from) {
     Peak<A> peak{A{1}, at};
     if (!from.labels && from.ratio) {
@@ -136,7 +136,7 @@ struct TargetRow {
     top = change.top, add = change.add;
   }
 
-  // Class k of the present piece, modulated.
+  // Class k of the current piece, modulated.
   SANM_DEVICE A value(const Targets<A>& from, int c, int k) const {
     if (from.labels) return k == at ? top : add;
     if (!from.ratio) return t[c];
@@ -155,12 +155,12 @@ struct Target {
       const int64_t m = from.partner(i);
       return m < 0 ? 0 : m;
     };
-    if constexpr (Shape::kWhole) {  // both are under way before one is waited for
+    if constexpr (Shape::kWhole) {  // the loads of both are issued before either is used
       own.load(from, i);
       if (from.permutation) other.load(from, partner());
       own.modulate(from);
       if (from.permutation) other.modulate(from);
-    } else {  // one after the other, so that what is done with both is compiled once
+    } else {  // in a loop, so that the code for both is instantiated once
 #pragma unroll 1
       for (int k = from.permutation ? 1 : 0; k >= 0; --k) {
         own.load(from, k > 0 ? partner() : i);
@@ -170,7 +170,7 @@ struct Target {
     }
   }
 
-  // own.t becomes the target of the piece, 0 from K on. In a whole row only once.
+  // Replaces own.t by the target of the piece, 0 from K on. To be called once for a whole row.
   SANM_DEVICE const A (&piece(const Targets<A>& from, int first))[Shape::C] {
     if (!Shape::kWhole) own.read(from, first);
     if (!from.permutation) {

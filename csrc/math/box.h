@@ -22,7 +22,7 @@ struct Size {
   int height, width;
 };
 
-// r = a + γ·(1 − q); a is a float64 draw, the rest float32.
+// r = a + γ·(1 − q): a is interpolated in float64 and rounded, the rest is float32.
 SANM_HD float mask_ratio(const Settings& s, double draw, float clean_prob) {
   const float a = static_cast<float>(s.ratio_low + (s.ratio_high - s.ratio_low) * draw);
   const float guided = static_cast<float>(s.ratio_gamma) * (1.0f - clean_prob);
@@ -30,11 +30,11 @@ SANM_HD float mask_ratio(const Settings& s, double draw, float clean_prob) {
 }
 
 SANM_HD int side(float square, int limit) {
-  const double root = nearbyint(sqrt(static_cast<double>(square)));  // halves to even
+  const double root = nearbyint(sqrt(static_cast<double>(square)));  // ties to even
   return !(root >= 1) ? 1 : root > limit ? limit : static_cast<int>(root);  // 1 for NaN too
 }
 
-// height = round(√(A·s)), width = round(√(A/s)), A = κ·r·H·W: float32 but for the root.
+// height = round(√(A·s)), width = round(√(A/s)), A = κ·r·H·W: float32 except for the root.
 SANM_HD Size box_size(const Settings& s, float ratio, double draw, int H, int W) {
   const float aspect = static_cast<float>(s.aspect_low + (s.aspect_high - s.aspect_low) * draw);
   float area = ratio * static_cast<float>(static_cast<double>(H) * W);
@@ -42,14 +42,14 @@ SANM_HD Size box_size(const Settings& s, float ratio, double draw, int H, int W)
   return {side(area * aspect, H), side(area / aspect, W)};
 }
 
-// First row (or column) of a box of this size at the given peak, moved to lie inside the image.
+// First row (or column) of a box of this size at the given peak, shifted to lie inside the image.
 SANM_HD int corner(int peak, int size, int limit, bool centered) {
   int low = centered ? peak - size / 2 : peak;
   low = low < 0 ? 0 : low;
   return low < limit - size ? low : limit - size;
 }
 
-// Pixels of the cell `cell` of `cells` that [low, high) of `size` pixels covers, as a share of it.
+// Fraction of cell `cell`, of `cells` cells over `size` pixels, that the pixels [low, high) cover.
 template <typename A>
 SANM_HD A overlap(int low, int high, int64_t cell, int64_t cells, int64_t size) {
   const A step = static_cast<A>(static_cast<double>(size) / cells);

@@ -30,10 +30,10 @@ SANM_HD Words philox(uint32_t number, uint32_t stream, int64_t index, int64_t se
   return {{c0, c1, c2, c3}};
 }
 
-// The sample's uniform of this number in [0, 1), a multiple of 2⁻³².
+// The sample's `number`-th uniform in [0, 1), a multiple of 2⁻³².
 SANM_HD double uniform(int64_t number, int64_t index, int64_t seed) {
   const Words words = philox(static_cast<uint32_t>(number / 4), 0, index, seed);
-  // Not by a variable index, nor compared with one: a GPU would keep the words in memory.
+  // Neither indexing nor comparing by a variable: a GPU would put the words in local memory.
   const bool odd = number & 1, upper = number & 2;
   return (upper ? odd ? words.w[3] : words.w[2] : odd ? words.w[1] : words.w[0]) * 0x1p-32;
 }
@@ -65,7 +65,7 @@ SANM_HD double cos_turn(uint32_t w) {
   return quadrant == 1 || quadrant == 2 ? -value : value;
 }
 
-// N(0, 1) by Box and Muller's transform, one Philox block each.
+// N(0, 1) by the Box–Muller transform, one Philox block per number.
 SANM_HD double normal(uint32_t number, uint32_t stream, int64_t index, int64_t seed) {
   const Words words = philox(number, stream, index, seed);
   return sqrt(log_series((words.w[0] + 0.5) * 0x1p-32) * -2.0) * cos_turn(words.w[1]);

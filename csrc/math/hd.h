@@ -1,7 +1,7 @@
 // Formulas under csrc/math are written once and compiled for the host and for the device.
 //
-// Results are to agree to the last bit everywhere, so every rounding is named: the host compiles
-// with -ffp-contract=off, where a·b + c is two roundings and std::fma one.
+// Results must be bit-identical everywhere, so every rounding is explicit: the host compiles with
+// -ffp-contract=off, where a·b + c is two roundings and std::fma one.
 #pragma once
 
 #include <cmath>

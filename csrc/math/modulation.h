@@ -1,5 +1,5 @@
-// Label modulation (section 4 of the method): what row t loses at its largest target, the others
-// gain in equal parts. Every backend computes exactly these rounded steps, without FMA:
+// Label modulation (section 4 of the method): a part d of row t's largest target is moved to the
+// others in equal shares. Every backend computes exactly these rounded steps, without FMA:
 //   j* = first argmax t,  d = ratio or min(ratio, t[j*]),  add = d / (K − 1),
 //   t'[k] = t[k] + add,  t'[j*] = t[j*] − d.
 #pragma once
@@ -17,13 +17,13 @@ SANM_HD int64_t first_argmax(const T* t, int64_t K) {
   return top;
 }
 
-// d, what the largest target loses.
+// d, which the largest target loses.
 template <typename A>
 SANM_HD A drop(A ratio, A top, bool clamp) {
   return clamp && top < ratio ? top : ratio;
 }
 
-// What becomes of a row whose largest target is `best`: its new value, and what the others gain.
+// For a row whose largest target is `best`: its new value, and what each of the others gains.
 template <typename A>
 struct Modulation {
   A top, add;

@@ -7,7 +7,7 @@ namespace sanm {
 
 struct Tap {
   int left, right;  // cells between which the pixel lies
-  float t;          // how far towards the right one
+  float t;          // weight of the right one
 };
 
 SANM_HD Tap tap(int pixel, int n, int N) {
@@ -18,7 +18,7 @@ SANM_HD Tap tap(int pixel, int n, int N) {
   return {static_cast<int>(cell), static_cast<int>(cell) + 1, static_cast<float>(x - cell)};
 }
 
-// One rounding: the interpolation both ways, horizontally first.
+// Interpolation with a single rounding, used along both axes, horizontally first.
 SANM_HD float lerp_fused(float a, float b, float t) { return fmaf(b - a, t, a); }
 
 }  // namespace sanm

@@ -1,4 +1,4 @@
-"""Adapter of the Triton kernels: the modules beside this, imported when the backend is loaded.
+"""Adapter of the Triton kernels: this package's modules, imported when the backend is loaded.
 
 They run on CUDA tensors and, where the environment says ``TRITON_INTERPRET=1`` before the first
 import, on CPU tensors through Triton's interpreter: slowly, for tests and debugging.
@@ -18,13 +18,13 @@ CAPABILITY = (8, 0)  # the first with bfloat16
 def load() -> str | None:
     """Import and register the kernels. Returns None, or why they can't run here.
 
-    Which GPUs they run on is for :func:`probe` to say.
+    :func:`probe` checks each GPU.
     """
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     try:
         from sanm_kernels.backends.triton import launch
-    except Exception as error:  # whatever a triton of another version, or a broken one, may raise
+    except Exception as error:  # another version of triton, or a broken one, may raise anything
         return f"triton cannot be imported: {type(error).__name__}: {error}"
     if not launch.INTERPRETED and not torch.cuda.is_available():
         has_gpus = torch.version.cuda or torch.version.hip
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def probe(index: int) -> str | None:
-    """None if the kernels run on GPU `index`, else the reason. AMD's Triton has its own bounds."""
+    """None if the kernels run on GPU `index`, else the reason. Not checked for AMD GPUs."""
     from sanm_kernels.backends.triton import launch
 
     if launch.INTERPRETED or torch.version.hip is not None:

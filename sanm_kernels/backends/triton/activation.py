@@ -1,15 +1,15 @@
 """Section 1 of the method inside one program: energy, statistics, peak and trough of one sample.
 
-The energy map E (n = h·w cells) is in a workspace of the program's own, so that bilinear
-upsampling can gather from it; `tl.debug_barrier` separates writing from reading.
+The energy map E (n = h·w cells) is in a global workspace of the program, so that bilinear
+upsampling can gather from it; `tl.debug_barrier` separates stores from loads.
 
-Peak and trough of the upsampled map U (H, W) are found without U. Its rows y fall into h + 1
-segments that share the cells they lie between; in a segment every column is
+Peak and trough of the upsampled map U (H, W) are found without storing U. Its rows y form h + 1
+segments that share the cells they are interpolated between; in a segment every column is
 fma(b − a, t, a) with a and b fixed and t growing with y, so it is monotone, and so is the
-quantisation. The extremes of U therefore lie on rows that end a segment; and a pixel (y, x) of
-a column reaches the extreme level, if at all, from some row of the segment on or up to some row, so
-that the first is the segment's first row or is found by bisection. All (segment, column) pairs
-search at once, and the smallest y·W + x found is the first pixel in row-major order.
+quantisation. The extremes of U are therefore on first or last rows of segments; and the pixels of a
+column that reach the extreme level, if any, are the first or the last rows of the segment, so that
+the first of them is the segment's first row or is found by bisection. All (segment, column) pairs
+are searched in parallel, and the smallest y·W + x is the first pixel in row-major order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sanm_kernels.backends.triton import numeric, tiles
 
 @triton.jit
 def energy(
-    features,  # of one sample: (C, n) if CHANNELS_FIRST, else (n, C), of which so many `channels`
+    features,  # of one sample: (C, n) if CHANNELS_FIRST, else (n, C), the first `channels` of C
     e,  # workspace (n,) in ACC, written; with GROUP > 1 (1 + GROUP, n)
     n,
     channels,
@@ -36,10 +36,10 @@ def energy(
     ACC: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a sample need 64 bits
 ):
-    """E[p] = Σ_c F[c, p]², summed in ACC.
+    """E[p] = Σ_c F[c, p]², accumulated in ACC.
 
-    Channels first, a column of rows of GROUP channels is one cell: no index is taken apart. With
-    GROUP > 1 the sums of the columns are then added by cell.
+    Channels first, a column of the matrix with GROUP channels per row is one cell, so no index is
+    divided. With GROUP > 1 the sums of the columns are then added by cell.
     """
     length = width * VECTOR
     if CHANNELS_FIRST:
@@ -82,7 +82,7 @@ def energy(
 def statistics(e, n, CELLS: tl.constexpr, ACC: tl.constexpr):
     """Maximum, minimum, mean, standard deviation, entropy of e (n,); whether all are finite.
 
-    What tiles add up to is added up in float64: a large map has thousands of them.
+    The sums of tiles are accumulated in float64: a large map has thousands of tiles.
     """
     high = -float("inf")
     low = float("inf")
@@ -94,7 +94,7 @@ def statistics(e, n, CELLS: tl.constexpr, ACC: tl.constexpr):
         high = tl.maximum(high, tl.max(tl.where(p < n, v, -float("inf")), 0))
         low = tl.minimum(low, tl.min(tl.where(p < n, v, float("inf")), 0))
         total += tl.sum(v, 0).to(tl.float64)
-        # float32 is what positions are found in
+        # in float32, in which positions are computed
         strange += tl.sum(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 0)
     total = total.to(ACC)
     mean = numeric.divide(total, n.to(ACC))
@@ -137,13 +137,13 @@ def norm(e, n):
 
 @triton.jit
 def _place(pixel, n, N):
-    """Where a pixel of N lies among n cells, in float64."""
+    """The coordinate of a pixel of N in units of n cells, in float64."""
     return (pixel.to(tl.float64) + 0.5) * (n.to(tl.float64) / N.to(tl.float64)) - 0.5
 
 
 @triton.jit
 def _fraction(pixel, n, N):
-    """How far between its two cells a pixel lies, float32; 0 beyond the outer cells."""
+    """The weight of the second of a pixel's two cells, float32; 0 beyond the outer cells."""
     x = _place(pixel, n, N)
     cell = tl.floor(x)
     return tl.where((cell < 0) | (cell >= n - 1), 0.0, x - cell).to(tl.float32)
@@ -155,7 +155,7 @@ def _rows(e, scale, row, x, h, w, W, finite):
     place = _place(x, w, W)
     left = tl.minimum(tl.maximum(tl.floor(place), 0.0), (w - 1).to(tl.float64)).to(tl.int32)
     right = tl.minimum(left + 1, w - 1)
-    ok = (x < tl.where(finite, W, 0)) & (row < h)  # not finite: a flat map
+    ok = (x < tl.where(finite, W, 0)) & (row < h)  # a map that is not finite is read as 0
     a = numeric.divide(tl.load(e + row * w + left, mask=ok, other=0.0).to(tl.float32), scale)
     b = numeric.divide(tl.load(e + row * w + right, mask=ok, other=0.0).to(tl.float32), scale)
     return numeric.fma(b - a, _fraction(x, w, W) + a * 0, a)
@@ -169,7 +169,7 @@ def _value(a, b, y, h, H):
 
 @triton.jit
 def _level(u, low, span, QUANTIZE: tl.constexpr):
-    """What pixels are compared by: floor(255·(u − low)/span), or u itself."""
+    """The level of a pixel: floor(255·(u − low)/span), or u itself."""
     if QUANTIZE:
         return tl.floor(numeric.divide(255.0 * (u - low), span + u * 0))
     else:
@@ -180,7 +180,7 @@ def _level(u, low, span, QUANTIZE: tl.constexpr):
 def _first(a, b, y0, y1, x, h, W, H, wanted, low, span, BITS, QUANTIZE: tl.constexpr):
     """Smallest y·W + x over pairs (segment, column) of pixels whose level is `wanted`.
 
-    a, b (S, X) the pairs' row values, y0 and y1 (S, 1) the segments' first and last rows.
+    a, b (S, X): the pairs' row values; y0, y1 (S, 1): the segments' first and last rows.
     """
     begin = y0 + x * 0
     end = y1 + x * 0
@@ -200,12 +200,12 @@ def _first(a, b, y0, y1, x, h, W, H, wanted, low, span, BITS, QUANTIZE: tl.const
 @triton.jit
 def locate(
     e,  # workspace (h·w,), the energy map
-    finite,  # a map that is not counts as flat
+    finite,  # a map that is not finite is treated as flat
     h,
     w,
     H,
     W,
-    BITS,  # of H
+    BITS,  # bit length of H
     QUANTIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -225,7 +225,7 @@ def locate(
         y0 = tl.where((try0 <= H) & (tl.floor(_place(try0 - 1, h, H)) < s - 1), try0, y0)
         try1 = y1 + step
         y1 = tl.where((try1 <= H) & (tl.floor(_place(try1 - 1, h, H)) < s), try1, y1)
-    y1 = tl.where(s == h, H, y1) - 1  # the last segment takes all that is left
+    y1 = tl.where(s == h, H, y1) - 1  # the last segment has all remaining rows
     y1 = tl.where(s > h, -1, y1)[:, None]
     y0 = tl.where(s == 0, 0, y0)[:, None]
     above = tl.maximum(s - 1, 0)[:, None]

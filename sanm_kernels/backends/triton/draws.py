@@ -1,7 +1,7 @@
 """Counter-based random numbers in Triton kernels: those of `sanm_kernels/reference/draws.py`.
 
-Philox 4×32-10 is Triton's own; what is made of its words takes only +, −, ×, ÷ and √ on float64,
-each rounded once, so that every backend agrees to the last bit.
+Philox 4×32-10 is Triton's own; its words are converted by +, −, ×, ÷ and √ on float64 alone, each
+correctly rounded, so that all backends are bitwise equal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _words(number, stream, index, seed):
 
 @triton.jit
 def uniform(number, index, seed):
-    """The sample's uniforms of these numbers (any shape): float64 in [0, 1), multiples of 2⁻³²."""
+    """The sample's uniforms `number` (any shape): float64 in [0, 1), multiples of 2⁻³²."""
     a, b, c, d = _words(number // 4, index * 0, index, seed)
     lane = number % 4
     word = tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
@@ -31,7 +31,7 @@ def uniform(number, index, seed):
 
 @triton.jit
 def normal(number, stream, index, seed):
-    """N(0, 1) in float64 by Box and Muller's transform, one Philox block each."""
+    """N(0, 1) in float64 by the Box–Muller transform, one Philox block per number."""
     a, b, _, _ = _words(number, stream, index, seed)
     # ln x for x = m·2ᵉ with m in [√½, √2): ln m = 2·artanh(s), s = (m − 1)/(m + 1)
     x = (a.to(tl.float64) + 0.5) * 2.3283064365386963e-10

@@ -1,18 +1,19 @@
 """fit_label_quality (section 6): k-means start, EM, posterior; float64.
 
-A program takes a block of samples and writes a few sums over it. The last program through adds the
-sums of all blocks, in order, and takes the next decision on the device: nothing is fetched, and the
-bits do not depend on which program is last. The launches, max_iter + 5 and torch's sort in all:
+A program processes a block of samples and writes a few sums over it. The last program to finish
+adds the sums of all blocks, in order, and takes the next decision on the device: there is no host
+synchronisation, and the result does not depend on which program is last. The launches, in all
+max_iter + 5 and torch's sort:
 
 1. (if normalising) each epoch's minimum and span;
 2. x, the mean over the epochs, and Σ(x − c0)² about the first centre c0; the last program draws two
-   candidates for the second centre: in the block, then the sample, in which the cumulative sum of
-   (x − c0)² reaches u·total;
+   candidates for the second centre: it finds the block, then the sample, where the cumulative sum
+   of (x − c0)² reaches u·total;
 3. the candidates' potentials; the last program chooses one and runs Lloyd's iterations. In sorted x
    the samples of the lower centre come first: their number is found by a search that narrows the
-   range BLOCK-fold a step, their sum is Σ over whole blocks + Σ within one;
-4. the M-step on the final split: moments about the centres, exact as no prefix sum would be;
-5. max_iter EM steps, empty ones once converged;
+   range by a factor BLOCK per step, their sum is Σ over whole blocks + Σ within one;
+4. the M-step on the final split, from moments about the centres: prefix sums would cancel;
+5. max_iter EM steps, no-ops once converged;
 6. the posterior, and whether the fit is degenerate.
 """
 
@@ -41,11 +42,11 @@ _MIN_DEVIATION = tl.constexpr(reference.MIN_DEVIATION)
 _TWO_PI = tl.constexpr(2 * math.pi)
 _LARGEST = tl.constexpr(torch.finfo(torch.float64).max)
 
-# Places in the state, float64: the first three are pairs, one number per component.
+# Offsets in the state, float64: the first three are pairs, one number per component.
 _MEANS = tl.constexpr(0)  # the k-means centres before the first M-step
 _VARIANCES = tl.constexpr(2)
 _WEIGHTS = tl.constexpr(4)
-_BOUND = tl.constexpr(6)  # mean log-likelihood of the last step
+_BOUND = tl.constexpr(6)  # mean log-likelihood of the previous step
 _STEPS = tl.constexpr(7)
 _CONVERGED = tl.constexpr(8)  # 0 or 1
 _MEAN = tl.constexpr(9)  # of all samples, as the next three
@@ -58,8 +59,8 @@ _STATE_SIZE = 16
 
 @triton.jit
 def _last_through(arrived, programs):
-    """Whether all other programs have written their sums; if so, readies `arrived` for a launch."""
-    tl.debug_barrier()  # before this program counts as through
+    """Whether all other programs have written their sums; if so, resets `arrived`."""
+    tl.debug_barrier()  # all threads have stored before this program counts as finished
     last = tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(arrived, 0)
@@ -168,7 +169,7 @@ def average_kernel(
 @triton.jit
 def _split(ordered, n, low, high, low_wins, BLOCK: tl.constexpr):
     """How many of the ordered samples are nearer to `low` than to `high`; ties as `low_wins`."""
-    begin = tl.zeros((), tl.int64)  # all before it are
+    begin = tl.zeros((), tl.int64)  # all samples before it are nearer to `low`
     end = begin + n  # none from it on is
     while begin < end:
         step = (end - begin + BLOCK - 1) // BLOCK
@@ -183,7 +184,7 @@ def _split(ordered, n, low, high, low_wins, BLOCK: tl.constexpr):
 
 @triton.jit
 def _leading(ordered, sums, count, centre, BLOCK: tl.constexpr):
-    """Σ (x − centre) of the first `count` ordered samples; `sums` holds whole blocks' sums."""
+    """Σ (x − centre) of the first `count` ordered samples; `sums` are those of whole blocks."""
     block = count // BLOCK
     i = block * BLOCK + tl.arange(0, BLOCK)
     d = tl.load(ordered + i, mask=i < count, other=0.0) - centre
@@ -199,7 +200,7 @@ def start_kernel(
     state,  # (_STATE_SIZE,) float64, read and written
     n, parts, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i: block i; the last one through: the k-means centres."""
+    """Program i: block i; the last one to finish: the k-means centres."""
     part = tl.program_id(0)
     i = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(state + _FIRST)
@@ -222,7 +223,7 @@ def start_kernel(
         tl.store(state + _HIGH, tl.load(ordered + (n - 1)))
         better = numeric.total(partial + parts, parts, BLOCK) < numeric.total(partial, parts, BLOCK)
         second = tl.where(better, other, one)
-        low_wins = first <= second  # ties are the first centre's
+        low_wins = first <= second  # ties go to the first centre
         low, high = tl.minimum(first, second), tl.maximum(first, second)
         sums = partial + 3 * parts
         whole = numeric.total(sums, parts, BLOCK)
@@ -233,7 +234,7 @@ def start_kernel(
             m, r = count.to(tl.float64), (n - count).to(tl.float64)
             down = (below + m * (first - low)) / tl.maximum(m, 1.0)
             up = (whole - below + r * (first - high)) / tl.maximum(r, 1.0)
-            # no mean of nothing: the fit is degenerate
+            # a centre without samples becomes NaN: the fit is degenerate
             down = tl.where(m > 0, down, float("nan"))
             up = tl.where(r > 0, up, float("nan"))
             low += down
@@ -255,7 +256,7 @@ def _level(weight, variance):
 
 @triton.jit
 def _update(partial, k: tl.constexpr, parts, mean, reg, state, BLOCK: tl.constexpr):
-    """The M-step of component k but for its weight, from moments about `mean`; its mass."""
+    """The M-step of component k except its weight, from moments about `mean`. Returns its mass."""
     mass = numeric.total(partial + k * parts, parts, BLOCK) + _MASS_OFFSET
     shift = numeric.total(partial + (2 + k) * parts, parts, BLOCK) / mass
     second = numeric.total(partial + (4 + k) * parts, parts, BLOCK) / mass
@@ -272,7 +273,7 @@ def step_kernel(
     state,  # (_STATE_SIZE,) float64, read and written
     n, parts, tol: tl.float64, reg_covar: tl.float64, START: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i: block i. An EM step, or at the start the M-step on the nearest centres."""
+    """Program i: block i. An EM step, or, with START, the M-step on the k-means split."""
     if tl.load(state + _CONVERGED) == 0:
         part = tl.program_id(0)
         i = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -317,7 +318,7 @@ def step_kernel(
 
 @triton.jit
 def _finite(a):
-    """NaN as 0, infinities as the largest numbers."""
+    """Replaces NaN by 0 and infinities by the largest finite numbers."""
     return tl.minimum(tl.maximum(tl.where(a == a, a, 0.0), -_LARGEST), _LARGEST)
 
 
@@ -341,7 +342,7 @@ def posterior_kernel(
     deviation = (tl.load(state + _HIGH) - tl.load(state + _LOW)) * _MIN_DEVIATION
     limit = deviation * deviation
     samples = n.to(tl.float64)
-    # no comparison holds for NaN
+    # comparisons with NaN are false
     sound = (w0 * samples >= _MIN_MASS) & (w1 * samples >= _MIN_MASS)
     sound = sound & (v0 > limit) & (v1 > limit) & (v0 <= _LARGEST) & (v1 <= _LARGEST)
     sound = sound & (m1 - m0 > deviation)
@@ -383,7 +384,7 @@ def forward(
     """Arguments and results as in `reference/fit_label_quality.py`."""
     n = losses.shape[0]
     epochs = losses[None] if history is None else torch.cat([history, losses[None]])
-    if n == 0:  # stands as one sample at 0
+    if n == 0:  # treated as one sample at 0
         epochs, normalize = losses.new_zeros(1, 1), False
     count = epochs.shape[1]
     parts = -(-count // CONFIG["BLOCK"])

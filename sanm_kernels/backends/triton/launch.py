@@ -1,4 +1,4 @@
-"""How a Triton kernel is registered, configured and launched: for all of them the same way."""
+"""How Triton kernels are registered, configured and launched."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from sanm_kernels.ops.base import check_order, library, operators, tensors, with
 
 #: Whether kernels run on the CPU, through Triton's interpreter (TRITON_INTERPRET=1).
 INTERPRETED: bool = knobs.runtime.interpret
-#: Rows that a program holds at most: what it knows of a row is in several threads' registers.
+#: Most rows per program: per-row values are replicated in the registers of several threads.
 MOST_ROWS = 32
 
 Configuration = dict[str, int]
 
 #: Kernel → rows (largest bucket, configuration), in ascending order of the bucket. A bucket counts
-#: the elements of a row that a program works on. TILE: elements that a program holds of one operand
-#: at a time.
+#: the elements of a row that a program processes. TILE: elements per tile of one operand.
 CONFIGURATIONS: dict[str, list[tuple[float, Configuration]]] = {
     # a bucket counts the elements of a sample's feature map
     "masked_forward": [
@@ -38,7 +37,7 @@ CONFIGURATIONS: dict[str, list[tuple[float, Configuration]]] = {
         (64, {"TILE": 512, "num_warps": 4}),
         (math.inf, {"TILE": 2048, "num_warps": 8}),
     ],
-    # softmax rows with two rows of targets each and their modulation, which take many registers
+    # softmax rows with two modulated rows of targets each, which need many registers
     "masked_loss": [
         (64, {"TILE": 256, "num_warps": 4}),
         (math.inf, {"TILE": 1024, "num_warps": 8}),
@@ -50,32 +49,32 @@ CONFIGURATIONS: dict[str, list[tuple[float, Configuration]]] = {
     ],
 }
 
-#: Operator → what launches its kernels.
+#: Operator → its launcher.
 launchers: dict[str, Callable[..., Any]] = {}
 
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
 
 
 def options(backend: str) -> dict[str, Any]:
-    """How every kernel is compiled for Triton's `backend`, "cuda" or "hip".
+    """Compile options of every kernel for Triton's `backend`, "cuda" or "hip".
 
-    Products and sums are not contracted. Left to itself ptxas spills a few registers to fit more
-    programs; Triton's other backends refuse its limit, and with it the launch.
+    Products and sums are not contracted. Without maxnreg, ptxas spills a few registers for a higher
+    occupancy; Triton's other backends reject that option.
     """
     return {"enable_fp_fusion": False} | ({"maxnreg": 128} if backend == "cuda" else {})
 
 
 @functools.cache
 def _own_options() -> dict[str, Any]:
-    """Those of the GPUs here: a process has one kind."""
+    """The options for this process's GPUs, which are all of one backend."""
     return options("cuda" if INTERPRETED else driver.active.get_current_target().backend)
 
 
 def implements(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a launcher as the Triton kernel of operator `op`.
 
-    It runs on the GPU of its first tensor that is on one and, as every Triton launch, on that
-    device's current stream. Autocast does not reach into it.
+    It runs on the GPU of the first tensor that is on one and, as every Triton launch, on that
+    device's current stream. Autocast is disabled in it.
     """
 
     def register(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,16 +97,15 @@ def implements(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _gpu(arguments: tuple[Any, ...]) -> int:
-    """The index of the first tensor's that is on a GPU; numbers may come in tensors on the CPU."""
+    """The GPU of the first tensor that is on one; run-time numbers may be tensors on the CPU."""
     return next(x.get_device() for x in tensors(arguments) if x.is_cuda)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
     """Launch `kernel` on `grid` programs; an empty grid launches nothing.
 
-    `meta`: constexpr arguments, num_warps and num_stages. A product and a sum are never contracted
-    into one rounding unless a kernel says so (`numeric.fma`): results equal the other backends' to
-    the last bit.
+    `meta`: constexpr arguments, num_warps and num_stages. A product and a sum are not contracted
+    unless explicitly fused (`numeric.fma`): results are bitwise equal to the other backends'.
     """
     if 0 in grid:
         return
@@ -149,20 +147,20 @@ def row_tile(config: Configuration, rows: int, classes: int) -> dict[str, int]:
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    """Triton's name of an accumulation dtype, for a constexpr."""
+    """Triton's dtype for an accumulation dtype, for a constexpr."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def run_time(numbers: Tensor) -> tuple[Tensor | None, list[float]]:
-    """Run-time numbers (k,) as arguments of a launch: the tensor where it is on the device, to be
-    read by `numeric.number`; else None and their values."""
+    """Run-time numbers (k,) as kernel arguments: the tensor if it is on the device, to be read by
+    `numeric.number`; else None and their values."""
     if on_host(numbers):
         return None, numbers.tolist()
     return numbers, [0.0] * len(numbers)
 
 
 def on_host(numbers: Tensor) -> bool:
-    """Whether run-time numbers can be read here without waiting for a device."""
+    """Whether run-time numbers can be read without synchronising with a device."""
     return numbers.device.type == "cpu"
 
 

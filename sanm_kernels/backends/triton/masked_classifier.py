@@ -1,8 +1,8 @@
-"""The one-pass classifier: what a box leaves visible is pooled, classified and scored.
+"""The one-pass classifier: features outside a box are pooled and classified, with cross-entropy.
 
-A program pools its sample's features, z = Σ_p v_p·F_p / Σ v; logits are one matrix product and the
-loss a few operations of torch on (B, K). Gradients: d = (softmax·Σt' − t')·grad_loss/B +
-grad_logits, dW = dᵀ·z, dF = (d·W) ⊗ v/Σv.
+A program pools its sample's features, z = Σ_p v_p·F_p / Σ v; logits are a matrix product and the
+loss a few torch operations on (B, K). Gradients: d = (softmax·Σt' − t')·grad_loss/B + grad_logits,
+dW = dᵀ·z, dF = (d·W) ⊗ v/Σv.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def features_backward_kernel(
 ):  # fmt: skip
     """Program (b, part): ROWS · group rows of the outer product of first[b] and second[b].
 
-    `group` rows are written as one of `width` vectors, so that each begins at a whole vector.
+    `group` rows are written as one row of `width` vectors, so that each starts at a vector.
     """
     b = tl.program_id(0).to(tl.int64)
     length = width * VECTOR
@@ -215,7 +215,7 @@ def backward(
     df = torch.empty_like(features, memory_format=memory_format([features]))
     last = is_channels_last(df)
 
-    # dF = dz ⊗ v in the order of memory
+    # dF = dz ⊗ v in memory order
     first, second = (visible, dz) if last else (dz, visible)
     outer_rows, length = (h * w, channels) if last else (channels, h * w)
 

@@ -1,15 +1,15 @@
 """masked_forward and activation_stats (sections 1 to 4 of the method), one program per sample.
 
-A program sums E over the channels of its sample (the only reading of the feature map), finds peak
-and trough (`activation`), draws ratio and boxes, modulates the targets and paints the views
-(`painting`): one launch. Where there are few samples with large feature maps or images, each is
-spread over several programs: a first launch sums E over slices of the channels, and in the second
-every program finds the boxes anew from those partial sums and paints its share of the image.
+A program sums E over the channels of its sample (the only read of the feature map), finds peak and
+trough (`activation`), draws ratio and boxes, modulates the targets and paints the views
+(`painting`): one launch. A few samples with large feature maps or images are split over several
+programs each: a first launch sums E over slices of the channels, and in the second every program
+computes the boxes redundantly from those partial sums and paints its share of the image.
 
-Gradients: t' = t + constants, but where the drop is t[j*] itself (clamped), t'[j*] = 0 and every
-other target holds t[j*]/(K − 1), so j* gets the mean of the others' gradients instead of its own. A
-pixel outside a view's box passes its gradient on; with the mean fill each pixel of a channel also
-gets 1/(H·W) of what arrives inside the box.
+Gradients: t' = t + constants, except where the drop is t[j*] itself (clamped): there t'[j*] = 0 and
+every other target gains t[j*]/(K − 1), so j* gets the mean of the others' gradients instead of its
+own. A pixel outside a view's box gets the view's gradient; with the mean fill each pixel of a
+channel also gets 1/(H·W) of the sum of the gradients inside the box.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sanm_kernels.reference.masked_forward import (
 )
 from sanm_kernels.reference.precision import accumulate_dtype
 
-#: Programs that keep a large chip busy; with fewer samples than that they are split.
+#: Programs that occupy a large GPU; with fewer samples than that, samples are split.
 BUSY = 264
 #: Elements of a sample's image or map below which splitting is not worth a second launch.
 SPLIT = 1 << 16
@@ -60,7 +60,7 @@ def energy_kernel(
     CHANNELS_FIRST: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
     MAP_ROWS: tl.constexpr, MAP_COLUMNS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, s): Σ F² over the channels of slice s, which begins `slice` vectors on."""
+    """Program (b, s): Σ F² over the channels of slice s; slices are `slice` vectors apart."""
     b, s, slices = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     f = features + (b * f_b + s.to(tl.int64) * slice) * VECTOR
     count = tl.minimum(channels, C - s * channels)
@@ -101,7 +101,7 @@ def masked_forward_kernel(
     NOISE_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, VECTOR: tl.constexpr, IMAGE_VECTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, part): everything of sample b; its rows of the image."""
+    """Program (b, part): all of sample b up to the boxes; its rows of the image."""
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own = b * tl.num_programs(1) + part
     n = h * w
@@ -116,7 +116,7 @@ def masked_forward_kernel(
     else:
         activation.energy(features + b * f_b * VECTOR, e, n, C, width, size, CHANNELS_FIRST, GROUP,
                           VECTOR, MAP_ROWS, MAP_COLUMNS, ACC, WIDE)  # fmt: skip
-    tl.debug_barrier()  # E is written and will be read by other threads
+    tl.debug_barrier()  # E is written, and read by other threads below
     high, low, mean, std, entropy, finite = activation.statistics(e, n, CELLS, ACC)
     peak, trough = activation.locate(e, finite, h, w, H, W, BITS, QUANTIZE, SEGMENTS,
                                       LOCATE_COLUMNS)  # fmt: skip
@@ -194,7 +194,7 @@ def masked_forward_kernel(
                 H, length * IMAGE_VECTOR, step, VIEWS, FILL, CHANNELS_LAST, ROWS, COLUMNS, WIDE,
             )  # fmt: skip
             if FILL == 3:
-                tl.debug_barrier()  # the boxes are copied, and will be written by other threads
+                tl.debug_barrier()  # the copies are written; other threads overwrite the boxes
                 painting.noise(
                     view_0, B * volume, mine, index, key, first, last, planes, H,
                     length * IMAGE_VECTOR, step, VIEWS, NOISE_ROWS, NOISE_COLUMNS, WIDE,
@@ -203,7 +203,7 @@ def masked_forward_kernel(
 
 @functools.lru_cache(64)
 def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Fill values as a tensor; copied to the device once, not at each call."""
+    """Fill values as a tensor, cached so that they are copied to the device once."""
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
@@ -217,7 +217,7 @@ def _samples(
     given: dict[str, Any],
     out: dict[str, Tensor],
 ) -> None:
-    """Launches energy_kernel (where samples are split) and masked_forward_kernel."""
+    """Launches energy_kernel (if samples are split) and masked_forward_kernel."""
     batch, channels, h, w = features.shape
     acc = accumulate_dtype(features)
     cells, device = h * w, features.device
@@ -232,7 +232,7 @@ def _samples(
     channels_last = images is not None and is_channels_last(images)
     if images is not None:
         images = tiles.dense(images, channels_last)
-    # The map as a matrix: rows of `group` channels, or of all channels of a cell.
+    # The map as a matrix: a row is `group` channels, or all channels of a cell.
     v = tiles.vector(features, rows=channels if map_last else 0)
     group = 1 if map_last else tiles.group(cells, v)
     length = channels if map_last else group * cells
@@ -279,7 +279,7 @@ def _samples(
                each * (1 if map_last else cells) // v, room, features.stride(0) // v,
                length // v, channels * cells // v, **tile_map)  # fmt: skip
     walk = tiles.Walk(0, 0, 0, 1, {"VECTOR": 1, "ROWS": 1, "COLUMNS": 1})
-    if images is not None:  # two views take the registers of two
+    if images is not None:  # two views need twice the registers: tiles are limited in bytes
         walk = tiles.walk(tile * 2 // images.element_size(), channels_last, images)
     noise = min(walk.tile["COLUMNS"], 32)
     launch(
@@ -326,7 +326,7 @@ def activation_stats(
 
 @implements("masked_forward_out")
 def forward_out(*arguments: Any) -> None:
-    """masked_forward into buffers."""
+    """masked_forward into given buffers."""
     inputs, buffers = split_out(arguments)
     given = dict(zip(INPUTS, inputs, strict=True))
     out = dict(zip(OUTPUTS, buffers, strict=True))
@@ -356,7 +356,7 @@ def modulate_backward_kernel(
     """Program b: row b."""
     b = tl.program_id(0).to(tl.int64)
     best, top = painting.first_argmax(targets + b * t_b, K, t_k, CLASSES, ACC)
-    extra = tl.zeros((), ACC)  # what j* gets on top of its own gradients
+    extra = tl.zeros((), ACC)  # added to the gradient of t[j*]
     for s in range(0, S):
         row = grad + s * g_s + b * g_b
         total = tl.zeros((), ACC)
@@ -403,7 +403,7 @@ def hidden_means_kernel(
     VIEWS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, c): what arrives inside the boxes of sample b in channel c, over H·W."""
+    """Program (b, c): the sum of the gradients inside the boxes of sample b, channel c, / (H·W)."""
     b, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = width * VECTOR
     plane = tl.where(step > 1, 0, c)

@@ -1,20 +1,20 @@
 """masked_loss (section 5): cross-entropy and squared error of rows against targets modulated and
-mixed on the fly, prior and confidence penalty; and its gradient in the logits.
+mixed on the fly, prior and confidence penalty; and the gradient with respect to the logits.
 
-Forward is two launches. In the first a program takes tiles of rows, one after the other, and sweeps
-three times over their classes: for the maximum, for Σ e^(z − max), and for the losses and p, which
-it adds to its own column sums. In the second a program adds the column sums of a block of classes
-in order, p̄ and its part of the prior's penalty; the program that comes last adds those parts in
-order and writes the total. Backward is one launch, since p̄ and the rows' maxima and log-sums are
-known: with c_i the weight of row i's own loss and h_ik = dL/dp_ik of everything but cross-entropy,
+Forward is two launches. In the first a program loops over tiles of rows and sweeps three times over
+their classes: for the maximum, for Σ e^(z − max), and for the losses and p, which it adds to its
+own column sums. In the second a program reduces the column sums of a block of classes in order, to
+p̄ and its part of the prior's penalty; the last program to finish adds those parts in order and
+writes the total. Backward is one launch, since p̄ and the rows' maxima and log-sums are known: with
+c_i the weight of row i's own loss and h_ik = dL/dp_ik of all terms except cross-entropy,
     dL/dz_ik = p_ik (h_ik − Σ_j p_ij h_ij) + [i labelled] c_i (p_ik Σ_j t_ij − t_ik),
     h_ik = [i unlabelled] c_i (2/K)(p_ik − t_ik) − (dL/dP) π_k / (n p̄_k) + (dL/dN) log p_ik / n.
 
-Of a class whose p̄ is so small that some of its p are 0, p̄ comes from log p, is kept as its
-logarithm (< 0), and p_ik/p̄_k is e^(log p_ik − log p̄_k); the rest of such a gradient is below its
-rounding.
+For a class whose p̄ is so small that some p underflow to 0, log p̄ (< 0) is computed from log p and
+stored instead of p̄, and p_ik/p̄_k is e^(log p_ik − log p̄_k); the other terms of its gradient are
+negligible.
 
-λ, λ_u and the other scheduled numbers are run-time arguments: a ramp compiles nothing anew.
+λ, λ_u and the other scheduled numbers are run-time arguments: a schedule does not recompile.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from sanm_kernels.backends.triton.launch import (
 from sanm_kernels.ops.masked_loss import empty_outputs
 from sanm_kernels.reference import checks
 
-#: Most programs of the forward kernel (each has column sums to be added later) and of backward.
+#: Most programs of the forward kernel (each writes column sums) and of the backward kernel.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 128, 1056
-#: Classes and column sums that a finishing program adds at a time.
+#: Tile of the finishing kernel: classes, and programs whose column sums it adds.
 FINISH_CLASSES, FINISH_PARTS = 64, 32
 
 _SIZES = ["n", "K", "M", "num_labeled", "ignore_index", "each", "s_1", "s_2", "t_0", "t_1"]
@@ -56,11 +56,11 @@ def masked_loss_kernel(
     sums,  # (5, programs) float64, written: Σ of labelled and unlabelled losses, rows, Σ p·log p
     arrived,  # () int32, written: 0, for the finishing programs
     n, K, M, num_labeled, ignore_index, each, z_b, z_k, s_1, s_2, t_0, t_1, t_2, t_k,
-    numbers,  # (4,) float64: λ, λ_u, ρ, ν; or None, and λ is
+    numbers,  # (4,) float64: λ, λ_u, ρ, ν; or None: then λ is `lam`
     lam: tl.float64, SOFT: tl.constexpr, CLAMP: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program i: rows i·each and on, `each` of them."""
+    """Program i: `each` rows from i·each on."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     share = numeric.number(numbers, 0, lam)
     if part == 0:
@@ -103,7 +103,7 @@ def masked_loss_kernel(
             entropy += tl.sum(tl.where(inside & (p != 0), p * log_p, 0.0), 1).to(tl.float64)
             column = tl.sum(tl.where(inside, p, 0.0), 0)
             j = first + tl.arange(0, CLASSES)
-            tl.debug_barrier()  # the last tile's column sums are written
+            tl.debug_barrier()  # the previous tile's column sums are written
             known = tl.where(start > begin, K, 0)
             column += tl.load(columns + part.to(tl.int64) * K + j, mask=j < known, other=0.0)
             tl.debug_barrier()
@@ -131,7 +131,7 @@ def _weighted(weight, term):
 
 @triton.jit
 def _prior(prior, k, K, ACC: tl.constexpr):
-    """π of classes k: the given one, or 1/K."""
+    """π of classes k: given, or 1/K."""
     if prior is None:
         return numeric.divide(tl.full(k.shape, 1.0, ACC), tl.zeros(k.shape, ACC) + K.to(ACC))
     else:
@@ -164,7 +164,7 @@ def _log_mean(
                 power += tl.exp(log_p - top[None, :])
         if sweep == 0:
             top = tl.max(highest, 0)
-            top = tl.where(top == -float("inf"), 0.0, top)  # of none −∞ is taken off
+            top = tl.where(top == -float("inf"), 0.0, top)  # −∞ − (−∞) would be NaN
         else:
             total = tl.sum(power, 0)
     return top + tl.log(total / n.to(tl.float64))
@@ -178,7 +178,7 @@ def masked_loss_finish_kernel(
     sums,  # (5, parts) float64
     prior,  # (K,) in ACC or None
     penalties,  # workspace (programs,) float64
-    arrived,  # () int32, 0: counts the programs that are through
+    arrived,  # () int32, 0: counts the programs that have finished
     results,  # five () in ACC, written: total, labelled, unlabelled, prior's penalty, confidence
     p_mean,  # (K,) in ACC, written
     counts,  # (2,) int64, written: labelled and unlabelled rows that count
@@ -187,7 +187,7 @@ def masked_loss_finish_kernel(
     confidence_weight: tl.float64,
     MEAN: tl.constexpr, PARTS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program i: p̄ of a block of classes; the last one through: the losses."""
+    """Program i: p̄ of a block of classes; the last one to finish: the losses."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     k = program * CLASSES + tl.arange(0, CLASSES)
     column = tl.zeros((PARTS, CLASSES), tl.float64)
@@ -197,12 +197,12 @@ def masked_loss_finish_kernel(
         value = tl.load(columns + i.to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
         column += value.to(tl.float64)
     mean = tl.sum(column, 0) / tl.maximum(n, 1).to(tl.float64)
-    # a p of some weight in such a mean may have been rounded to 0: it is that dtype's tiny / eps
+    # below tiny / eps of the dtype, a p that contributes to the mean may have underflowed to 0
     least = 1.00208418e-292 if tl.float64 == ACC else 9.8607613e-32
     rare = (mean < least) & (k < K)
     log_mean = numeric.log(mean)
     if (tl.sum(rare.to(tl.int32), 0) > 0) & (n > 0):
-        # fewer rows at a time: in float64 more would be spilled
+        # smaller tiles: in float64, larger ones would spill registers
         exact = _log_mean(logits, normalizer, k, n, K, z_b, z_k, PARTS // 4, CLASSES)
         log_mean = tl.where(rare, exact, log_mean)
         mean = tl.where(rare, exact, mean)
@@ -211,7 +211,7 @@ def masked_loss_finish_kernel(
     term = pi * (numeric.log(pi) - log_mean)
     term = tl.where((k < K) & (pi != 0), term, 0.0)
     tl.store(penalties + program, tl.where(n == 0, 0.0, tl.sum(term, 0)))
-    tl.debug_barrier()  # before this program counts as through
+    tl.debug_barrier()  # all threads have stored before this program counts as finished
     if tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1:
         labeled = numeric.total(sums, parts, PARTS)
         unlabeled = numeric.total(sums + parts, parts, PARTS)
@@ -236,7 +236,7 @@ def masked_loss_finish_kernel(
 
 @triton.jit
 def _upstream(grad_total, grad, weight, ACC: tl.constexpr):
-    """What arrives at one part of the loss: its own gradient, and the total's times its weight."""
+    """The upstream gradient of one part of the loss: its own, plus the total's times its weight."""
     value = tl.zeros((), ACC)
     if grad is not None:
         value += tl.load(grad)
@@ -264,7 +264,7 @@ def masked_loss_backward_kernel(
     confidence_weight: tl.float64, MEAN: tl.constexpr, SOFT: tl.constexpr, CLAMP: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program i: rows i·each and on, `each` of them."""
+    """Program i: `each` rows from i·each on."""
     share = numeric.number(numbers, 0, lam)
     labeled_slope = _upstream(grad_total, grad_labeled, numeric.scalar(1.0, tl.float64), ACC)
     unlabeled_weight = numeric.number(numbers, 1, unlabeled_weight)
@@ -307,10 +307,10 @@ def masked_loss_backward_kernel(
                 z = tl.load(logits + offsets, mask=inside, other=0.0).to(ACC)
                 mean = tl.load(p_mean + k, mask=k < K, other=1.0)
                 slope = numeric.divide(-_prior(prior, k, K, ACC), mean * 0 + rows)
-                # a class of no probability gets no gradient: its p can't move
+                # a class of probability 0 gets no gradient: its p can't change
                 rare = (mean < 0) & (mean > -float("inf")) & (prior_slope * slope != 0)
                 slope = tl.where(mean < 0, tl.where(rare, slope, 0.0), slope / mean)
-                # for slope 0 a NaN in p̄, which is one row's, stays out of the others
+                # with weight 0 a NaN in p̄, from one row, does not spread to the other rows
                 from_prior = _weighted(prior_slope, slope)
                 log_p = z - top - log_sum
                 p = tl.where(inside, tl.exp(log_p - tl.where(rare, mean, 0.0)), 0.0)
@@ -334,7 +334,7 @@ def masked_loss_backward_kernel(
 
 
 def _rows_each(rows: int, tile_rows: int, most: int) -> tuple[int, int]:
-    """How many programs for so many rows, and how many rows each: whole tiles."""
+    """The number of programs for `rows` rows, and of rows per program: whole tiles."""
     tiles = -(-rows // tile_rows)
     each = -(-tiles // most) if tiles else 1
     return -(-tiles // each), each * tile_rows
@@ -383,7 +383,7 @@ def forward(
     config = configuration("masked_loss", K)
     tile = row_tile(config, n, K)
     programs, each = _rows_each(n, tile["ROWS"], FORWARD_PROGRAMS)
-    # with no row one program still runs, to write zeros; its column sums are not read
+    # without rows one program still runs, to write zeros; it has no column sums
     columns = torch.empty(programs, K, dtype=p_mean.dtype, device=logits.device)
     sums = torch.empty(5, max(programs, 1), dtype=torch.float64, device=logits.device)
     launch(

@@ -1,9 +1,9 @@
 """mixup_views (section 7): out_i = λ·v_i + (1 − λ)·v_π(i), v the stack of several view tensors.
 
-The views are never concatenated: a program, one row and one chunk of it, picks the two tensors that
-hold its rows. Two rounded products and one rounded sum: equal to the reference to the last bit.
-Backward is a gather too: row i of the stack gets λ·g_i and (1 − λ)·g_j where π(j) = i; a scatter of
-row numbers inverts π beforehand.
+The views are never concatenated: a program, one chunk of one row, selects the two tensors that
+contain its rows. Two rounded products and one rounded sum: bitwise equal to the reference. Backward
+is a gather too: row i of the stack gets λ·g_i + (1 − λ)·g_j where π(j) = i; π is inverted first, by
+a scatter of row indices.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def mixup_views_kernel(
     permutation,  # (≥ rows,) int64
     out,  # (rows, size), written
     size, total, stride,
-    numbers,  # (1,) float64: λ; or None, and it is
+    numbers,  # (1,) float64: λ; or None: then λ is `lam`
     lam: tl.float64,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def mixup_views_kernel(
 @triton.jit(do_not_specialize=["rows", "total"])
 def invert_kernel(
     permutation,  # (≥ rows,) int64
-    source,  # (total,) int32, holds `rows` where nothing is written
+    source,  # (total,) int32, filled with `rows`, written
     rows, total, stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """source[π(i)] = i for i < rows."""
@@ -80,11 +80,11 @@ def invert_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def mixup_views_backward_kernel(
     grad,  # (rows, size) dense
-    source,  # (M,) int32: the output that a row of the stack is partner of, or `rows`
+    source,  # (total,) int32: the output that a row of the stack is partner of, or `rows`
     grads,  # tuple of (b_i, size), written
     starts,  # tuple of int
     size, rows,
-    numbers,  # (1,) float64: λ; or None, and it is
+    numbers,  # (1,) float64: λ; or None: then λ is `lam`
     lam: tl.float64,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip

@@ -1,8 +1,8 @@
-"""Arithmetic in Triton kernels that rounds as prescribed, compiled and interpreted alike.
+"""Correctly rounded arithmetic for Triton kernels, the same compiled and interpreted.
 
 Triton's `/` on float32 is an approximation, its `tl.fma` is not fused in the interpreter, and its
-compiler contracts a·b + c unless told not to (`launch.launch` tells it). What follows is one
-correctly rounded operation each.
+compiler contracts a·b + c by default (`launch.options` turns this off). Most functions here are
+one correctly rounded operation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _FUSED = tl.constexpr(not knobs.runtime.interpret)
 
 @triton.jit
 def scalar(x, DTYPE: tl.constexpr):
-    """A run-time argument annotated tl.float64 as a tensor (); the interpreter hands on a float."""
+    """A run-time argument annotated tl.float64 as a tensor (); the interpreter passes a float."""
     return tl.full((), x, DTYPE)
 
 
 @triton.jit
 def number(numbers, i: tl.constexpr, value):
-    """Run-time number i () float64: numbers[i] where they are on the device, else the argument."""
+    """Run-time number i () float64: numbers[i] if they are on the device, else the argument."""
     if numbers is None:
         return scalar(value, tl.float64)
     else:
@@ -49,7 +49,7 @@ def root(a):
 
 @triton.jit
 def log(a):
-    """ln a in float64: tl.log on float32 loses the digits near 1. For few elements."""
+    """ln a in float64: tl.log on float32 is inaccurate near 1. For few elements."""
     return tl.log(a.to(tl.float64))
 
 
@@ -58,7 +58,7 @@ def fma(a, b, c):
     """float32 a·b + c rounded once.
 
     Interpreted: the float64 product is exact, the float64 sum is rounded to odd (its last bit set
-    where it is inexact), and rounding that to float32 can't go wrong a second time.
+    if it is inexact), and rounding that to float32 is then free of double rounding.
     """
     if _FUSED:
         return tl.fma(a, b, c)
@@ -77,13 +77,13 @@ def fma(a, b, c):
 
 @triton.jit
 def round_even(x):
-    """The nearest integer to a float64 0 ≤ x < 2⁵², halves to even."""
+    """The nearest integer to a float64 0 ≤ x < 2⁵², ties to even."""
     return (x + 4503599627370496.0) - 4503599627370496.0
 
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """x as DTYPE, rounded to nearest, halves to even: the interpreter cuts bfloat16 off."""
+    """x as DTYPE, rounded to nearest, ties to even: the interpreter truncates to bfloat16."""
     if (tl.bfloat16 == DTYPE) and (not _FUSED):
         x = x.to(tl.float32)
         bits = x.to(tl.int32, bitcast=True)
@@ -95,7 +95,7 @@ def cast(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def total(values, count, BLOCK: tl.constexpr):
-    """Σ of `count` float64 values, in order of blocks."""
+    """Σ of `count` float64 values, in an order that BLOCK determines."""
     result = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -110,11 +110,12 @@ def softmax_normalizer(
     exists,  # (ROWS,)
     K, z_b, z_k, ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of rows b: the maximum and Σ e^(z − maximum), in ACC. NaN comes out in the sum.
+    """Of rows b: the maximum and Σ e^(z − maximum), in ACC. NaN propagates to the sum.
 
-    Whole tiles, reduced after their loop: one reduction a row, and triton 3.7's compiler fails on a
-    reduction inside a loop whose result is used twice. What rounding takes from the sum is kept
-    (Knuth's two-sum): beside the largest the small terms of a long row would be lost.
+    Tiles are accumulated elementwise and reduced after the loop: one reduction per row, and triton
+    3.7's compiler fails on a reduction inside a loop whose result is used twice. The sum is
+    compensated (Knuth's two-sum): next to the largest term, the small terms of a long row would be
+    rounded away.
     """
     highest = tl.full((ROWS, CLASSES), -float("inf"), ACC)
     for first in range(0, K, CLASSES):

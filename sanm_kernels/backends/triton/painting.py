@@ -10,7 +10,7 @@ from sanm_kernels.backends.triton import draws, numeric, tiles
 
 @triton.jit
 def draw(given, number, index, seed):
-    """The sample's uniforms of these numbers: the caller's, or Philox's."""
+    """The sample's uniforms `number`: given by the caller, or from Philox."""
     if given is not None:
         return tl.load(given + number)
     else:
@@ -19,7 +19,7 @@ def draw(given, number, index, seed):
 
 @triton.jit
 def _side(square, limit):
-    """round(√square), halves to even, within 1 … limit; the root is float64's."""
+    """round(√square), ties to even, clamped to 1 … limit; the root in float64."""
     side = numeric.round_even(tl.sqrt(square.to(tl.float64)))
     return tl.minimum(tl.maximum(side, 1.0), limit.to(tl.float64)).to(tl.int32)
 
@@ -31,7 +31,7 @@ def size(
 ):  # fmt: skip
     """Ratio r = a + γ·(1 − q), and the box's height = √(A·s), width = √(A/s), A = κ·r·H·W.
 
-    Draws are float64, all that follows float32 with each step rounded once.
+    Draws are interpolated in float64; then float32, each step rounded once.
     """
     low = numeric.scalar(ratio_low, tl.float64)
     a = (low + (numeric.scalar(ratio_high, tl.float64) - low) * area_draw).to(tl.float32)
@@ -45,7 +45,7 @@ def size(
 
 @triton.jit
 def corner(position, side, limit, CENTERED: tl.constexpr):
-    """First row or column of a box of this side at the position, moved to lie inside."""
+    """First row or column of a box of this side at the position, shifted to lie inside."""
     low = position
     if CENTERED:
         low = position - side // 2
@@ -96,7 +96,7 @@ def modulate(
 
 @triton.jit
 def uniforms(out, given, first, count, index, seed, BLOCK: tl.constexpr):
-    """out[k] = the sample's uniform number first + k, for k < count."""
+    """out[k] = the sample's uniform `first + k`, for k < count."""
     for k0 in range(0, count, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
         value = draw(given, first + tl.minimum(k, count - 1), index, seed)
@@ -112,7 +112,8 @@ def means(
 ):  # fmt: skip
     """The sample's mean per channel, in float64.
 
-    A plane is read in blocks of whole pixels, so that each element of a block keeps its channel.
+    A plane is read in blocks of whole pixels, so that an element of a block is always of the same
+    channel.
     """
     slot = tl.arange(0, BLOCK)
     each = BLOCK // (step * VECTOR) * step * VECTOR
@@ -131,7 +132,7 @@ def means(
 
 @triton.jit
 def _fill(fills, c, FILL: tl.constexpr, DTYPE: tl.constexpr):
-    """The filling of channels c as it is stored; with FILL 3 every pixel has its own."""
+    """The fill of channels c in the image's dtype; unused with FILL 3, the pixel noise."""
     if FILL == 3:
         return tl.full((), 0.0, DTYPE)
     else:
@@ -143,7 +144,7 @@ def _fill(fills, c, FILL: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _hide(v, hidden, fill, FILL: tl.constexpr):
-    if FILL == 3:  # for `noise`, after all is copied
+    if FILL == 3:  # left to `noise`, after the copy
         return v
     else:
         return tl.where(hidden, fill, v)
@@ -153,7 +154,7 @@ def _hide(v, hidden, fill, FILL: tl.constexpr):
 def paint(
     image,  # (Cin, H, W) of one sample, dense
     out,  # the sample's first view, dense in the same order
-    view_stride,  # elements from there to the second
+    view_stride,  # elements from the first view to the second
     boxes,  # (V, 4) of the sample
     fills,  # float64: of channel c of view v at c·fill_stride + v·fill_view
     fill_stride, fill_view, first, last, planes, H, length, step,
@@ -172,7 +173,7 @@ def paint(
             c = plane
             if CHANNELS_LAST:
                 c = j % step
-            # of the first view and of the second, which may be the first again
+            # of the first view and of the second, or the first again
             y0, y1, j0, j1 = tiles.box(boxes, step)
             y2, y3, j2, j3 = tiles.box(other, step)
             fill0 = _fill(fills, c * fill_stride, FILL, TYPE)
@@ -198,7 +199,7 @@ def noise(
 ):  # fmt: skip
     """N(0, 1) into the part of every view's box that lies in rows `first` to `last`.
 
-    Random numbers take many registers: tiles are small.
+    Random numbers need many registers: tiles are small.
     """
     COUNT: tl.constexpr = 2 if VIEWS == 3 else 1
     for view in tl.static_range(COUNT):

@@ -1,10 +1,10 @@
 """reconstruction_loss (section 5): Σ over the views v of Σ (r − x)² / count_v.
 
 Forward, first launch: a program sums the squares of one sample of one view over its share of rows,
-read in the memory order of the reconstruction (`tiles`), to which images of another are copied.
-Second launch: one program adds those partial sums in order and counts the elements, the boxes'
-areas times the channels. Backward is one launch: dL/dr = grad·(2/count_v)·(r − x) inside, 0
-elsewhere.
+read in the memory order of the reconstruction (`tiles`); images in another memory format are
+copied. Second launch: one program adds those partial sums in order and counts the elements, the
+boxes' areas times the channels. Backward is one launch: dL/dr = grad·(2/count_v)·(r − x) inside, 0
+outside.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WALK = ["B", "H", "planes", "step", "width", "rows_each", "r_b", "x_b"]
 
 @triton.jit
 def _difference(a, b, at, mask, ACC: tl.constexpr):
-    """a[at] − b[at] in ACC; 0 where the mask is."""
+    """a[at] − b[at] in ACC; 0 where the mask is false."""
     d = tl.load(a + at, mask=mask, other=0.0).to(ACC)
     return d - tl.load(b + at, mask=mask, other=0.0).to(ACC)
 
@@ -71,7 +71,7 @@ def squares_kernel(
     VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (v·B + b, part): Σ (r − x)² over its rows of each plane, reading the box alone."""
+    """Program (v·B + b, part): Σ (r − x)² over its rows of each plane, reading only the box."""
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = width * VECTOR
     a = reconstruction + sample * r_b * VECTOR
@@ -183,7 +183,7 @@ def forward(reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> Ten
 
 @implements("reconstruction_loss_backward")
 def backward(grad: Tensor, reconstruction: Tensor, images: Tensor, boxes: Tensor | None) -> Tensor:
-    """grad () → gradient of the reconstruction, in its dtype; channels_last if that is."""
+    """grad () → gradient of the reconstruction, in its dtype; channels_last if it is."""
     last = is_channels_last(reconstruction)
     kind = torch.channels_last if last else torch.contiguous_format
     result = torch.empty_like(reconstruction, memory_format=kind)

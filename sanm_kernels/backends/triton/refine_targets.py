@@ -1,8 +1,8 @@
 """refine_targets (section 7.2): p = q·label + (1 − q)·mean of softmaxes, then p^(1/T) / Σ p^(1/T).
 
-A program takes a tile of rows. Logits are read three times: for each view's maximum, for its
-Σ e^(z − max), and for p, which goes to where the result will stand and yields max p. Next stands
-there y = (p / max p)^(1/T), divided before the power so that the sum cannot vanish; then y / Σ y.
+A program processes a tile of rows. Logits are read three times: for each view's maximum, for its
+Σ e^(z − max), and for p. p is stored in the result, is replaced by y = (p / max p)^(1/T), divided
+before the power so that the sum cannot underflow to 0, and then by y / Σ y.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _normalize(
     b,  # (ROWS,) int64
     B, K, z_b, z_k, ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """What one view's softmax of these rows takes."""
+    """The normalisation of one view's softmax of these rows."""
     top, total = numeric.softmax_normalizer(logits, b, b < B, K, z_b, z_k, ROWS, CLASSES, ACC)
     tl.store(statistics + 2 * b, top, mask=b < B)
     tl.store(statistics + 2 * b + 1, numeric.divide(total * 0 + 1, total), mask=b < B)
@@ -39,22 +39,22 @@ def _normalize(
 @triton.jit(do_not_specialize=["B", "K"])
 def refine_targets_kernel(
     logits,  # tuple of (B, K)
-    strides,  # tuple of ints: z_b and z_k of each view in turn
+    strides,  # tuple of ints: z_b and z_k of each view, one after the other
     labels,  # (B,) int64 or (B, K) floats, or None
     clean_prob,  # (B,) floats, or None
     statistics,  # workspace (V, B, 2) in ACC
     result,  # (B, K) in ACC, written
-    numbers,  # (1,) float64: 1/T; or None, and it is `exponent`
+    numbers,  # (1,) float64: 1/T; or None: then it is `exponent`
     B, K, y_b, y_k, q_b, exponent: tl.float64,
     SOFT: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program i: rows i·ROWS and on. A label outside [0, K) gives NaN."""
+    """Program i: ROWS rows from i·ROWS on. A label outside [0, K) gives NaN."""
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     views: tl.constexpr = len(logits)
     for v in tl.static_range(views):
         _normalize(logits[v], statistics + 2 * v * B.to(tl.int64), b, B, K, strides[2 * v],
                    strides[2 * v + 1], ROWS, CLASSES, ACC)  # fmt: skip
-    tl.debug_barrier()  # what a phase wrote, other threads read in the next
+    tl.debug_barrier()  # a phase reads what other threads wrote in the previous one
     largest = tl.zeros((ROWS,), ACC)
     for first in range(0, K, CLASSES):
         k = (first + tl.arange(0, CLASSES)).to(tl.int64)[None, :]
@@ -91,9 +91,9 @@ def refine_targets_kernel(
         y = x * x
         if power != 2.0:
             y = tl.where(x == 0, 0.0, tl.exp(power * numeric.log(x)))
-            y = tl.where(x == 1, 1.0, y).to(ACC)  # for a power of infinity
+            y = tl.where(x == 1, 1.0, y).to(ACC)  # ∞·log 1 would be NaN
         total += tl.sum(tl.where(inside, y, 0.0), 1).to(tl.float64)
-        tl.debug_barrier()  # the block is read
+        tl.debug_barrier()  # all threads have read the tile
         tl.store(result + b[:, None] * K + k, y, mask=inside)
     whole = total.to(ACC)[:, None]
     tl.debug_barrier()

@@ -1,8 +1,8 @@
 """sample_loss (section 6): l_i = −log softmax(z_i)[y_i] = log Σ e^(z − max) − (z_y − max).
 
-A program takes a tile of rows and sweeps twice over their classes: for the maximum, and for the
-sum. Maximum and log-sum stay apart, or large logits would lose their digits. Backward is one sweep:
-dz_k = (p_k − [k = y])·g with p from the two.
+A program processes a tile of rows and sweeps twice over their classes: for the maximum, and for the
+sum. Maximum and log Σ are stored separately: in their sum a large maximum would round log Σ away.
+Backward is one sweep: dz_k = (p_k − [k = y])·g, with p computed from both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def sample_loss_kernel(
     normalizer,  # (B, 2) in ACC, written: maximum, log-sum
     B, K, z_b, z_k, y_b, ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program i: rows i·ROWS and on. A label outside [0, K) gives NaN."""
+    """Program i: ROWS rows from i·ROWS on. A label outside [0, K) gives NaN."""
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     y = tl.load(labels + b * y_b, mask=b < B, other=0)
     top, total = numeric.softmax_normalizer(logits, b, b < B, K, z_b, z_k, ROWS, CLASSES, ACC)

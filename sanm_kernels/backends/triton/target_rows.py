@@ -10,7 +10,7 @@ from sanm_kernels.backends.triton import numeric
 
 @triton.jit
 def _start(i, s_1, s_2, t_0, t_1, t_2):
-    """Offset of target row i of (s_0, s_1, s_2, K), which lies at strides (t_0, t_1, t_2)."""
+    """Offset of target row i of (s_0, s_1, s_2, K) with strides (t_0, t_1, t_2)."""
     outer = i // s_2
     return outer // s_1 * t_0 + outer % s_1 * t_1 + i % s_2 * t_2
 
@@ -25,7 +25,7 @@ def _modulation(
     SOFT: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Per row: the first largest class j*, what its target becomes, what every other one gains."""
+    """Per row: the first argmax j*, its new target, and what every other target gains."""
     top = tl.full((ROWS,), -1, tl.int64)
     best = tl.full((ROWS,), 1.0, ACC)
     drop = tl.zeros((ROWS,), ACC)
@@ -69,7 +69,7 @@ def _modulated(
 
 @triton.jit
 def partners(permutation, b, exists, M):
-    """Rows that rows b are mixed with, in [0, M), and whether π says so."""
+    """The rows in [0, M) that rows b are mixed with, and whether π is in range."""
     if permutation is None:
         return b, exists
     else:
@@ -93,10 +93,10 @@ def tile(
     SOFT: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The tile of rows from `start`: numbers, existence, validity, poison; then pointers to their
-    targets and what modulation makes of them, and the same of their partners.
+    """The tile of rows from `start`: their indices, masks of existing and of counting rows, poison;
+    then pointers to their targets and their modulation, and the same for their partners.
 
-    Poison is NaN for a row whose label or partner is out of range, which no kernel can report.
+    Poison is NaN for a row whose label or partner is out of range, which a kernel cannot report.
     """
     b = (start + tl.arange(0, ROWS)).to(tl.int64)
     exists = b < last

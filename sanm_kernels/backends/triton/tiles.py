@@ -1,12 +1,12 @@
-"""How kernels walk over images: in the order of memory, 128 bits a thread at a time.
+"""How kernels traverse images: in memory order, by accesses of 128 bits per thread.
 
-A dense image (C, H, W) is `planes` matrices of H rows and `length` columns: C matrices (H, W) where
-it is contiguous, one (H, W·C) where it is channels_last. A box covers rows y0 … y1 and columns
-x0·step … x1·step of each, step = 1 or C, so that no loop takes an index apart.
+A dense image (C, H, W) is `planes` matrices of H rows and `length` columns: C matrices (H, W) if it
+is contiguous, one (H, W·C) if it is channels_last. A box covers rows y0 … y1 and columns
+x0·step … x1·step of each, step = 1 or C, so that no loop needs a division of its index.
 
-Triton takes wide accesses where it can prove that address and mask allow them. So launchers count
-samples and rows in vectors, and kernels multiply by the constant VECTOR: the largest power of 2, up
-to 128 bits of elements, that all of them are whole multiples of.
+Triton vectorises accesses if it can prove that address and mask are multiples of the vector. So
+launchers pass sizes and strides in vectors, and kernels multiply by the constant VECTOR: the
+largest power of 2, up to 128 bits of elements, that divides all of them.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def dense(x: Tensor, last: bool) -> Tensor:
 
 
 def vector(*tensors: Tensor, rows: int = 0) -> int:
-    """VECTOR for the samples of dense tensors (B, …), and for rows of so many elements."""
+    """VECTOR for the samples of dense tensors (B, …), and for rows of `rows` elements."""
     bits = max(16 // x.element_size() for x in tensors)
     return math.gcd(bits, rows, *(n for x in tensors for n in (x[:1].numel(), x.stride(0))))
 
 
 @functools.lru_cache(64)  # it takes as long as the launch
 def group(n: int, vector: int, most: int = 1024) -> int:
-    """How many rows of n elements to take as one: whole vectors, which fill a power of 2 well.
+    """How many rows of n elements to join into one of whole vectors, which fills a power of 2 well.
 
-    At most `most` elements if that can be; what fills three quarters is enough.
+    At most `most` elements if possible; the first that fills three quarters.
     """
     least = vector // math.gcd(n, vector)
 
@@ -51,7 +51,7 @@ def group(n: int, vector: int, most: int = 1024) -> int:
 
 
 class Walk(NamedTuple):
-    """The matrices of an image, and the tile that a program takes of them at a time."""
+    """The matrices of an image, and the tile that a program processes at a time."""
 
     planes: int
     step: int
@@ -66,7 +66,7 @@ class Walk(NamedTuple):
 
 
 def walk(pixels: int, last: bool, *images: Tensor) -> Walk:
-    """Of dense images (·, C, H, W), tiles of at most `pixels` elements."""
+    """For dense images (·, C, H, W), with tiles of at most `pixels` elements."""
     _, channels, height, width = images[0].shape
     planes, step = (1, channels) if last else (channels, 1)
     length = width * step
@@ -105,14 +105,14 @@ def within(i, low, high):
 
 @triton.jit
 def meets(i, low, high, VECTOR: tl.constexpr):
-    """Whether the vector that element i is in has an element within: a mask of whole vectors."""
+    """Whether the vector that contains element i has an element within: a mask of whole vectors."""
     start = i // VECTOR * VECTOR
     return (start + VECTOR > low) & (start < high)
 
 
 @triton.jit
 def offset(row, length, WIDE: tl.constexpr):
-    """Where a row begins; WIDE: within a sample that needs 64 bits."""
+    """The offset of a row; WIDE: in 64 bits, for large samples."""
     if WIDE:
         row = row.to(tl.int64)
     return row * length

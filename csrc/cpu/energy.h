@@ -20,7 +20,6 @@
 namespace sanm {
 
 constexpr int kCascade = 16;  // terms per level, for fewer than 2¹⁹ terms in all
-constexpr int64_t kMaxCascade = int64_t{1} << 19;
 
 // Levels 1 to 3 of the cascades of one vector of columns.
 template <int N>

@@ -110,7 +110,6 @@ Tensor reconstruction_loss(const Tensor& reconstruction, const Tensor& images,
                  [&](const A* rp, const A* xp, int64_t n, int64_t) {
                    Pack<A> sum{};
                    each_pack(n, [&](int64_t k, auto count) {
-                     prefetch(rp + k), prefetch(xp + k);
                      const Pack<A> error =
                          load_pack<A>(rp + k, count, A(0)) - load_pack<A>(xp + k, count, A(0));
                      sum += error * error;
@@ -162,7 +161,6 @@ Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& reconstruc
                    T* const out = run + at;
                    const bool direct = stream && aligned(out);
                    each_pack(n, [&](int64_t k, auto count) {
-                     prefetch(rp + k), prefetch(xp + k);
                      const Pack<A> slope = s * (load_pack<A>(rp + k, count, A(0)) -
                                                 load_pack<A>(xp + k, count, A(0)));
                      store_pack<A>(slope, count, out + k, direct);

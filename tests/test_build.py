@@ -307,12 +307,12 @@ for isa in ("avx512", "avx2", "baseline"):
 run.LIBRARIES = pathlib.Path(sys.argv[1])
 torch.set_num_threads(3)
 for name, environ in run.everywhere():
-    steered = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
+    steered = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", *run.KEPT)
     print(name, *(environ.get(k, "-") for k in steered))
 """
     done = run(sys.executable, "-c", code, tmp_path, cwd=ROOT, MALLOC_TRIM_THRESHOLD_="1")
     expected = [
-        f"{isa}-{threads}-{memory} {isa} {threads} {'2000000000' if memory == 'kept' else '-'}"
+        f"{isa}-{threads}-{memory} {isa} {threads} {'20000000000 0' if memory == 'kept' else '- -'}"
         for isa in ("avx512", "avx2")
         for threads in (1, 3)
         for memory in ("glibc", "kept")

@@ -192,6 +192,14 @@ def test_a_table_is_made_anew_by_the_command_before_it() -> None:
     assert tables["remake"](page, []) == "a\n\n<!-- python -m platform -->\n\n\nb\n"
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "benchmarks.md"], ids=relative)
+def test_tables_of_times_are_those_of_the_result_files(page: Path) -> None:
+    remake = runpy.run_path(str(DOCS / "tables.py"))["remake"]
+    text = page.read_text()
+    assert "<!-- python -m benchmarks.tables" in text
+    assert remake(text, ["benchmarks.tables"]) == text
+
+
 @extended
 def test_figures_are_drawn() -> None:
     figures = runpy.run_path(str(DOCS / "figures.py"))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
-from math import log
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from benchmarks.tables import exponent, series
 
 
 def main() -> None:
@@ -16,19 +16,15 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="what benchmarks.run wrote, with the op growth")
     path = parser.parse_args().file
     content = json.loads(path.read_text())
-    series = defaultdict(list)
-    for record in content["cases"]:
-        if record["axis"]:
-            series[record["op"], record["axis"][0]].append(record)
-    for (op, axis), records in series.items():
+    for (op, axis), records in series(content).items():
         sizes = [r["axis"][1] for r in records]
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         for label, pick in (("ours", lambda _: "ours"), ("copy limit", lambda r: r["limit"])):
             results = [r["results"][pick(r)] for r in records]
             times = [1e3 * r["seconds"][1] for r in results]
-            slope = log(times[-1] / times[-2]) / log(sizes[-1] / sizes[-2]) if times[1:] else 0
-            left.loglog(sizes, times, "o-", label=f"{label}, at last ∝ {axis}^{slope:.2f}")
+            slope = f"{exponent(sizes, times):.2f}"
+            left.loglog(sizes, times, "o-", label=f"{label}, at last ∝ {axis}^{slope}")
             right.semilogx(sizes, [r["gb_per_s"] for r in results], "o-", label=label)
         left.set(xlabel=axis, ylabel="time (ms)")
         left.legend()

@@ -41,7 +41,7 @@ from benchmarks.common import (
     measure,
     serving,
 )
-from benchmarks.tables import comparison
+from benchmarks.tables import comparison, duration
 from sanm_kernels.__main__ import info
 from sanm_kernels.backends.cpu import LIBRARIES
 
@@ -113,13 +113,10 @@ def environment() -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """One case as lines of text."""
 
-    def text(seconds: float) -> str:
-        return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
-
     rounds, sets = record["rounds"], record["sets"]
     lines = [f"\n{record['op']}   {record['shape']}   ({rounds} rounds, {sets} buffer sets)"]
     for name, r in record["results"].items():
-        low, median, high = map(text, r["seconds"])
+        low, median, high = (duration(s, 1) for s in r["seconds"])
         shown = f"{OURS} ({record['backend']})" if name == OURS else name
         row = f"  {shown:18}{median:>11}  {f'[{low}, {high}]':24}{r['gb_per_s']:7.2f} GB/s"
         row += f"{r['samples_per_s']:15,.0f} samples/s"
@@ -128,7 +125,7 @@ def table(record: dict[str, Any]) -> str:
         if r["allocated"] is not None:
             row += f"{r['allocated'] / 2**20:9.2f} MiB"
         if "host_seconds" in r:
-            row += f"   host {text(r['host_seconds'][1])}"
+            row += f"   host {duration(r['host_seconds'][1], 1)}"
         row += "  (does less)" * (name in record["less"])
         lines.append(row + ("  (the limit)" if name == record["limit"] else ""))
     lines += [f"  {name:18} not run: {why}" for name, why in record["not_run"].items()]

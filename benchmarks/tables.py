@@ -20,8 +20,7 @@ SETTINGS = {
     "avx2-1": "AVX2, one thread",
     "avx2-2": "AVX2, two threads",
 }
-#: The README's rows.
-HEADLINE = (
+README_ROWS = (
     "masked_forward B=128 C=512 h=4 H=32 K=10",
     "masked_forward B=64 C=2048 h=7 H=224 K=1000",
     "masked_loss n=768 K=10",
@@ -38,8 +37,9 @@ HEADLINE = (
 Record = Mapping[str, Any]
 
 
-def microseconds(seconds: float) -> str:
-    return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms"
+def duration(seconds: float, decimals: int = 0) -> str:
+    """In µs with so many decimals, from 1 ms on in ms with two."""
+    return f"{1e6 * seconds:.{decimals}f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms"
 
 
 def ratio(value: float) -> str:
@@ -57,8 +57,9 @@ def rows(records: Mapping[str, Record]) -> dict[str, dict[str, Record]]:
     """Operator and shape → setting → the results of all implementations."""
     found: dict[str, dict[str, Record]] = {}
     for setting, record in records.items():
-        for case in (case for case in record["cases"] if not case["axis"]):
-            found.setdefault(f"{case['op']} {case['shape']}", {})[setting] = case["results"]
+        for case in record["cases"]:
+            if not case["axis"]:
+                found.setdefault(f"{case['op']} {case['shape']}", {})[setting] = case["results"]
     return found
 
 
@@ -78,7 +79,7 @@ def comparison(records: Mapping[str, Record]) -> str:
     def cell(result: Record | None) -> str:
         if result is None:
             return "–"
-        ours = microseconds(result[OURS]["seconds"][1])
+        ours = duration(result[OURS]["seconds"][1])
         others = over(result, "torch"), over(result, COMPILED)
         return " · ".join([ours, over(result, OURS, limit=True), *others])
 
@@ -97,7 +98,7 @@ def headline(default: Mapping[str, Record], kept: Mapping[str, Record]) -> str:
         "torch.compile, memory kept": (kept, (COMPILED,)),
         "ours over a copy of the same bytes": (default, (OURS,)),
     }
-    body: dict[str, list[str]] = {name: [] for name in HEADLINE}
+    body: dict[str, list[str]] = {name: [] for name in README_ROWS}
     for records, timed in columns.values():
         found = rows(records)
         for name, cells in body.items():
@@ -106,18 +107,29 @@ def headline(default: Mapping[str, Record], kept: Mapping[str, Record]) -> str:
     return lines(["time of … over ours", *columns], body)
 
 
+def series(record: Record) -> dict[tuple[str, str], list[Record]]:
+    """Operator and the size that grows → its cases, by that size."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for case in record["cases"]:
+        if case["axis"]:
+            found.setdefault((case["op"], case["axis"][0]), []).append(case)
+    return found
+
+
+def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
+    """That of the time between the last two sizes; 0 for one size."""
+    return log(times[-1] / times[-2]) / log(sizes[-1] / sizes[-2]) if times[1:] else 0
+
+
 def growth(records: Mapping[str, Record]) -> str:
     """The exponent of the time between the two largest sizes, for each setting."""
     body: dict[str, list[str]] = {}
     for record in records.values():
-        series: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for case in filter(lambda case: case["axis"], record["cases"]):
-            axis, size = case["axis"]
-            point = (size, case["results"][OURS]["seconds"][1])
-            series.setdefault((case["op"], axis), []).append(point)
-        for (op, axis), ((before, fast), (after, slow)) in ((k, v[-2:]) for k, v in series.items()):
-            exponent = f"{log(slow / fast) / log(after / before):.2f}"
-            body.setdefault(f"{op} {axis}: {before:,} to {after:,}", []).append(exponent)
+        for (op, axis), cases in series(record).items():
+            sizes = [case["axis"][1] for case in cases]
+            last = exponent(sizes, [case["results"][OURS]["seconds"][1] for case in cases])
+            name = f"{op} {axis}: {sizes[-2]:,} to {sizes[-1]:,}"
+            body.setdefault(name, []).append(f"{last:.2f}")
     return lines(["size", *(SETTINGS[s] for s in records)], body)
 
 
